@@ -1,0 +1,1 @@
+"""Commands that turn checkpoints into what a box runs."""

@@ -1,0 +1,51 @@
+"""Compare an exported policy with its checkpoint in transformers, over whole conversations.
+
+    python -m export.check_parity out/policy --checkpoint runs/policy --episodes 5
+
+Exit status 1 when the difference is over the limit. The last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from gog_edge.errors import CheckpointError, GogEdgeError
+from gog_edge.exporting.checkpoint import Checkpoint
+from gog_edge.exporting.parity import measure_parity, random_episodes
+from gog_edge.policy.model import PolicyModel
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when within the limit."""
+    parser = argparse.ArgumentParser(prog="python -m export.check_parity", description=__doc__.split("\n")[0])
+    parser.add_argument("policy", type=Path, help="policy folder")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint it was exported from")
+    parser.add_argument("--episodes", type=int, default=3, help="random conversations to hold")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        model = PolicyModel.open(args.policy)
+        if Checkpoint.open(args.checkpoint).sha256 != model.manifest.source_sha256:
+            raise CheckpointError(f"'{args.policy}' was not exported from '{args.checkpoint}' as it is now")
+        episodes = random_episodes(model, args.episodes, seed=args.seed)
+        report = measure_parity(args.policy, args.checkpoint, episodes)
+    except GogEdgeError as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        return 1
+    table = Table("measure", "value", title=f"{args.policy} against {args.checkpoint}")
+    for key, value in report.to_json().items():
+        table.add_row(key, f"{value:.3g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    print(json.dumps(report.to_json()))
+    return 0 if report.passed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

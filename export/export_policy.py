@@ -1,0 +1,58 @@
+"""Export a Qwen2.5-VL checkpoint folder to a policy folder, and prove that both say the same.
+
+    python -m export.export_policy runs/policy out/policy --engine ort --precision fp32
+
+The folder gets the graphs, the embedding table, the tokenizer, the chat strings and a manifest with the parity
+measured. The last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from gog_edge.errors import GogEdgeError
+from gog_edge.exporting.policy_export import AVAILABLE, DEFAULT_CONTEXT, check_available, export_policy
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when exported and within the parity limit, 1 when refused."""
+    parser = argparse.ArgumentParser(prog="python -m export.export_policy", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="folder with config.json, safetensors, tokenizer.json")
+    parser.add_argument("out", type=Path, help="policy folder to write; an older policy there is replaced")
+    parser.add_argument("--engine", default="ort", help=f"available: {', '.join(AVAILABLE)}")
+    parser.add_argument("--precision", default="fp32", help="available: fp32")
+    parser.add_argument("--name", help="name of the policy (default: the checkpoint folder's)")
+    parser.add_argument("--context", type=int, default=DEFAULT_CONTEXT, help="tokens of one conversation")
+    parser.add_argument("--dialect", help="a dialect's file or name (default: the checkpoint's, else 'gog')")
+    parser.add_argument("--no-parity", action="store_true", help="skip the parity check; the manifest says so")
+    args = parser.parse_args(argv)
+    started = time.monotonic()
+    dialect = Path(args.dialect) if args.dialect and Path(args.dialect).is_file() else args.dialect
+    try:
+        check_available(args.engine, args.precision)
+        manifest = export_policy(
+            args.checkpoint, args.out, engine=args.engine, precision=args.precision, name=args.name,
+            context=args.context, dialect=dialect, parity=not args.no_parity,
+        )
+    except GogEdgeError as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        return 1
+    table = Table("file", "bytes", "sha256", title=f"{manifest.name} -> {args.out}")
+    for entry in manifest.files:
+        table.add_row(entry.path, f"{entry.size:,}", entry.sha256[:16])
+    Console(stderr=False).print(table)
+    seconds = round(time.monotonic() - started, 2)
+    print(json.dumps({"out": str(args.out), "seconds": seconds, "parity": manifest.parity}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

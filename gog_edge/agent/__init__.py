@@ -1,0 +1,1 @@
+"""The loop: budgets, steps, traces."""

@@ -1,0 +1,89 @@
+"""What the policy wants searched -> what can be searched: boxes are mended, crops are cut."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gog_edge.config import GazeConfig
+from gog_edge.errors import MalformedAction
+from gog_edge.picture import Picture
+from gog_edge.types import Box, GazeSearch, ImageQuery, ImageSearch, Pixels, Query, Size, TextQuery, TextSearch
+
+
+class Refusal(MalformedAction):
+    """An action that is not carried out; the message is for the policy to read."""
+
+    def __init__(self, notice: str, reason: str) -> None:
+        super().__init__(reason)
+        self.notice = notice  # key of a dialect text
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One thing to search for."""
+
+    key: Box | str  # what makes it the same search as another
+    query: Query
+    crop: Pixels | None = None  # shown to the policy beside the result
+    note: str = ""  # what was mended
+
+
+def aim(action: TextSearch | ImageSearch | GazeSearch, picture: Picture, question: str, config: GazeConfig) -> Target:
+    """What to search for; Refusal when there is nothing to search for."""
+    if isinstance(action, TextSearch):
+        if not action.query.strip():
+            raise Refusal("malformed", "the query is empty")
+        return Target(action.query, TextQuery(action.query, question))
+    if isinstance(action, ImageSearch):
+        return Target(whole(picture.size), ImageQuery(picture.pixels, question))
+    box, note = mend_box(action.box, picture.size, config.min_side)
+    crop = picture.crop(padded(box, config.pad, picture.size))
+    return Target(box, ImageQuery(crop, question), crop, note)
+
+
+def mend_box(box: Box, size: Size, min_side: int) -> tuple[Box, str]:
+    """A box inside the picture, and what was mended ("" when nothing was).
+
+    Corners are put in order, what lies outside is clipped, and a side below `min_side` pixels is grown about its
+    centre (to the picture's side where that is smaller). Raises Refusal when nothing of the picture is inside.
+    """
+    if not all(map(math.isfinite, (box.x0, box.y0, box.x1, box.y1))):
+        raise Refusal("box_refused", "its corners are no finite numbers")
+    notes = []
+    ordered = Box(min(box.x0, box.x1), min(box.y0, box.y1), max(box.x0, box.x1), max(box.y0, box.y1))
+    if ordered != box:
+        notes.append("corners swapped")
+    if ordered.width == 0 or ordered.height == 0:
+        raise Refusal("box_refused", "it is empty")
+    inside = ordered.intersection(whole(size))
+    if inside.width <= 0 or inside.height <= 0:
+        raise Refusal("box_refused", f"it lies outside the picture of {size.width} x {size.height} pixels")
+    if inside != ordered:
+        notes.append("clipped to the picture")
+    x0, x1 = _grow(inside.x0, inside.x1, min_side, size.width)
+    y0, y1 = _grow(inside.y0, inside.y1, min_side, size.height)
+    grown = Box(x0, y0, x1, y1)
+    if grown != inside:
+        notes.append(f"grown to {min_side} pixels")
+    return grown, ", ".join(notes)
+
+
+def whole(size: Size) -> Box:
+    """The box of a whole picture."""
+    return Box(0.0, 0.0, float(size.width), float(size.height))
+
+
+def padded(box: Box, share: float, size: Size) -> Box:
+    """The box with `share` of each side added all around, clipped to the picture."""
+    dx, dy = box.width * share, box.height * share
+    return Box(box.x0 - dx, box.y0 - dy, box.x1 + dx, box.y1 + dy).intersection(whole(size))
+
+
+def _grow(low: float, high: float, least: float, limit: float) -> tuple[float, float]:
+    """Widen a span about its centre to `least`, moved to stay within 0..limit."""
+    least = min(least, limit)
+    if high - low >= least:
+        return low, high
+    start = min(max((low + high - least) / 2, 0.0), limit - least)
+    return start, start + least

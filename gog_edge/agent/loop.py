@@ -1,0 +1,188 @@
+"""The loop: the policy speaks, we do what it says, it reads what came back, until it answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from gog_edge.agent.aim import Refusal, Target, aim
+from gog_edge.agent.budget import Spending
+from gog_edge.agent.citations import cite
+from gog_edge.agent.events import (
+    Acted,
+    Answered,
+    AnswerRecord,
+    Event,
+    Found,
+    Refused,
+    Started,
+    Step,
+    Workflow,
+    name_of,
+)
+from gog_edge.agent.memory import Memory
+from gog_edge.agent.trace import TraceWriter
+from gog_edge.agent.voice import Voice
+from gog_edge.config import Budget, GazeConfig
+from gog_edge.errors import BudgetExceeded
+from gog_edge.picture import Picture
+from gog_edge.policy.base import Policy
+from gog_edge.types import Answer, GazeSearch, ImageSearch, Observation, Query, SearchResult, Utterance
+
+__all__ = ["Budget", "Event", "Searcher", "Workflow", "run_episode"]
+
+_GAZE = GazeConfig()
+MAX_FAULTS = 2  # in a row: the first is corrected, the second ends the search
+
+
+class Searcher(Protocol):
+    """What the loop needs of a retriever."""
+
+    def search(self, queries: Sequence[Query]) -> tuple[SearchResult, ...]:
+        """One result for each query, in order."""
+
+
+def run_episode(
+    picture: Picture,
+    question: str,
+    *,
+    policy: Policy,
+    retriever: Searcher,
+    budget: Budget,
+    workflow: Workflow = Workflow.GOG,
+    trace: TraceWriter | None = None,
+    gaze: GazeConfig = _GAZE,
+) -> Generator[Event, None, None]:
+    """Answer a question about a picture, telling what happens as it happens.
+
+    The first event is `Started`, the last `Answered`: there is always an answer record, whatever the policy says.
+    Errors of policy or retriever are raised, after the steps before them were written to the trace. Closing the
+    iterator stops the policy and gives its cache back.
+    """
+    return _Episode(picture, question, policy, retriever, budget, workflow, trace or TraceWriter(None), gaze).run()
+
+
+class _Episode:
+    def __init__(self, picture: Picture, question: str, policy: Policy, retriever: Searcher, budget: Budget,
+                 workflow: Workflow, trace: TraceWriter, gaze: GazeConfig) -> None:
+        self.picture, self.question, self.workflow = picture, question, workflow
+        self.policy, self.retriever, self.trace, self.gaze = policy, retriever, trace, gaze
+        self.budget = budget
+        self.memory = Memory(gaze.same_iou)
+        self.steps: list[Step] = []
+        self.faults: list[str] = []  # in a row
+        self.full = False  # nothing more fits the policy's context
+        self.record: AnswerRecord | None = None
+
+    def run(self) -> Generator[Event, None, None]:
+        self.spending = Spending(self.budget)
+        with self.trace:
+            self.trace.begin(self.picture, self.question, self.policy.name, self.workflow, self.budget, self.gaze)
+            yield Started(self.question, self.picture.size, self.workflow)
+            self.conversation = self.policy.begin(self.picture, self.question)
+            with Voice(self.conversation) as self.voice:
+                if self.workflow is Workflow.FULL_IMAGE:
+                    first = ImageSearch()
+                    target = aim(first, self.picture, self.question, self.gaze)
+                    yield from self._search(Step(0, None, name_of(first)), target)
+                while self.record is None:
+                    yield from self._turn()
+            self.trace.finish(self.record)
+        yield Answered(self.record)
+
+    def _turn(self) -> Iterator[Event]:
+        """One utterance and what follows from it."""
+        forced_by = self._forced_by()
+        forced = bool(forced_by)
+        try:
+            utterance = yield from self.voice.speak(
+                len(self.steps),
+                max_tokens=self.spending.max_tokens(last=forced),
+                deadline=self.spending.deadline(last=forced),
+                force_answer=forced,
+            )
+        except BudgetExceeded:
+            self.full = True
+        else:
+            self.spending.add(utterance)
+            yield from self._follow(utterance, forced_by)
+        if forced and self.record is None:
+            self._finish("", forced_by)
+
+    def _follow(self, utterance: Utterance, forced_by: str) -> Iterator[Event]:
+        """Do what was said."""
+        step = Step(len(self.steps), utterance, name_of(utterance.action))
+        if isinstance(utterance.action, Answer):
+            yield Acted(step.index, step.action)
+            self._keep(step)
+            self._finish(utterance.action.text.strip(), forced_by or "answer")
+            return
+        try:
+            target = self._target(utterance, forced=bool(forced_by))
+        except Refusal as refusal:
+            yield from self._refuse(step, refusal.notice, str(refusal))
+        else:
+            yield from self._search(step, target)
+
+    def _target(self, utterance: Utterance, *, forced: bool) -> Target:
+        action = utterance.action
+        if action is None or isinstance(action, Answer):
+            raise Refusal("malformed", utterance.malformed)
+        if forced or (self.workflow is Workflow.FULL_IMAGE and isinstance(action, GazeSearch)):
+            raise Refusal("action_refused", f"{name_of(action)} is not possible here")
+        return aim(action, self.picture, self.question, self.gaze)
+
+    def _forced_by(self) -> str:
+        """Why the next turn must be an answer; "" when the policy is free."""
+        if self.workflow is Workflow.DIRECT:
+            return "answer"
+        if self.full:
+            return "context"
+        return self.faults[-1] if len(self.faults) >= MAX_FAULTS else self.spending.spent
+
+    def _search(self, step: Step, target: Target) -> Iterator[Event]:
+        """Search, or remember; then show the policy what came back."""
+        self.faults.clear()
+        box, words = (None, target.key) if isinstance(target.key, str) else (target.key, None)
+        step = replace(step, box=box, query=words, note=target.note)
+        yield Acted(step.index, step.action, box, words, target.note)
+        started = time.monotonic()
+        result = self.memory.recall(target.key)
+        if result is None:
+            (result,) = self.retriever.search([target.query])
+            self.memory.keep(target.key, result)
+        step = replace(step, result=result, search_ms=(time.monotonic() - started) * 1000)
+        self._keep(step)
+        self._show(Observation(result=result, crop=None if result.cached else target.crop))
+        yield Found(step.index, result, step.search_ms)
+
+    def _refuse(self, step: Step, notice: str, reason: str) -> Iterator[Event]:
+        """Tell the policy why nothing was done."""
+        self.faults.append(notice)
+        yield Refused(step.index, reason)
+        self._keep(replace(step, note=reason))
+        self._show(Observation(notice=notice, detail=reason))
+
+    def _show(self, observation: Observation) -> None:
+        try:
+            self.conversation.observe(observation)
+        except BudgetExceeded:
+            self.full = True
+
+    def _finish(self, answer: str, ended: str) -> None:
+        citations, found = cite(answer, [step.result for step in self.steps if step.result])
+        spoken = [step.utterance for step in self.steps if step.utterance]
+        timings = {
+            "prefill": sum(utterance.prefill_ms for utterance in spoken),
+            "decode": sum(utterance.decode_ms for utterance in spoken),
+            "search": sum(step.search_ms for step in self.steps),
+            "total": self.spending.elapsed_ms,
+        }
+        path = str(self.trace.path) if self.trace.path else None
+        self.record = AnswerRecord(answer, found, citations, tuple(self.steps), timings, ended, path)
+
+    def _keep(self, step: Step) -> None:
+        self.steps.append(step)
+        self.trace.add(step)

@@ -1,0 +1,161 @@
+"""A bundle is what a box serves: one policy, one encoder, packs, limits and sample pictures, in one folder."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gog_edge.config import Limits
+from gog_edge.errors import BundleError
+from gog_edge.files import read_json, verify_files
+
+SCHEMA = 1
+FILE = "bundle.toml"
+DEFAULT_BUNDLE = Path(__file__).parent / "data" / "atlas"
+_KEYS = {"schema", "name", "policy", "encoder", "packs", "limits", "samples"}
+_PART_KEYS = {"path"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A picture to try, with questions that suit it."""
+
+    picture: Path
+    title: str
+    questions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Where the parts lie. Each part checks its own files when it is opened."""
+
+    root: Path
+    name: str
+    policy: Path
+    encoder: Path
+    packs: tuple[Path, ...]
+    limits: Limits
+    samples: tuple[Sample, ...]
+
+    @property
+    def manifests(self) -> tuple[Path, ...]:
+        """The manifest of each part: policy, encoder, packs."""
+        return tuple(_manifest(part) for part in (self.policy, self.encoder, *self.packs))
+
+    def verify(self, *, full: bool = True) -> None:
+        """Check every file of every part against its manifest; BundleError names the first that differs.
+
+        Without `full`, large files are compared by size only.
+        """
+        for manifest in self.manifests:
+            what = f"bundle '{self.name}', {manifest.parent.name}"
+            entries = read_json(manifest, what=what, error=BundleError).get("files")
+            if not isinstance(entries, list):
+                raise BundleError(f"{what}: '{manifest}' has no list 'files'; build it again")
+            verify_files(manifest.parent, entries, what=what, error=BundleError, full=full)
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Read bundle.toml and check that everything it names is there.
+
+    Raises BundleError with the file and the key that is missing, unknown or wrong.
+    """
+    root = Path(folder)
+    where = root / FILE
+    table = _read_toml(where)
+    _check_keys(table, _KEYS, where, "")
+    if table.get("schema") != SCHEMA:
+        raise BundleError(f"{where}: schema = {table.get('schema')!r}; this version of gog_edge reads schema {SCHEMA}")
+    packs = table.get("packs")
+    if not isinstance(packs, list) or not packs:
+        raise BundleError(f"{where}: [[packs]] is missing; name at least one pack with its path")
+    bundle = Bundle(
+        root=root,
+        name=_text(table, "name", where, ""),
+        policy=_part(root, table.get("policy"), where, "[policy]"),
+        encoder=_part(root, table.get("encoder"), where, "[encoder]"),
+        packs=tuple(_part(root, pack, where, "[[packs]]") for pack in packs),
+        limits=Limits.from_table(_table(table.get("limits", {}), where, "[limits]"), where=str(where)),
+        samples=_samples(root, table.get("samples"), where),
+    )
+    for manifest in bundle.manifests:
+        if not manifest.is_file():
+            raise BundleError(f"{where}: there is no '{manifest}'; build or copy this part again")
+    return bundle
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"there is no '{path}'; is this the folder of a bundle?") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise BundleError(f"{path}: this is not TOML ({exc})") from exc
+
+
+def _check_keys(table: Mapping[str, Any], known: set[str], where: Path, section: str) -> None:
+    for key in table:
+        if key not in known:
+            raise BundleError(f"{where}: unknown key {section}'{key}'; known are {', '.join(sorted(known))}")
+
+
+def _table(value: Any, where: Path, section: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BundleError(f"{where}: {section} is missing or no table")
+    return value
+
+
+def _text(table: Mapping[str, Any], key: str, where: Path, section: str) -> str:
+    value = table.get(key)
+    if not isinstance(value, str) or not value:
+        raise BundleError(f"{where}: {section}'{key}' is missing or no text; it is {value!r}")
+    return value
+
+
+def _part(root: Path, value: Any, where: Path, section: str) -> Path:
+    """The folder that a table names, which must lie inside the bundle."""
+    table = _table(value, where, section)
+    _check_keys(table, _PART_KEYS, where, section + " ")
+    name = _text(table, "path", where, section + " ")
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise BundleError(f"{where}: {section} 'path' = '{name}' lies outside the bundle")
+    if not path.is_dir():
+        raise BundleError(f"{where}: {section} 'path' = '{name}' is no folder in {root}")
+    return path
+
+
+def _manifest(part: Path) -> Path:
+    """Packs write MANIFEST.json, models manifest.json."""
+    return next((path for path in (part / "MANIFEST.json", part / "manifest.json") if path.is_file()),
+                part / "manifest.json")
+
+
+def _samples(root: Path, value: Any, where: Path) -> tuple[Sample, ...]:
+    if value is None:
+        return ()
+    folder = _part(root, value, where, "[samples]")
+    try:
+        listing = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as exc:
+        raise BundleError(f"{folder / 'samples.json'}: cannot be read ({exc})") from exc
+    if not isinstance(listing, list):
+        raise BundleError(f"{folder / 'samples.json'}: holds no list of samples")
+    return tuple(_sample(folder, entry) for entry in listing)
+
+
+def _sample(folder: Path, entry: Any) -> Sample:
+    where = folder / "samples.json"
+    table = _table(entry, where, "an entry")
+    _check_keys(table, {"picture", "title", "questions"}, where, "")
+    picture = folder / Path(_text(table, "picture", where, "")).name
+    questions = table.get("questions")
+    if not isinstance(questions, list) or not all(isinstance(question, str) for question in questions):
+        raise BundleError(f"{where}: 'questions' of '{picture.name}' is no list of texts")
+    if not picture.is_file():
+        raise BundleError(f"{where}: there is no '{picture}'")
+    return Sample(picture, _text(table, "title", where, ""), tuple(questions))

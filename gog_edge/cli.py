@@ -1,0 +1,123 @@
+"""The `gog-edge` command. What a command needs is imported when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gog_edge.errors import GogEdgeError, InputError
+
+if TYPE_CHECKING:
+    from gog_edge.agent.events import AnswerRecord, Workflow
+    from gog_edge.runtime import Runtime
+
+app = typer.Typer(name="gog-edge", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Answers questions about pictures on a box that is never online.")
+
+BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Folder of a bundle; the atlas when left out.")]
+ThreadsOption = Annotated[int, typer.Option("--threads", help="Cores to use; 0 for all.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.callback()
+def _root() -> None:
+    """Answers questions about pictures on a box that is never online."""
+
+
+@app.command()
+def serve(
+    bundle: BundleOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8080,
+    threads: ThreadsOption = 0,
+) -> None:
+    """Serve a bundle to browsers and programs."""
+    from gog_edge.config import ServeConfig
+    from gog_edge.serve.server import serve as run
+
+    with _errors_shown():
+        run(_folder(bundle), ServeConfig(host=host, port=port, threads=threads))
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="A picture: JPEG, PNG, WebP, GIF, BMP or TIFF.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    bundle: BundleOption = None,
+    workflow: Annotated[str, typer.Option(help="gog, full_image or direct.")] = "gog",
+    trace: Annotated[Path | None, typer.Option(help="Write the trace of the episode to this file.")] = None,
+    threads: ThreadsOption = 0,
+) -> None:
+    """Ask one question about a picture."""
+    from gog_edge.config import ServeConfig
+    from gog_edge.runtime import open_runtime
+
+    with _errors_shown():
+        chosen = _workflow(workflow)
+        data = _read(image)
+        runtime = open_runtime(_folder(bundle), threads=ServeConfig(threads=threads).cores)
+        record = _answer(runtime, data, question, chosen, trace, quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps(record.to_json(), ensure_ascii=False))
+
+
+def _answer(runtime: Runtime, data: bytes, question: str, workflow: Workflow, trace: Path | None, *,
+            quiet: bool) -> AnswerRecord:
+    """The answer; unless `quiet`, every event is shown as it comes."""
+    from gog_edge.agent.events import Answered
+    from gog_edge.agent.trace import TraceWriter
+    from gog_edge.show import Show
+
+    show = None if quiet else Show()
+    for event in runtime.ask(data, question, workflow=workflow, trace=TraceWriter(trace)):
+        if show is not None:
+            show(event)
+        if isinstance(event, Answered):
+            return event.record
+    raise GogEdgeError("the episode ended without an answer; ask again with --trace FILE and look at the file")
+
+
+def _workflow(name: str) -> Workflow:
+    from gog_edge.agent.events import Workflow
+
+    try:
+        return Workflow(name)
+    except ValueError:
+        raise InputError(f"there is no workflow '{name}'; known are {', '.join(Workflow)}") from None
+
+
+def _read(image: Path) -> bytes:
+    try:
+        return image.read_bytes()
+    except OSError as exc:
+        raise InputError(f"'{image}' cannot be read ({exc.strerror}); name a picture file") from exc
+
+
+def _folder(bundle: Path | None) -> Path:
+    from gog_edge.bundle import DEFAULT_BUNDLE
+
+    return bundle or DEFAULT_BUNDLE
+
+
+@contextmanager
+def _errors_shown() -> Iterator[None]:
+    """What goes wrong on purpose is one line on stderr and exit code 2."""
+    try:
+        yield
+    except GogEdgeError as exc:
+        typer.echo(f"gog-edge: {exc}", err=True)
+        raise typer.Exit(2) from exc
+
+
+if __name__ == "__main__":
+    main()

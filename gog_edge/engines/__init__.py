@@ -1,0 +1,1 @@
+"""How one graph runs: numpy in, numpy out."""

@@ -1,0 +1,155 @@
+"""ONNX Runtime: stateless graphs, and decoders whose cache is written in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+
+from gog_edge.engines.base import Array, Floats, KvCache
+from gog_edge.errors import BackendError
+
+_LOAD_ERRORS = (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoKernel, NoSuchFile)
+CPU = ("CPUExecutionProvider",)
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hyper-threads counted once."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    siblings = set()
+    for cpu in usable:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text() if path.is_file() else str(cpu))
+    return max(1, len(siblings))
+
+
+def open_session(path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU) -> ort.InferenceSession:
+    """Load a graph on exactly the providers asked for; BackendError otherwise."""
+    missing = [name for name in providers if name not in ort.get_available_providers()]
+    if missing:
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} here has no {', '.join(missing)} (it has "
+            f"{', '.join(ort.get_available_providers())}); install the build that has it or ask for another provider"
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or physical_cores()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Threads spin while a graph runs (small operators follow each other closely) and sleep between runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        session = ort.InferenceSession(str(path), options, providers=list(providers))
+    except _LOAD_ERRORS as exc:
+        raise BackendError(f"ONNX Runtime {ort.__version__} cannot load '{path}': {exc}; export it again") from exc
+    obtained = session.get_providers()
+    if obtained[: len(providers)] != list(providers):
+        raise BackendError(f"asked for {', '.join(providers)} for '{path}' and got {', '.join(obtained)}; see its log")
+    return session
+
+
+class OrtGraph:
+    """A graph without state."""
+
+    def __init__(self, path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU) -> None:
+        self._session = open_session(path, threads=threads, providers=providers)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; every input by name, every output by name."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+
+
+class OrtCache:
+    """One conversation's keys, values and rotary tables, bound once as input and as output."""
+
+    def __init__(self, decoder: OrtDecoder) -> None:
+        self.capacity = decoder.capacity
+        # Rotary rows stand by token index: a picture's tokens share positions, so position would not do.
+        self.cos: Floats = np.zeros((self.capacity, decoder.rotary), np.float32)
+        self.sin: Floats = np.zeros((self.capacity, decoder.rotary), np.float32)
+        shape = (1, decoder.kv_heads, self.capacity, 2 * decoder.rotary)
+        self.states: list[Floats] = [np.zeros(shape, np.float32) for _ in decoder.states]
+        self.logits: Floats = np.zeros(decoder.vocab, np.float32)
+        self.embed: Floats = np.zeros((1, 1, decoder.hidden), np.float32)
+        self.last = np.zeros(1, np.int32)  # index of the newest token
+        self.total = np.zeros((), np.int32)  # tokens in the cache after the step
+        self._keep: list[Any] = []
+        self.one = self._bind(decoder)
+        self.one.bind_ortvalue_input("inputs_embeds", self._value(self.embed))
+        self.many = self._bind(decoder)
+
+    def _value(self, array: Array) -> Any:
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._keep.append((array, value))
+        return value
+
+    def _bind(self, decoder: OrtDecoder) -> Any:
+        binding = decoder.session.io_binding()
+        binding.bind_ortvalue_input("cos", self._value(self.cos))
+        binding.bind_ortvalue_input("sin", self._value(self.sin))
+        binding.bind_ortvalue_input("last", self._value(self.last))
+        binding.bind_ortvalue_input("total", self._value(self.total))
+        for name, state in zip(decoder.states, self.states, strict=True):
+            value = self._value(state)
+            binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_ortvalue_output(f"present_{name}", value)
+        binding.bind_ortvalue_output("logits", self._value(self.logits[None]))
+        return binding
+
+    def copy_from(self, other: KvCache, length: int) -> None:
+        """Take over the first `length` tokens of another cache of the same engine."""
+        if not isinstance(other, OrtCache) or len(other.states) != len(self.states):
+            raise BackendError("a cache can only be copied from one of the same decoder; open both on one engine")
+        self.cos[:length], self.sin[:length] = other.cos[:length], other.sin[:length]
+        for mine, theirs in zip(self.states, other.states, strict=True):
+            mine[:, :, :length] = theirs[:, :, :length]
+
+
+class OrtDecoder:
+    """A decoder exported for ONNX Runtime (`GroupQueryAttention`, past and present in one buffer)."""
+
+    def __init__(
+        self, path: Path, *, capacity: int, threads: int | None = None, providers: Sequence[str] = CPU
+    ) -> None:
+        self.session = open_session(path, threads=threads, providers=providers)
+        inputs = {item.name: item.shape for item in self.session.get_inputs()}
+        self.states = [name.removeprefix("past_") for name in inputs if name.startswith("past_")]
+        if not self.states or "cos" not in inputs:
+            raise BackendError(f"'{path}' is not a decoder exported for ONNX Runtime; export with --engine ort")
+        self.capacity = capacity
+        self.hidden: int = inputs["inputs_embeds"][2]
+        self.rotary: int = inputs["cos"][1]
+        self.kv_heads: int = inputs[f"past_{self.states[0]}"][1]
+        self.vocab: int = {item.name: item.shape for item in self.session.get_outputs()}["logits"][1]
+
+    def new_cache(self) -> OrtCache:
+        """An empty cache."""
+        return OrtCache(self)
+
+    def step(self, cache: KvCache, embeds: Floats, cos: Floats, sin: Floats, past: int) -> Floats:
+        """Append embeds [T, hidden] with rotary cos, sin [T, head_dim / 2] after `past` tokens -> logits [vocab].
+
+        The logits are overwritten by the cache's next step. BackendError when the cache is too small.
+        """
+        count = len(embeds)
+        if not isinstance(cache, OrtCache):
+            raise BackendError("this cache is of another engine; use the decoder's own new_cache()")
+        if past + count > cache.capacity:
+            raise BackendError(f"{past} + {count} tokens do not fit a cache of {cache.capacity}; open a larger one")
+        cache.cos[past : past + count], cache.sin[past : past + count] = cos, sin
+        cache.last[0] = past + count - 1
+        cache.total[...] = past + count
+        if count == 1:
+            cache.embed[0] = embeds
+            binding = cache.one
+        else:
+            binding = cache.many
+            binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds[None], np.float32))
+        self.session.run_with_iobinding(binding)
+        return cache.logits

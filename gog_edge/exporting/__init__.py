@@ -1,0 +1,1 @@
+"""Checkpoint to graphs to engines (extra: export). Never imported at run time."""

@@ -1,0 +1,114 @@
+"""The plain strings of a chat template: found by rendering it, proved by rendering it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from gog_edge.errors import CheckpointError
+from gog_edge.policy.chat import ChatFormat
+
+# Words no template contains.
+SYSTEM, ASK, AFTER, SAY, AGAIN = "@@system@@", "@@ask@@", "@@after@@", "@@say@@", "@@again@@"
+
+Message = dict[str, Any]
+
+
+def extract_chat_format(template: str, *, image_token: str, eos: str) -> ChatFormat:
+    """Cut a jinja template into the strings around turns and pictures.
+
+    Raises CheckpointError when the template does more than put fixed strings around them.
+    """
+    system, user = _message("system", SYSTEM), _message("user", ASK)
+    first = _render(template, [system, user])
+    system_open, between, user_close = _cut(first, SYSTEM, ASK)
+    assistant_open = _render(template, [system, user], prompt=True).removeprefix(first)
+    said = _render(template, [system, user, _message("assistant", SAY)])
+    assistant_close = said.removeprefix(first + assistant_open + SAY)
+    again = _render(template, [system, user, _message("assistant", SAY), _message("user", AGAIN)])
+    user_open = again.removeprefix(said).removesuffix(AGAIN + user_close)
+    around = _render(template, [system, _message("user", ASK, None, AFTER)])
+    image_open, image_close = _around_image(_cut(around, ASK, AFTER)[1], image_token)
+    found = ChatFormat(
+        system_open=system_open,
+        system_close=between.removesuffix(user_open),
+        user_open=user_open,
+        user_close=user_close,
+        assistant_open=assistant_open,
+        assistant_close=assistant_close,
+        image_open=image_open,
+        image_token=image_token,
+        image_close=image_close,
+        eos=eos,
+    )
+    _prove(template, found)
+    return found
+
+
+def _prove(template: str, chat: ChatFormat) -> None:
+    """A whole conversation must come out the same, with the template and with the strings."""
+    image = chat.image_open + chat.image_token + chat.image_close
+    messages = [
+        _message("system", "You look."),
+        _message("user", None, "What is\nthis? "),
+        _message("assistant", "<think>a</think> A cat."),
+        _message("user", "Found: ", None, None, "More?"),
+        _message("assistant", "No."),
+        _message("user", "Why?"),
+    ]
+    expected = (
+        f"{chat.system_open}You look.{chat.system_close}"
+        f"{chat.user_open}{image}What is\nthis? {chat.user_close}"
+        f"{chat.assistant_open}<think>a</think> A cat.{chat.assistant_close}"
+        f"{chat.user_open}Found: {image}{image}More?{chat.user_close}"
+        f"{chat.assistant_open}No.{chat.assistant_close}"
+        f"{chat.user_open}Why?{chat.user_close}{chat.assistant_open}"
+    )
+    rendered = _render(template, messages, prompt=True)
+    if rendered != expected:
+        at = next((i for i, (a, b) in enumerate(zip(rendered, expected, strict=False)) if a != b), len(expected))
+        raise CheckpointError(
+            "the chat template does more than put fixed strings around turns and pictures: a live session cannot "
+            f"follow it (from character {at}: {rendered[at : at + 40]!r}, expected {expected[at : at + 40]!r})"
+        )
+
+
+def _message(role: str, *parts: str | None) -> Message:
+    """A message of texts and pictures (None); a single text stands plainly, as most callers write it."""
+    if len(parts) == 1 and parts[0] is not None:
+        return {"role": role, "content": parts[0]}
+    content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+    return {"role": role, "content": content}
+
+
+def _render(template: str, messages: Sequence[Message], *, prompt: bool = False) -> str:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    try:
+        compiled = environment.from_string(template)
+        return compiled.render(messages=messages, add_generation_prompt=prompt, tools=None)
+    except TemplateError as exc:
+        raise CheckpointError(f"the chat template cannot be rendered: {exc}; take the one of its base model") from exc
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _cut(text: str, first: str, second: str) -> tuple[str, str, str]:
+    """What stands before, between and after two words."""
+    before, found, rest = text.partition(first)
+    between, found_too, after = rest.partition(second)
+    if not found or not found_too:
+        raise CheckpointError(f"the chat template leaves out what is said ({first if not found else second})")
+    return before, between, after
+
+
+def _around_image(text: str, image_token: str) -> tuple[str, str]:
+    opening, found, closing = text.partition(image_token)
+    if not found:
+        raise CheckpointError(f"the chat template writes a picture as {text!r}, without '{image_token}'")
+    return opening, closing

@@ -1,0 +1,94 @@
+"""open_clip's tokenizers as `tokenizers` files, so that the runtime needs neither open_clip nor transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from gog_edge.errors import CheckpointError
+
+SAMPLES = (
+    "", " ", "the flag of France", "What's THE Currency of São Tomé?", "it's we're I'll you'd they've i'm don't",
+    "1234567890 12,5 % of 3.14", "tabs\tand\n\nnew   lines ", "日本の国旗 и флаг 🇫🇷👩‍👩‍👧", "e\u0301 and é",
+    "‘curly’ “quotes”", "a &amp; b &lt;c&gt;", "<start_of_text>", "!?!?... ---", "x" * 300, "word " * 120,
+    "zero\u200bwidth \u202eright to left", "nul\x00 bell\x07", "ﬁne ﬂag", "İstanbul ŁÓDŹ ẞ", "Ⅷ ² ½ ٣",
+)  # fmt: skip
+
+# What open_clip's cleaning (ftfy, then html) does to ordinary text. Mended mojibake, full-width letters and rarer
+# entities are not followed: they change a few tokens of a damaged text and nothing else.
+_REPAIRS = (
+    *(("[\u2018\u2019\u201a\u201b\u02bc]", "'"), ("[\u201c\u201d\u201e\u201f]", '"')),
+    ("[\\x00-\\x08\\x0b\\x0e-\\x1f\\x7f\u206a-\u206f\ufeff\ufff9-\ufffb]", ""),
+    *(("ﬀ", "ff"), ("ﬁ", "fi"), ("ﬂ", "fl"), ("ﬃ", "ffi"), ("ﬄ", "ffl"), ("ﬅ", "ſt"), ("ﬆ", "st")),
+    *(("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&nbsp;", " ")),
+)
+_PUNCTUATION = r"[!-/:-@\[-`{-~]"
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def _cleaning(clean: str) -> list[normalizers.Normalizer]:
+    """open_clip's `clean` modes: whitespace, lower, canonicalize.
+
+    Raises:
+        CheckpointError: another mode.
+    """
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(Regex(old), new) for old, new in _REPAIRS]
+    steps.append(normalizers.NFC())
+    if clean == "canonicalize":
+        steps += [normalizers.Replace("_", " "), normalizers.Replace(Regex(_PUNCTUATION), "")]
+    elif clean not in ("lower", "whitespace"):
+        raise CheckpointError(f"tokenizer: cleaning '{clean}' is not known; known are whitespace, lower, canonicalize")
+    if clean != "whitespace":
+        steps.append(normalizers.Lowercase())
+    return [*steps, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+
+
+def convert_simple_tokenizer(original: Any, *, clean: str = "lower") -> Tokenizer:
+    """open_clip's `SimpleTokenizer` (byte-level BPE with a mark at the end of words) as a `tokenizers` object.
+
+    The names of the two special tokens are read as such wherever they stand in a text; the original does so only where
+    no punctuation stands before them.
+    """
+    merges = sorted(original.bpe_ranks, key=original.bpe_ranks.__getitem__)
+    tokenizer = Tokenizer(models.BPE(dict(original.encoder), merges, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence(_cleaning(clean))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(f"(?i:{_WORDS})"), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    start, end = (original.decoder[index] for index in original.all_special_ids[:2])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=True) for token in (start, end)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(token, original.encoder[token]) for token in (start, end)]
+    )
+    return tokenizer
+
+
+def convert_hf_tokenizer(file: Path, *, clean: str = "whitespace") -> Tokenizer:
+    """A tokenizer.json, with open_clip's cleaning of texts put before its own steps."""
+    tokenizer = Tokenizer.from_file(str(file))
+    own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
+    tokenizer.normalizer = normalizers.Sequence(_cleaning(clean) + own)
+    return tokenizer
+
+
+def check_tokenizer(
+    tokenizer: Tokenizer, original: Callable[[list[str]], Any], length: int, samples: Sequence[str] = SAMPLES
+) -> None:
+    """Compare ids, cut and filled up to `length`, on every sample.
+
+    Raises:
+        CheckpointError: a text has other ids.
+    """
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=0)
+    wanted = original(list(samples)).tolist()
+    for text, encoding, ids in zip(samples, tokenizer.encode_batch(list(samples)), wanted, strict=True):
+        if encoding.ids != ids:
+            raise CheckpointError(f"tokenizer: {text[:60]!r} gives {encoding.ids[:12]}, open_clip gives {ids[:12]}")

@@ -1,0 +1,103 @@
+"""A small writer of ONNX graphs: values are names, an operator call returns its output's name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from gog_edge.engines.base import Array
+
+OPSET = 24
+MICROSOFT = "com.microsoft"
+FLOAT, INT32, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
+# Protocol buffers stop at 2 GiB; larger weights go to a file beside the graph.
+EMBEDDED_BYTES = 2**30
+
+Shape = Sequence[int | str]
+
+
+class GraphBuilder:
+    """Collects nodes, weights, inputs and outputs, then writes one .onnx file."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: list[onnx.TensorProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._count = 0
+        self._bytes = 0
+
+    def _fresh(self, stem: str) -> str:
+        self._count += 1
+        return f"{stem}_{self._count}"
+
+    def input(self, name: str, kind: int, shape: Shape) -> str:
+        """Declare a graph input; strings in `shape` are free dimensions."""
+        self._inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+        return name
+
+    def output(self, value: str, name: str, kind: int, shape: Shape) -> None:
+        """Give `value` out under `name`."""
+        if value != name:
+            self._nodes.append(helper.make_node("Identity", [value], [name]))
+        self.declare_output(name, kind, shape)
+
+    def declare_output(self, name: str, kind: int, shape: Shape) -> None:
+        """Declare an output that some node already writes under its final name."""
+        self._outputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+
+    def weight(self, array: Array, name: str = "constant") -> str:
+        """An initializer."""
+        fresh = self._fresh(name)
+        self._weights.append(numpy_helper.from_array(np.asarray(array, order="C"), fresh))
+        self._bytes += array.nbytes
+        return fresh
+
+    def ints(self, *values: int) -> str:
+        """A small int64 vector."""
+        return self.weight(np.asarray(values, np.int64))
+
+    def scalar(self, value: int) -> str:
+        """An int64 without dimensions."""
+        return self.weight(np.asarray(value, np.int64))
+
+    def ops(self, kind: str, *inputs: str, count: int = 1, names: Sequence[str] = (), domain: str = "",
+            **attributes: Any) -> list[str]:
+        """Add a node with several outputs; `names` fixes the names of the last ones; '' is an input left out."""
+        outputs = [self._fresh(kind) for _ in range(count)] + list(names)
+        self._nodes.append(helper.make_node(kind, list(inputs), outputs, domain=domain, **attributes))
+        return outputs
+
+    def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """Add a node with one output."""
+        return self.ops(kind, *inputs, domain=domain, **attributes)[0]
+
+    def linear(self, value: str, weight: Array, bias: Array | None = None, *, name: str = "weight") -> str:
+        """value @ weight.T + bias, weight [out, in] as PyTorch keeps it."""
+        product = self.op("MatMul", value, self.weight(weight.T, name))
+        return product if bias is None else self.op("Add", product, self.weight(bias, f"{name}_bias"))
+
+    def swiglu(self, value: str, gate: tuple[Array, Array | None], up: tuple[Array, Array | None]) -> str:
+        """silu(gate(value)) * up(value), both projections in one product; each is (weight, bias)."""
+        bias = None if gate[1] is None or up[1] is None else np.concatenate([gate[1], up[1]])
+        both = self.linear(value, np.concatenate([gate[0], up[0]]), bias, name="gate_up")
+        first, second = self.ops("Split", both, count=2, axis=-1, num_outputs=2)
+        return self.op("Mul", self.op("Mul", first, self.op("Sigmoid", first)), second)
+
+    def save(self, path: Path) -> None:
+        """Check the graph and write it; very large weights go to `<name>.data` beside it."""
+        graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, self._weights)
+        imports = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == MICROSOFT for node in self._nodes):
+            imports.append(helper.make_opsetid(MICROSOFT, 1))
+        model = helper.make_model(graph, opset_imports=imports, producer_name="gog_edge", ir_version=11)
+        if self._bytes > EMBEDDED_BYTES:
+            onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=4096)
+        else:
+            onnx.save_model(model, path)

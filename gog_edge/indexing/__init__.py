@@ -1,0 +1,1 @@
+"""Snapshots to packs (extra: index). Never imported at run time."""

@@ -1,0 +1,1 @@
+"""The multimodal policy: what it sees, says and remembers."""

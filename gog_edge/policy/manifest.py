@@ -1,0 +1,148 @@
+"""What a policy folder says about itself: shapes, frames, budgets, parity; read at run time, written at export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gog_edge.errors import ArtifactError
+from gog_edge.files import FileEntry, read_json, verify_files
+from gog_edge.policy.chat import ChatFormat
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+VISION_GRAPH = "vision.onnx"
+DECODER_GRAPH = "decoder.onnx"
+EMBEDDINGS = "embed_tokens.npy"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+DIALECT = "dialect.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class VisionSpec:
+    """The vision tower and what is done to pixels before it."""
+
+    depth: int
+    hidden: int
+    heads: int
+    intermediate: int
+    out_hidden: int  # = hidden size of the decoder
+    patch: int  # pixels a side
+    merge: int  # patches a side that become one token
+    temporal: int  # copies of a still picture in one patch
+    window: int  # pixels a side of a local-attention window
+    full_attention: tuple[int, ...]  # blocks that see the whole picture
+    rope_theta: float
+    norm_eps: float
+    mean: tuple[float, float, float]  # of pixels scaled to 0..1
+    std: tuple[float, float, float]
+    min_pixels: int
+    max_pixels: int
+    crop_max_pixels: int  # of what a gaze shows again
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one token: resized pictures are multiples of it."""
+        return self.patch * self.merge
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flat patch."""
+        return 3 * self.temporal * self.patch * self.patch
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """The decoder."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, ...]  # rotary pairs that turn with time, height, width; sums to head_dim / 2
+    tied: bool  # the head is the embedding table
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """How the checkpoint asks to be sampled; temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyManifest:
+    """Everything the runtime must know that the graphs do not say."""
+
+    name: str
+    architecture: str  # as the checkpoint's config.json names it
+    engine: str  # "ort"
+    precision: str  # "fp32"
+    lowering: str  # which decoder form was written, and why
+    vision: VisionSpec
+    text: TextSpec
+    chat: ChatFormat
+    image_token: int  # id whose place an image's embeddings take
+    eos: tuple[int, ...]
+    box_frame: str  # as the dialect names it: what the numbers of a box mean
+    max_context: int  # tokens of one conversation
+    generation: GenerationDefaults
+    source_sha256: str  # of the checkpoint
+    parity: dict[str, Any] = field(default_factory=dict)
+    files: tuple[FileEntry, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `manifest.json` holds."""
+        return {"schema": SCHEMA, "kind": "policy", **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> PolicyManifest:
+        """Inverse of `to_json`; ArtifactError names what is missing."""
+        if value.get("schema") != SCHEMA or value.get("kind") != "policy":
+            raise ArtifactError(
+                f"policy: manifest has schema {value.get('schema')!r} and kind {value.get('kind')!r}, "
+                f"expected {SCHEMA} and 'policy'; export the checkpoint again with this version"
+            )
+        fields = {key: item for key, item in value.items() if key not in ("schema", "kind")}
+        try:
+            vision, text = _tuples(fields.pop("vision")), _tuples(fields.pop("text"))
+            return cls(
+                vision=VisionSpec(**vision),
+                text=TextSpec(**text),
+                chat=ChatFormat(**_tuples(fields.pop("chat"))),
+                eos=tuple(fields.pop("eos")),
+                generation=GenerationDefaults(**fields.pop("generation")),
+                files=tuple(FileEntry(**entry) for entry in fields.pop("files")),
+                **fields,
+            )
+        except (KeyError, TypeError) as exc:
+            raise ArtifactError(f"policy: manifest does not fit this version ({exc}); export it again") from exc
+
+
+def _tuples(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+
+
+def read_manifest(folder: Path, *, full: bool = False) -> PolicyManifest:
+    """Read a policy folder's manifest and check its files against it.
+
+    Raises ArtifactError when a file is missing or altered; `full` hashes even large files.
+    """
+    manifest = PolicyManifest.from_json(read_json(folder / MANIFEST, what="policy"))
+    verify_files(folder, manifest.files, what="policy", full=full)
+    return manifest

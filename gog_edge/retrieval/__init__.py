@@ -1,0 +1,1 @@
+"""The local snapshot: encoder, index, store, and what joins them."""

@@ -1,0 +1,99 @@
+"""A bundle that is open and ready to be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from gog_edge.agent.events import Event, Workflow
+from gog_edge.agent.loop import Searcher, run_episode
+from gog_edge.agent.trace import TraceWriter
+from gog_edge.bundle import Sample, open_bundle
+from gog_edge.config import Budget, Limits
+from gog_edge.errors import NotFound
+from gog_edge.picture import Picture, decode_picture
+from gog_edge.policy.base import Policy
+from gog_edge.retrieval.store import StoredPicture
+from gog_edge.types import Query, SearchResult
+
+
+class Album(Protocol):
+    """What is needed of a pack beside searching it."""
+
+    def picture(self, image: int) -> StoredPicture | None:
+        """The file of an image, or None where there is no such image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Everything that answers a question: who decides, where it looks things up, and what it may cost."""
+
+    name: str
+    policy: Policy
+    retriever: Searcher
+    packs: Mapping[str, Album]  # by name
+    limits: Limits = field(default_factory=Limits)
+    samples: tuple[Sample, ...] = ()
+
+    def ask(
+        self,
+        picture: bytes,
+        question: str,
+        *,
+        workflow: Workflow = Workflow.GOG,
+        budget: Budget | None = None,
+        trace: TraceWriter | None = None,
+    ) -> Generator[Event, None, None]:
+        """Answer one question; the last event is Answered. Raises InputError before the first event."""
+        text = self.limits.check_question(question)
+        yield from run_episode(
+            self.decode(picture),
+            text,
+            policy=self.policy,
+            retriever=self.retriever,
+            budget=budget or self.limits.budget,
+            workflow=workflow,
+            trace=trace,
+        )
+
+    def decode(self, picture: bytes) -> Picture:
+        """The picture in a file's bytes, within this box's limits. Raises PictureError."""
+        return decode_picture(picture, self.limits.picture)
+
+    def search(self, queries: Sequence[Query]) -> tuple[SearchResult, ...]:
+        """Search the packs without a policy; one result for each query."""
+        return self.retriever.search(queries)
+
+    def picture(self, pack: str, image: int) -> StoredPicture:
+        """An image of a pack, as a citation names it. Raises NotFound."""
+        album = self.packs.get(pack)
+        stored = album.picture(image) if album else None
+        if stored is None:
+            raise NotFound(f"there is no image {image} in a pack '{pack}'; packs here: {', '.join(self.packs)}")
+        return stored
+
+    def warm_up(self) -> None:
+        """Let every part work once, so that the first visitor does not wait for it."""
+        picture = Picture(np.full((224, 224, 3), 255, np.uint8))
+        budget = Budget(turns=1, tokens=4)
+        for _ in run_episode(picture, "?", policy=self.policy, retriever=self.retriever, budget=budget,
+                             workflow=Workflow.FULL_IMAGE):
+            pass
+
+
+def open_runtime(folder: Path, *, threads: int) -> Runtime:
+    """Open every part of a bundle. Raises ArtifactError or BackendError naming the part and what to do."""
+    from gog_edge.policy.local import LocalPolicy  # engines load here: a runtime around other parts needs none
+    from gog_edge.retrieval.encoder import Encoder
+    from gog_edge.retrieval.pack import Pack
+    from gog_edge.retrieval.retriever import Retriever
+
+    bundle = open_bundle(folder)
+    encoder = Encoder.open(bundle.encoder, threads=threads)
+    retriever = Retriever(encoder, [Pack.open(pack, encoder) for pack in bundle.packs])
+    policy = LocalPolicy.open(bundle.policy, threads=threads)
+    return Runtime(bundle.name, policy, retriever, retriever.packs, bundle.limits, bundle.samples)

@@ -1,0 +1,38 @@
+"""Serve a bundle on this machine.
+
+    python -m gog_edge.serve --port 8080
+    python -m gog_edge.serve --bundle /media/museum --host 0.0.0.0
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gog_edge.bundle import DEFAULT_BUNDLE
+from gog_edge.config import ServeConfig
+from gog_edge.errors import GogEdgeError
+from gog_edge.serve.server import serve
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until stopped; 2 when it cannot begin."""
+    default = ServeConfig()
+    parser = argparse.ArgumentParser(prog="python -m gog_edge.serve", description="Serve a bundle on this machine.")
+    parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, help="folder of a bundle (default: the atlas)")
+    parser.add_argument("--host", default=default.host, help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=default.port, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=default.threads, help="cores to use (default: all)")
+    options = parser.parse_args(argv)
+    try:
+        serve(options.bundle, ServeConfig(host=options.host, port=options.port, threads=options.threads))
+    except GogEdgeError as exc:
+        sys.stderr.write(f"gog_edge: {exc}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""The HTTP application: routes, errors and the life of a request. Everything slow happens in `work`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
+
+from gog_edge import __version__
+from gog_edge.agent.events import Answered, Event
+from gog_edge.bundle import Sample
+from gog_edge.errors import BudgetExceeded, Busy, GogEdgeError, InputError, NotFound, RequestError, TooLarge
+from gog_edge.runtime import Runtime
+from gog_edge.serve.guard import LOOPBACK, Guard, page_policy
+from gog_edge.serve.metrics import Metrics
+from gog_edge.serve.wire import PictureGiven, SearchItem, error_body, parse_ask, parse_search, read_body, sse
+from gog_edge.serve.work import Run, Workers
+from gog_edge.types import ImageQuery, Query, SearchResult, TextQuery
+
+T = TypeVar("T")
+
+PAGE = Path(__file__).parent / "kiosk" / "index.html"
+STATUS: dict[type[Exception], int] = {  # the nearest class in an error's ancestry decides
+    TooLarge: 413,
+    NotFound: 404,
+    RequestError: 422,
+    InputError: 400,
+    Busy: 503,
+    BudgetExceeded: 504,
+    GogEdgeError: 500,
+}
+RETRY_AFTER = "2"  # seconds; about one question
+CACHED = "private, max-age=3600"
+EVENT_STREAM = "text/event-stream"
+MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
+
+
+def create_app(runtime: Runtime, *, hosts: frozenset[str] | None = LOOPBACK, waiting: int = 4) -> FastAPI:
+    """Build the application around an open bundle.
+
+    `hosts` are the names it answers to (None: any); `waiting` questions may stand in line behind the
+    `runtime.limits.concurrent` that are worked on, further ones are refused with 503.
+    """
+    service = Service(runtime, Workers(runtime.limits.concurrent, waiting))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.workers.close()
+
+    return FastAPI(
+        title="gog_edge",
+        version=__version__,
+        docs_url=None,  # FastAPI's own pages load scripts from the network
+        redoc_url=None,
+        openapi_url=None,
+        lifespan=lifespan,
+        routes=service.routes(),
+        middleware=[Middleware(Guard, hosts=hosts)],
+        exception_handlers={GogEdgeError: refuse, HTTPException: refuse_route, Exception: fail},
+    )
+
+
+class Service:
+    """The endpoints over one runtime."""
+
+    def __init__(self, runtime: Runtime, workers: Workers) -> None:
+        self.runtime, self.workers, self.metrics = runtime, workers, Metrics()
+        self.samples = {sample.picture.name: sample for sample in runtime.samples}
+
+    def routes(self) -> list[BaseRoute]:
+        """Every route; /v1/chat/completions is not offered yet."""
+        return [
+            Route("/", self.page),
+            Route("/v1/ask", self.ask, methods=["POST"]),
+            Route("/v1/search", self.search, methods=["POST"]),
+            Route("/v1/images/{pack}/{image:int}", self.image),
+            Route("/v1/samples", self.list_samples),
+            Route("/v1/samples/{name}", self.sample),
+            Route("/v1/models", self.models),
+            Route("/healthz", self.healthz),
+            Route("/readyz", self.readyz),
+            Route("/metrics", self.show_metrics),
+        ]
+
+    # --- asking and searching -------------------------------------------------------------------
+
+    async def ask(self, request: Request) -> Response:
+        """POST /v1/ask: the answer as JSON, or every event as it comes."""
+        events = self._episode(request)
+        first = await anext(events, None)  # what is wrong with the input is known before the first event
+        if EVENT_STREAM in request.headers.get("accept", ""):
+            return StreamingResponse(_as_sse(first, events), media_type=EVENT_STREAM,
+                                     headers={"Cache-Control": "no-store"})
+        last = first
+        async for event in events:
+            last = event
+        if not isinstance(last, Answered):
+            return Response(status_code=499)  # nobody is there to read it
+        return JSONResponse(last.record.to_json())
+
+    async def search(self, request: Request) -> Response:
+        """POST /v1/search: the packs without the policy, any number of queries in one batch."""
+        items = await self._read(request, parse_search)
+        run = self.workers.admit(partial(self._search, items))
+        async for results in run:
+            return JSONResponse({"results": [asdict(result) for result in results]})
+        return Response(status_code=499)
+
+    async def _episode(self, request: Request) -> AsyncGenerator[Event, None]:
+        """From the body to the answer; whatever happens, the outcome is counted once."""
+        began, outcome = time.monotonic(), "failed"
+        try:
+            body = await self._read(request, partial(parse_ask, limits=self.runtime.limits.budget))
+            run = self.workers.admit(lambda: self.runtime.ask(
+                self._bytes(body.picture), body.question, workflow=body.workflow, budget=body.budget))
+            async with _stopped_when_gone(request, run):
+                async for event in run:
+                    yield event
+            outcome = "stopped" if run.stopped else "answered"
+        except (InputError, Busy) as exc:
+            outcome = "busy" if isinstance(exc, Busy) else "refused"
+            raise
+        except (GeneratorExit, asyncio.CancelledError):
+            outcome = "stopped"
+            raise
+        finally:
+            self.metrics.count(outcome, time.monotonic() - began)
+
+    def _search(self, items: list[SearchItem]) -> Generator[tuple[SearchResult, ...], None, None]:
+        yield self.runtime.search([query for item in items for query in self._queries(item)])
+
+    def _queries(self, item: SearchItem) -> Iterator[Query]:
+        check = self.runtime.limits.check_question
+        question = check(item.question) if item.question else ""
+        if item.text is not None:
+            yield TextQuery(check(item.text), question)
+        if item.picture is not None:
+            picture = self.runtime.decode(self._bytes(item.picture))
+            yield ImageQuery(picture.crop(item.box) if item.box else picture.pixels, question)
+
+    async def _read(self, request: Request, parse: Callable[[str, bytes], T]) -> T:
+        body = await read_body(request, self.runtime.limits.picture_bytes)
+        return await run_in_threadpool(parse, request.headers.get("content-type", ""), body)
+
+    def _bytes(self, given: PictureGiven) -> bytes:
+        return self._sample(given.sample).picture.read_bytes() if given.sample is not None else given.data or b""
+
+    # --- looking at what is here ----------------------------------------------------------------
+
+    async def page(self, request: Request) -> Response:
+        """GET /: the kiosk page, which needs nothing from anywhere else."""
+        page = await run_in_threadpool(PAGE.read_text, encoding="utf-8")
+        headers = {"Content-Security-Policy": page_policy(page), "Cache-Control": "no-cache"}
+        return _cacheable(request, page.encode(), "text/html; charset=utf-8", headers)
+
+    async def image(self, request: Request) -> Response:
+        """GET /v1/images/{pack}/{id}: one image of the snapshot."""
+        pack, image = request.path_params["pack"], request.path_params["image"]
+        stored = await run_in_threadpool(self.runtime.picture, pack, image)
+        return _cacheable(request, stored.data, stored.media_type, {"Cache-Control": CACHED})
+
+    async def list_samples(self, request: Request) -> Response:
+        """GET /v1/samples: pictures to try, with questions that suit them."""
+        return JSONResponse({"samples": [_sample_json(name, sample) for name, sample in self.samples.items()]})
+
+    async def sample(self, request: Request) -> Response:
+        """GET /v1/samples/{name}: the picture of a sample."""
+        data = await run_in_threadpool(self._sample(request.path_params["name"]).picture.read_bytes)
+        return _cacheable(request, data, _media_type(data), {"Cache-Control": CACHED})
+
+    def _sample(self, name: str) -> Sample:
+        if name not in self.samples:
+            raise NotFound(f"there is no sample '{name}'; GET /v1/samples lists them")
+        return self.samples[name]
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models: the policy, in OpenAI's shape, and what this box accepts."""
+        model = {"id": self.runtime.policy.name, "object": "model", "created": 0, "owned_by": self.runtime.name}
+        return JSONResponse({"object": "list", "data": [model], "limits": asdict(self.runtime.limits)})
+
+    # --- watching over it -----------------------------------------------------------------------
+
+    async def healthz(self, request: Request) -> Response:
+        """GET /healthz: the process answers."""
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
+        """GET /readyz: a question asked now would be taken."""
+        if self.workers.admitted >= self.workers.capacity:
+            return JSONResponse({"status": "busy"}, status_code=503, headers={"Retry-After": RETRY_AFTER})
+        return JSONResponse({"status": "ready"})
+
+    async def show_metrics(self, request: Request) -> Response:
+        """GET /metrics: figures for Prometheus."""
+        text = self.metrics.render(running=self.workers.admitted)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+async def refuse(request: Request, exc: Exception) -> Response:
+    """Any error of ours, with the status that its class has in `STATUS`."""
+    status = _nearest(STATUS, exc)
+    headers = {"Retry-After": RETRY_AFTER} if status == 503 else None
+    return JSONResponse(error_body(exc), status_code=status, headers=headers)
+
+
+async def refuse_route(request: Request, exc: Exception) -> Response:
+    """A path or method that is not served."""
+    status = exc.status_code if isinstance(exc, HTTPException) else 500
+    headers = exc.headers if isinstance(exc, HTTPException) else None
+    message = f"{request.method} {request.url.path}: {HTTPStatus(status).phrase.lower()}"
+    return JSONResponse({"error": {"type": "NoRoute", "message": message}}, status_code=status, headers=headers)
+
+
+async def fail(request: Request, exc: Exception) -> Response:
+    """A fault of ours: the log has it, the caller only learns that it happened."""
+    message = "something went wrong inside; the server's log says what"
+    return JSONResponse({"error": {"type": "InternalError", "message": message}}, status_code=500)
+
+
+def _nearest(table: Mapping[type[Exception], T], exc: Exception) -> T:
+    return next(table[kind] for kind in type(exc).__mro__ if kind in table)
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _stopped_when_gone(request: Request, run: Run[Any]) -> AsyncIterator[None]:
+    """Stops `run` when the client disconnects, and in any case at the end of the block."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        run.stop()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        if not run.done:
+            run.stop()
+
+
+async def _as_sse(first: Event | None, events: AsyncGenerator[Event, None]) -> AsyncIterator[bytes]:
+    async with aclosing(events):
+        if first is not None:
+            yield sse(first.kind, first.to_json())
+        try:
+            async for event in events:
+                yield sse(event.kind, event.to_json())
+        except GogEdgeError as exc:
+            yield sse("error", error_body(exc))
+
+
+def _sample_json(name: str, sample: Sample) -> dict[str, Any]:
+    picture = f"/v1/samples/{quote(name)}"
+    return {"name": name, "title": sample.title, "picture": picture, "questions": sample.questions}
+
+
+def _cacheable(request: Request, data: bytes, media_type: str, headers: Mapping[str, str]) -> Response:
+    etag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+    headers = {**headers, "ETag": etag}
+    if etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(data, media_type=media_type, headers=headers)
+
+
+def _media_type(data: bytes) -> str:
+    return next((kind for magic, kind in MEDIA_TYPES.items() if data.startswith(magic)), "application/octet-stream")

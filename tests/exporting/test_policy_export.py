@@ -1,0 +1,152 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from export import check_parity
+from export import export_policy as export_command
+from gog_edge.errors import ArtifactError, BackendError, CheckpointError
+from gog_edge.exporting.chat_format import extract_chat_format
+from gog_edge.exporting.checkpoint import Checkpoint
+from gog_edge.exporting.parity import ParityEpisode, measure_parity
+from gog_edge.exporting.policy_export import export_policy
+from gog_edge.policy import session
+from gog_edge.policy.manifest import read_manifest
+from gog_edge.policy.model import PolicyModel
+
+
+def altered(checkpoint, folder, name="config.json", **changes):
+    """A copy of a checkpoint with keys of one JSON file changed."""
+    shutil.copytree(checkpoint, folder)
+    path = folder / name
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | changes))
+    return folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_export_says_what_transformers_says(policies, tied):
+    manifest = read_manifest(policies[tied], full=True)
+    parity = manifest.parity
+    assert parity["passed"] and parity["greedy_differ"] == 0
+    assert parity["logits_max_abs"] < 1e-4 and parity["vision_max_abs"] < 1e-4
+    assert parity["greedy_tokens"] > 50 and parity["pictures"] >= 6
+    assert manifest.text.tied is tied
+    assert manifest.vision.full_attention == (1,) and manifest.vision.depth == 3
+
+
+def test_given_episodes_are_held(policies, checkpoints):
+    pixels = np.random.default_rng(3).integers(0, 256, (150, 260, 3), np.uint8)
+    episode = ParityEpisode("You look.", ((pixels, "Which flag is it?"), ("Found: ", pixels[20:90, 30:99], "Peru.")), 5)
+    report = measure_parity(policies[True], checkpoints[True], [episode], threads=1)
+    assert report.passed and report.episodes == 1 and report.pictures == 2
+
+
+def test_wrong_positions_are_noticed(policies, checkpoints, monkeypatch):
+    def transposed(start, rows, columns):
+        return session.text_positions(start, rows * columns) * 0 + start
+
+    monkeypatch.setattr(session, "image_positions", transposed)
+    report = measure_parity(policies[True], checkpoints[True], threads=1)
+    assert not report.passed and report.logits_max_abs > 1e-2
+
+
+def test_an_export_that_misses_the_limit_writes_nothing(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "image_positions",
+                        lambda start, rows, columns: session.text_positions(start, rows * columns))
+    with pytest.raises(CheckpointError, match="differ from transformers"):
+        export_policy(checkpoints[True], tmp_path / "out", context=512)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_are_read_like_one_file(checkpoints, tmp_path):
+    shutil.copytree(checkpoints[False], tmp_path / "sharded")
+    whole = tmp_path / "sharded" / "model.safetensors"
+    tensors = load_file(whole)
+    names = sorted(tensors)
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, tmp_path / "sharded" / f"model-{number}.safetensors")
+    whole.unlink()
+    first, second = Checkpoint.open(checkpoints[False]), Checkpoint.open(tmp_path / "sharded")
+    for weights in (Checkpoint.decoder_weights, Checkpoint.vision_weights):
+        name = "norm.weight" if weights is Checkpoint.decoder_weights else "merger.ln_q.weight"
+        assert np.array_equal(weights(first)(name), weights(second)(name))
+    assert first.sha256 != second.sha256
+
+
+def test_another_architecture_is_refused_by_name(checkpoints, tmp_path):
+    other = altered(checkpoints[True], tmp_path / "other", architectures=["LlavaForConditionalGeneration"])
+    with pytest.raises(CheckpointError, match="LlavaForConditionalGeneration"):
+        export_policy(other, tmp_path / "out")
+
+
+def test_a_missing_tensor_is_named(checkpoints, tmp_path):
+    shutil.copytree(checkpoints[True], tmp_path / "less")
+    path = tmp_path / "less" / "model.safetensors"
+    tensors = load_file(path)
+    gone = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    save_file({name: array for name, array in tensors.items() if name != gone}, path)
+    with pytest.raises(CheckpointError, match=gone.replace(".", r"\.")):
+        export_policy(tmp_path / "less", tmp_path / "out")
+
+
+def test_an_engine_or_precision_not_to_be_had_is_refused(checkpoints, tmp_path):
+    with pytest.raises(BackendError, match="--engine ort with --precision fp32"):
+        export_policy(checkpoints[True], tmp_path / "out", engine="tensorrt")
+    with pytest.raises(BackendError, match="int4"):
+        export_policy(checkpoints[True], tmp_path / "out", precision="int4")
+
+
+def test_a_folder_that_is_no_policy_is_not_replaced(checkpoints, tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("dear")
+    with pytest.raises(CheckpointError, match="no policy folder"):
+        export_policy(checkpoints[True], tmp_path / "letters")
+    assert (tmp_path / "letters" / "dear.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["decoder.onnx", "tokenizer.json", "embed_tokens.npy", "dialect.toml"])
+def test_an_altered_file_is_refused(policies, tmp_path, name):
+    shutil.copytree(policies[True], tmp_path / "policy")
+    path = tmp_path / "policy" / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=f"{name}' is altered"):
+        PolicyModel.open(tmp_path / "policy")
+
+
+def test_a_manifest_of_another_kind_is_refused(policies, tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"schema": 1, "kind": "encoder"}))
+    with pytest.raises(ArtifactError, match="'encoder'"):
+        PolicyModel.open(tmp_path)
+    value = json.loads((policies[True] / "manifest.json").read_text())
+    del value["text"]
+    (tmp_path / "manifest.json").write_text(json.dumps(value))
+    with pytest.raises(ArtifactError, match="export it again"):
+        PolicyModel.open(tmp_path)
+
+
+def test_a_template_that_rewrites_what_was_said_is_refused(checkpoints):
+    template = (checkpoints[True] / "chat_template.jinja").read_text()
+    stripping = template.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
+    with pytest.raises(CheckpointError, match="a live session cannot"):
+        extract_chat_format(stripping, image_token="<|image_pad|>", eos="<|im_end|>")
+    with pytest.raises(CheckpointError, match="cannot be rendered"):
+        extract_chat_format("{% nonsense %}", image_token="<|image_pad|>", eos="<|im_end|>")
+    with pytest.raises(CheckpointError, match="without '<img>'"):
+        extract_chat_format(template, image_token="<img>", eos="<|im_end|>")
+
+
+def test_the_commands_end_with_a_line_of_json(checkpoints, tmp_path, capsys):
+    out = tmp_path / "policy"
+    assert export_command.main([str(checkpoints[True]), str(out), "--context", "512"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["parity"]["passed"] is True
+    assert check_parity.main([str(out), "--checkpoint", str(checkpoints[True]), "--episodes", "1"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["greedy_differ"] == 0
+    assert check_parity.main([str(out), "--checkpoint", str(checkpoints[False])]) == 1
+    assert "was not exported from" in capsys.readouterr().err
+    assert export_command.main([str(checkpoints[True]), str(out), "--engine", "tensorrt-rtx"]) == 1
+    assert "available" in capsys.readouterr().err

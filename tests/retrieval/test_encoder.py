@@ -1,0 +1,110 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from little_world import BLUE, GREEN, RED, bars, flag
+from PIL import Image
+
+from gog_edge.errors import ArtifactError, BackendError
+from gog_edge.retrieval.encoder import Encoder, ImageSpec, preprocess
+from gog_edge.types import Size
+
+
+def spec(resize, fill=0):
+    return ImageSpec(Size(8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), Image.Resampling.BICUBIC, resize, fill)
+
+
+def test_vectors_have_unit_length_and_one_batch_equals_single_runs(tiny_encoder):
+    pictures = [flag("France"), flag("Spain"), bars(RED, width=7, height=90)]
+    together = tiny_encoder.embed_images(pictures)
+    assert together.shape == (3, tiny_encoder.dim) and together.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
+    alone = np.concatenate([tiny_encoder.embed_images([picture]) for picture in pictures])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_texts_are_padded_and_cut_at_the_context_length(tiny_encoder):
+    short, long = tiny_encoder.embed_texts(["red", "red " + "red " * 50])
+    assert short @ long > 0.999
+
+
+def test_words_lie_near_pictures_of_their_colour(tiny_encoder):
+    words = tiny_encoder.embed_texts(["red", "blue"])
+    pictures = tiny_encoder.embed_images([bars((255, 0, 0)), bars((0, 0, 255))])
+    assert (words @ pictures.T).argmax(axis=1).tolist() == [0, 1]
+
+
+def test_nothing_given_gives_nothing(tiny_encoder):
+    assert tiny_encoder.embed_images([]).shape == (0, tiny_encoder.dim)
+    assert tiny_encoder.embed_texts([]).shape == (0, tiny_encoder.dim)
+
+
+def test_squash_uses_all_of_the_picture_shortest_its_middle_longest_pads():
+    wide = bars(RED, GREEN, BLUE, width=90, height=10)
+    squashed = preprocess(wide, spec("squash"))
+    assert squashed.shape == (3, 8, 8) and squashed.dtype == np.float32
+    assert squashed[0, 4, 0] > 0.3 and squashed[2, 4, 7] > 0.1
+    middle = preprocess(wide, spec("shortest"))
+    assert (middle[1] > -0.1).all() and (middle[0] < -0.9).all()
+    padded = preprocess(wide, spec("longest", fill=255))
+    assert (padded[:, 0] == 1).all() and (padded[:, 7] == 1).all() and padded[2, 4, 0] < 0
+
+
+def test_normalisation_is_value_minus_mean_over_std():
+    grey = np.full((4, 4, 3), 51, dtype=np.uint8)
+    one = ImageSpec(Size(4, 4), (0.1, 0.2, 0.3), (0.5, 0.25, 2.0), Image.Resampling.BILINEAR, "squash")
+    np.testing.assert_allclose(preprocess(grey, one)[:, 0, 0], [0.2, 0.0, -0.05], atol=1e-6)
+
+
+def test_a_view_of_a_picture_may_be_embedded(tiny_encoder):
+    picture = flag("France")
+    crop = picture[5:30, ::2]
+    np.testing.assert_allclose(tiny_encoder.embed_images([crop]), tiny_encoder.embed_images([crop.copy()]))
+
+
+@pytest.fixture
+def broken(tiny_encoder_folder, tmp_path):
+    return shutil.copytree(tiny_encoder_folder, tmp_path / "encoder")
+
+
+def rewrite(folder, **changes):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def test_a_missing_file_is_named(broken):
+    (broken / "text.onnx").unlink()
+    with pytest.raises(ArtifactError, match="text.onnx"):
+        Encoder.open(broken)
+
+
+def test_an_altered_file_is_named(broken):
+    data = bytearray((broken / "image.onnx").read_bytes())
+    data[-1] ^= 1
+    (broken / "image.onnx").write_bytes(data)
+    with pytest.raises(ArtifactError, match="image.onnx.*altered"):
+        Encoder.open(broken)
+
+
+@pytest.mark.parametrize("changes", [{"kind": "policy"}, {"schema": 2}, {"image": {}}, {"text": None}, {"files": 3}])
+def test_another_manifest_is_refused(broken, changes):
+    rewrite(broken, **changes)
+    with pytest.raises(ArtifactError, match="export it again"):
+        Encoder.open(broken)
+
+
+def test_a_folder_without_manifest_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="right folder"):
+        Encoder.open(tmp_path)
+
+
+def test_a_wrong_dimension_shows_when_used(broken):
+    rewrite(broken, dim=99)
+    with pytest.raises(ArtifactError, match="99"):
+        Encoder.open(broken).embed_images([flag("France")])
+
+
+def test_a_provider_that_is_not_there_is_an_error(tiny_encoder_folder):
+    with pytest.raises(BackendError, match="NoSuchProvider"):
+        Encoder.open(tiny_encoder_folder, providers=["NoSuchProvider"])

@@ -1,0 +1,171 @@
+import json
+import shutil
+import sqlite3
+
+import numpy as np
+import pytest
+from little_world import FLAGS, flag, write_little_pack
+from tiny_encoder import write_tiny_encoder
+
+from gog_edge.errors import PackError
+from gog_edge.files import describe_files
+from gog_edge.retrieval.encoder import Encoder
+from gog_edge.retrieval.pack import MANIFEST, Manifest, Pack, read_manifest, verify_pack
+from gog_edge.retrieval.retriever import Retriever
+from gog_edge.types import ImageQuery
+
+
+@pytest.fixture
+def copied(little_pack_folder, tmp_path):
+    return shutil.copytree(little_pack_folder, tmp_path / "pack")
+
+
+def rewrite(folder, **changes):
+    """Change the manifest and bring its hashes up to date."""
+    raw = json.loads((folder / MANIFEST).read_text()) | changes
+    raw["files"] = [entry.to_json() for entry in describe_files(folder, [entry["path"] for entry in raw["files"]])]
+    (folder / MANIFEST).write_text(json.dumps(raw))
+
+
+def refused(folder, encoder, words):
+    with pytest.raises(PackError, match=words):
+        Pack.open(folder, encoder)
+
+
+def test_an_open_pack_gives_back_files_as_they_were_stored(little_pack):
+    stored = little_pack.picture(1)
+    assert stored.media_type == "image/png" and stored.data.startswith(b"\x89PNG")
+    assert little_pack.picture(999) is None and little_pack.picture(-1) is None and little_pack.picture(2**70) is None
+    assert little_pack.name == "little" and little_pack.manifest.counts.images == len(FLAGS)
+
+
+def test_the_manifest_survives_json(little_pack_folder):
+    manifest = read_manifest(little_pack_folder)
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+    assert verify_pack(little_pack_folder) == manifest
+
+
+@pytest.mark.parametrize("name", ["store.sqlite", "index/gen-000001.faiss", "vectors/part-000000.npy"])
+def test_missing_and_altered_files_are_named(copied, tiny_encoder, name):
+    data = bytearray((copied / name).read_bytes())
+    data[len(data) // 2] ^= 255
+    (copied / name).write_bytes(data)
+    refused(copied, tiny_encoder, f"{name}.*altered")
+    (copied / name).write_bytes(data[:-10])
+    refused(copied, tiny_encoder, f"{name}.*bytes")
+    (copied / name).unlink()
+    refused(copied, tiny_encoder, f"{name}.*missing")
+
+
+def test_no_manifest_is_no_pack(copied, tiny_encoder):
+    (copied / MANIFEST).unlink()
+    refused(copied, tiny_encoder, "right folder")
+    (copied / MANIFEST).write_text("{")
+    refused(copied, tiny_encoder, "not JSON")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"schema": 9}, {"kind": "encoder"}, {"snapshot": None}, {"counts": {}}, {"golden": "x"}, {"shards": [1]},
+     {"calibration": {"image": {"features": []}}}],
+)  # fmt: skip
+def test_other_manifests_are_refused(copied, tiny_encoder, changes):
+    rewrite(copied, **changes)
+    refused(copied, tiny_encoder, "again")
+
+
+def test_another_encoder_is_refused_and_both_are_named(copied, tmp_path):
+    other = Encoder.open(write_tiny_encoder(tmp_path / "other", seed=1, name="other"), threads=1)
+    refused(copied, other, "'tiny'.*'other'")
+
+
+def test_the_same_weights_with_other_preprocessing_are_refused(copied, tiny_encoder_folder, tmp_path):
+    folder = shutil.copytree(tiny_encoder_folder, tmp_path / "other")
+    raw = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(raw | {"preprocessing_sha256": "0" * 64}))
+    refused(copied, Encoder.open(folder), "preprocessing_sha256")
+
+
+def test_an_encoder_that_computes_other_vectors_fails_the_golden_query(copied, tmp_path, tiny_encoder):
+    """Its manifest claims to be the same: only running it shows that it is not."""
+    folder = write_tiny_encoder(tmp_path / "liar", seed=1)
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["weights_sha256"] = tiny_encoder.fingerprint.weights_sha256
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    refused(copied, Encoder.open(folder), "golden image")
+
+
+def test_another_store_schema_is_refused(copied, tiny_encoder):
+    with sqlite3.connect(copied / "store.sqlite") as db:
+        db.execute("PRAGMA user_version = 77")
+    db.close()
+    rewrite(copied)
+    refused(copied, tiny_encoder, "schema 77")
+
+
+def test_a_store_that_is_no_database_is_refused(copied, tiny_encoder):
+    (copied / "store.sqlite").write_bytes(b"not a database" * 100)
+    rewrite(copied)
+    refused(copied, tiny_encoder, "no SQLite store")
+
+
+def test_counts_that_disagree_are_refused(copied, tiny_encoder):
+    rewrite(copied, counts={"articles": 1, "paragraphs": 2, "images": 3})
+    refused(copied, tiny_encoder, "its store has")
+
+
+def test_rows_without_vectors_are_refused(copied, tiny_encoder):
+    ids = copied / "vectors/part-000000.ids.npy"
+    np.save(ids, np.load(ids) + 1)
+    rewrite(copied)
+    refused(copied, tiny_encoder, "disagree")
+
+
+def test_a_file_without_hash_is_refused(copied, tiny_encoder):
+    raw = json.loads((copied / MANIFEST).read_text())
+    raw["files"] = raw["files"][1:]
+    (copied / MANIFEST).write_text(json.dumps(raw))
+    refused(copied, tiny_encoder, "without its hash")
+
+
+def test_a_path_outside_the_pack_is_refused(copied, tiny_encoder):
+    raw = json.loads((copied / MANIFEST).read_text())
+    raw["files"].append({"path": "../outside", "size": 1, "sha256": "0"})
+    (copied / MANIFEST).write_text(json.dumps(raw))
+    refused(copied, tiny_encoder, "outside")
+
+
+def test_tombstones_take_images_out_of_every_answer(copied, tiny_encoder):
+    gone = list(FLAGS).index("Spain") + 1
+    golden = read_manifest(copied).golden
+    other = next(n for n in range(1, len(FLAGS) + 1) if n != gone)
+    rewrite(copied, tombstones=[gone], golden=golden if golden != gone else other)
+    pack = Pack.open(copied, tiny_encoder)
+    assert pack.picture(gone) is None
+    (result,) = Retriever(tiny_encoder, [pack]).search([ImageQuery(flag("Spain"))])
+    assert "Spain" not in [title for evidence in result.evidence for title in evidence.titles]
+    pack.close()
+    rewrite(copied, tombstones=[12345])
+    refused(copied, tiny_encoder, "tombstone 12345")
+
+
+def test_a_shard_that_came_after_the_index_is_searched(copied, tiny_encoder, tmp_path):
+    """The same images: half of them in the index, half in a later shard."""
+    from gog_edge.indexing.index_writer import build_index
+
+    write_little_pack(tmp_path / "two", tiny_encoder, shard_rows=1)
+    folder = tmp_path / "two"
+    raw = json.loads((folder / MANIFEST).read_text())
+    ids, vectors = (np.load(folder / raw["shards"][0][key]) for key in ("ids", "vectors"))
+    np.save(folder / "vectors/part-000000.npy", vectors[:5])
+    np.save(folder / "vectors/part-000000.ids.npy", ids[:5])
+    np.save(folder / "vectors/part-000001.npy", vectors[5:])
+    np.save(folder / "vectors/part-000001.ids.npy", ids[5:])
+    build_index(folder, raw["index"]["path"], ids[:5], vectors[:5])
+    late = {"vectors": "vectors/part-000001.npy", "ids": "vectors/part-000001.ids.npy", "rows": 5, "indexed": False}
+    raw["files"] += [{"path": late["vectors"]}, {"path": late["ids"]}]
+    rewrite(folder, shards=[raw["shards"][0] | {"rows": 5}, late], files=raw["files"])
+    pack = Pack.open(folder, tiny_encoder)
+    results = Retriever(tiny_encoder, [pack]).search([ImageQuery(flag("France")), ImageQuery(flag("Germany"))])
+    assert [result.evidence[0].titles[0] for result in results] == ["France", "Germany"]
+    pack.close()

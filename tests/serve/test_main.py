@@ -1,0 +1,70 @@
+"""`python -m gog_edge.serve`: what it says, and how it refuses."""
+
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+
+import httpx
+import pytest
+
+from gog_edge.errors import BackendError
+from gog_edge.serve.__main__ import main
+from gog_edge.serve.server import bind, url_of
+
+PLAYED = """
+    import sys
+    from pathlib import Path
+    import gog_edge.serve.server as server
+    from gog_edge.serve.__main__ import main
+    from played import played_runtime
+    server.open_runtime = lambda folder, threads: played_runtime(Path(sys.argv[1]))
+    sys.exit(main(["--port", "0", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_one_line_then_serves_then_stops(tmp_path, sign):
+    command = [sys.executable, "-c", textwrap.dedent(PLAYED), str(tmp_path)]
+    environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        line = process.stdout.readline()
+        url = next(word for word in line.split() if word.startswith("http://127.0.0.1:"))
+        assert not url.endswith(":0")
+        assert httpx.get(url + "/readyz").status_code == 200
+        answer = httpx.post(url + "/v1/ask", json={"sample": "three flags.png", "question": "Which?"})
+        assert answer.json()["answer"]
+        process.send_signal(sign)
+        assert process.wait(10) in (0, -sign)
+        assert process.stdout.read() == "" and process.stderr.read() == ""
+
+
+def test_port_in_use(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["--port", str(port), "--bundle", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"port {port} on 127.0.0.1" in err and "--port" in err and err.count("\n") == 1
+
+
+def test_no_bundle(tmp_path, capsys):
+    assert main(["--port", "0", "--bundle", str(tmp_path)]) == 2
+    assert "bundle.toml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", [-1, 70_000])
+def test_no_such_port(port):
+    with pytest.raises(BackendError, match=str(port)):
+        bind("127.0.0.1", port)
+
+
+def test_address_that_is_not_of_this_machine():
+    with pytest.raises(BackendError, match=r"192\.0\.2\.1"):
+        bind("192.0.2.1", 0)
+
+
+def test_url_that_a_browser_can_open():
+    with bind("0.0.0.0", 0) as listener:
+        assert url_of(listener, "0.0.0.0") == f"http://127.0.0.1:{listener.getsockname()[1]}"

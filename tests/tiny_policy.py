@@ -1,0 +1,128 @@
+"""Tiny random Qwen2.5-VL checkpoints and their exports, made once a run; conftest.py files import the fixtures."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+TEMPLATE = """\
+{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string %}{{ message.content }}
+{%- else %}
+{%- for part in message.content %}
+{%- if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}{{ part.text }}{% endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+            "<|video_pad|>")
+CORPUS = ("Which country's flag is the second from the left, and what is its currency? Größe, naïve, 日本 🇯🇵 "
+          "<answer>France</answer> <text_search>the capital of Peru</text_search> box 12 34 56 78 90 ") * 3
+MIN_PIXELS, MAX_PIXELS, CROP_PIXELS = 3136, 78_400, 12_544
+
+
+def write_tokenizer(folder: Path):
+    """A small byte-level BPE with Qwen's special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([CORPUS], trainer)
+    tokenizer.add_special_tokens(list(SPECIALS))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+def write_checkpoint(folder: Path, *, tied: bool) -> Path:
+    """A random model with windowed and full attention, grouped queries, and everything an export reads."""
+    from gog_edge.exporting.torchvision_operators import import_torchvision
+
+    import_torchvision()
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder.mkdir(parents=True)
+    tokenizer = write_tokenizer(folder)
+    ids = {name: tokenizer.token_to_id(name) for name in SPECIALS}
+    hidden = 96 if tied else 64
+    config = Qwen2_5_VLConfig(
+        vision_config={"depth": 3, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96,
+                       "out_hidden_size": hidden, "window_size": 112, "fullatt_block_indexes": [1]},
+        text_config={"hidden_size": hidden, "intermediate_size": 80, "num_hidden_layers": 2 + tied,
+                     "num_attention_heads": hidden // 16, "num_key_value_heads": 2,
+                     "vocab_size": tokenizer.get_vocab_size() + 3, "max_position_embeddings": 1024,
+                     "rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
+                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                         "mrope_section": [2, 2, 4] if tied else [2, 3, 3]}},
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(7)
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    with torch.no_grad():  # wide enough that attention and positions matter
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.mul_(6.0)
+            elif name.endswith("bias"):
+                weight.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    pixels = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "crop_max_pixels": CROP_PIXELS}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids["<|im_end|>"], 0]}))
+    return folder
+
+
+@cache
+def _checkpoints(base: Path) -> dict[bool, Path]:
+    return {tied: write_checkpoint(base / "checkpoints" / f"tied-{tied}", tied=tied) for tied in (True, False)}
+
+
+@cache
+def _policies(base: Path) -> dict[bool, Path]:
+    from gog_edge.exporting.policy_export import export_policy
+
+    out = {tied: base / "policies" / f"tied-{tied}" for tied in (True, False)}
+    for tied, checkpoint in _checkpoints(base).items():
+        export_policy(checkpoint, out[tied], context=1024)
+    return out
+
+
+@cache
+def _model(folder: Path):
+    from gog_edge.policy.model import PolicyModel
+
+    return PolicyModel.open(folder, threads=1)
+
+
+# Several folders import these fixtures; the cached functions let them share one export.
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[bool, Path]:
+    """By whether the head is tied."""
+    return _checkpoints(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def policies(tmp_path_factory) -> dict[bool, Path]:
+    """Exported policy folders, by whether the head is tied; read only."""
+    return _policies(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def tiny_model(policies):
+    """The tied policy, open on one thread."""
+    return _model(policies[True])

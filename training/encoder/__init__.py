@@ -1,0 +1,1 @@
+"""Training of the atlas encoder: crops, losses, measurements."""

@@ -1,0 +1,174 @@
+"""Trajectories to tensors: tokens, m-rope positions, labels, pictures; and the forward over a batch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gog_edge.policy.chat import ChatFormat
+from gog_edge.policy.dialect import Segment
+from gog_edge.policy.session import image_positions, text_positions
+from gog_edge.policy.vision import resize, smart_resize
+from gog_edge.types import Pixels, Size
+from training.policy.model import CELL, CROP_PIXELS, PIXEL_SPEC, encode_pictures, picture_tensor
+from training.policy.teacher import Turn
+
+IGNORE = -100
+CHAT = ChatFormat(
+    system_open="<|im_start|>system\n",
+    system_close="<|im_end|>\n",
+    user_open="<|im_start|>user\n",
+    user_close="<|im_end|>\n",
+    assistant_open="<|im_start|>assistant\n",
+    assistant_close="<|im_end|>\n",
+    image_open="<|vision_start|>",
+    image_token="<|image_pad|>",
+    image_close="<|vision_end|>",
+    eos="<|im_end|>",
+)
+
+
+@dataclass
+class Encoded:
+    """One trajectory in tokens; pictures by the place of their first token."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)  # each [3, n]
+    pictures: list[tuple[int, Pixels]] = field(default_factory=list)
+    _next: int = 0
+
+    def add(self, ids: Sequence[int], learn: bool = False) -> None:
+        self.ids += ids
+        self.labels += ids if learn else [IGNORE] * len(ids)
+        self.positions.append(text_positions(self._next, len(ids)))
+        self._next += len(ids)
+
+    def add_picture(self, pixels: Pixels, token: int) -> None:
+        rows, columns = pixels.shape[0] // CELL, pixels.shape[1] // CELL
+        self.pictures.append((len(self.ids), pixels))
+        self.ids += [token] * (rows * columns)
+        self.labels += [IGNORE] * (rows * columns)
+        self.positions.append(image_positions(self._next, rows, columns))
+        self._next += max(rows, columns)
+
+
+class Encoder:
+    """Tokenizes turns piece by piece, exactly as the live session appends them."""
+
+    def __init__(self, tokenizer: Tokenizer, system_prompt: str) -> None:
+        self._tokenizer = tokenizer
+        self.image = tokenizer.token_to_id("<|image_pad|>")
+        self._markup = {text: self._ids(text) for text in (CHAT.system_open, CHAT.system_close, CHAT.user_open,
+                        CHAT.assistant_open, CHAT.image_open, CHAT.image_close)}  # fmt: skip
+        tokenizer.encode_special_tokens = True
+        self._system = self._ids(system_prompt)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode(self, turns: Sequence[Turn], *, pictures: bool = True) -> Encoded:
+        """One trajectory. Without `pictures` they are left out (teaching the language alone)."""
+        out = Encoded()
+        markup = self._markup
+        close = markup[CHAT.system_close]
+        out.add([*markup[CHAT.system_open], *self._system, *close])
+        first = True
+        for turn in turns:
+            said = turn.role == "assistant"
+            out.add(markup[CHAT.assistant_open if said else CHAT.user_open])
+            for segment in turn.segments:
+                if isinstance(segment, str):
+                    out.add(self._ids(segment), turn.learn)
+                elif pictures:
+                    self._picture(out, segment, whole=first)
+                    first = False
+            out.add(close[:1], turn.learn)
+            out.add(close[1:])
+        return out
+
+    def _picture(self, out: Encoded, pixels: Pixels, *, whole: bool) -> None:
+        if not whole:
+            pixels = crop_view(pixels)
+        out.add(self._markup[CHAT.image_open])
+        out.add_picture(pixels, self.image)
+        out.add(self._markup[CHAT.image_close])
+
+
+def crop_view(pixels: Pixels) -> Pixels:
+    """A crop as the policy sees it again."""
+    return resize(pixels, smart_resize(Size(pixels.shape[1], pixels.shape[0]), PIXEL_SPEC, CROP_PIXELS))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded trajectories."""
+
+    ids: Tensor  # [B, L] int64
+    labels: Tensor  # [B, L] int64, -100 where nothing is learned; aligned with ids
+    positions: Tensor  # [3, B, L] int64
+    pictures: list[tuple[int, int, Pixels]]  # row, place of the first token, pixels
+
+
+def collate(encoded: Sequence[Encoded], pad: int) -> Batch:
+    """Stack trajectories of about one length."""
+    length = max(len(item.ids) for item in encoded)
+    ids = np.full((len(encoded), length), pad)
+    labels = np.full((len(encoded), length), IGNORE)
+    positions = np.zeros((3, len(encoded), length), np.int64)
+    pictures = []
+    for row, item in enumerate(encoded):
+        count = len(item.ids)
+        ids[row, :count] = item.ids
+        labels[row, :count] = item.labels
+        positions[:, row, :count] = np.concatenate(item.positions, 1)
+        pictures += [(row, place, pixels) for place, pixels in item.pictures]
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), pictures)
+
+
+def embed(model: Any, batch: Batch, *, tower_learns: bool) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
+    """Input embeddings [B, L, hidden] with the pictures in place, and each picture's tokens by (row, place)."""
+    embeds = model.model.language_model.embed_tokens(batch.ids)
+    groups: dict[tuple[int, ...], list[tuple[int, int, Pixels]]] = defaultdict(list)
+    for item in batch.pictures:
+        groups[item[2].shape].append(item)
+    tokens: dict[tuple[int, int], Tensor] = {}
+    with torch.set_grad_enabled(tower_learns and torch.is_grad_enabled()):
+        for items in groups.values():
+            encoded = encode_pictures(model.model.visual, picture_tensor(np.stack([item[2] for item in items])))
+            for (row, place, _), picture in zip(items, encoded, strict=True):
+                tokens[row, place] = picture
+    rows = torch.cat([torch.full((len(t),), row) for (row, _), t in tokens.items()]) if tokens else None
+    if rows is not None:
+        columns = torch.cat([torch.arange(place, place + len(t)) for (_, place), t in tokens.items()])
+        embeds = embeds.index_put((rows, columns), torch.cat(list(tokens.values())).to(embeds.dtype))
+    return embeds, tokens
+
+
+def decode_states(model: Any, embeds: Tensor, positions: Tensor, tap: int) -> tuple[Tensor, Tensor]:
+    """Final hidden states [B, L, hidden], and those after layer `tap`."""
+    tapped: list[Tensor] = []
+    language = model.model.language_model
+    hook = language.layers[tap].register_forward_hook(lambda *a: tapped.append(a[2]))
+    try:
+        states = language(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+    finally:
+        hook.remove()
+    return states, tapped[0]
+
+
+def token_loss(model: nn.Module, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Next-token loss over learned places only; also the predictions and the truth there [n]."""
+    target = labels[:, 1:]
+    mask = target != IGNORE
+    logits = model.lm_head(states[:, :-1][mask]).float()
+    truth = target[mask]
+    return F.cross_entropy(logits, truth), logits.argmax(-1), truth
