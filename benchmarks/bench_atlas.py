@@ -10,7 +10,6 @@ balanced over the kinds. Milliseconds are of this machine: compare the workflows
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import resource
 import subprocess
@@ -20,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -36,6 +34,7 @@ from gog_edge.indexing.atlas.questions import KINDS
 from gog_edge.indexing.atlas.scenes import draw_scene
 from gog_edge.indexing.atlas.scoring import Score, score
 from gog_edge.indexing.atlas.testset import AskedScene, SetMaker, items_hash, scene_flags
+from gog_edge.indexing.atlas_pack import stored_flags
 from gog_edge.picture import Picture
 from gog_edge.policy.local import LocalPolicy
 from gog_edge.retrieval.encoder import Encoder
@@ -45,20 +44,6 @@ from gog_edge.types import Pixels
 
 TEST_SETS = Path(__file__).parent / "testsets.json"  # name -> seed, per_kind, sha256
 WIDTH = 640  # pixels of the pictures asked about
-
-
-def stored_flags(pack: Pack, countries: Sequence[Country]) -> dict[str, Pixels]:
-    """The flags as the pack holds them, by flag key."""
-    keys = {country.name: country.flag for country in countries}
-    flags = {}
-    rows = pack.store.images(pack.store.image_ids().tolist())
-    for row in rows.values():
-        picture = pack.picture(row.id)
-        if picture is None:
-            continue
-        pixels = np.asarray(Image.open(io.BytesIO(picture.data)).convert("RGB"))
-        flags.update({keys[title]: pixels for title in row.titles if title in keys})
-    return flags
 
 
 def load_test_set(name: str, countries: Sequence[Country], flags: dict[str, Pixels]) -> list[AskedScene]:
@@ -92,8 +77,9 @@ class Bench:
 
     def ask(self, picture: Picture, question: str, workflow: Workflow) -> AnswerRecord:
         """One whole episode."""
+        budget = self.limits.budget
         events = run_episode(
-            picture, question, policy=self.policy, retriever=self.retriever, budget=self.limits.budget, workflow=workflow
+            picture, question, policy=self.policy, retriever=self.retriever, budget=budget, workflow=workflow
         )
         *_, last = events
         if not isinstance(last, Answered):
@@ -119,7 +105,8 @@ def summary(items: Sequence[AskedScene], scores: Sequence[Score]) -> dict[str, o
     """Figures of one workflow."""
     ms = [one.ms for one in scores]
     kinds = {kind: [s.right for i, s in zip(items, scores, strict=True) if i.question.kind == kind] for kind in KINDS}
-    answered = [s for i, s in zip(items, scores, strict=True) if i.question.kind not in ("glance", "invented") and s.right]
+    sourced = [s for i, s in zip(items, scores, strict=True) if i.question.kind not in ("glance", "invented")]
+    answered = [one for one in sourced if one.right]
     return {
         "accuracy": share([one.right for one in scores]),
         "kinds": {kind: share(right) for kind, right in kinds.items()},

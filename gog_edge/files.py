@@ -25,6 +25,7 @@ class FileEntry:
     sha256: str  # hex
 
     def to_json(self) -> dict[str, Any]:
+        """Plain fields, as manifests hold them."""
         return asdict(self)
 
 

@@ -31,14 +31,17 @@ class Box:
 
     @property
     def width(self) -> float:
+        """Pixels; negative when the corners are swapped."""
         return self.x1 - self.x0
 
     @property
     def height(self) -> float:
+        """Pixels; negative when the corners are swapped."""
         return self.y1 - self.y0
 
     @property
     def area(self) -> float:
+        """Square pixels, 0 where there is nothing inside."""
         return max(0.0, self.width) * max(0.0, self.height)
 
     def intersection(self, other: Box) -> Box:

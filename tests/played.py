@@ -128,7 +128,7 @@ class PlayerTalk:
         if self.player.fault is not None:
             raise self.player.fault
         if self.player.gate is not None:
-            self.player.gate.wait(10)
+            self.player.gate.wait(60)
         text, action = ("", Answer("I cannot tell.")) if force_answer else next(self.turns)
         for word in text.split(" "):
             time.sleep(self.player.pause_s)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -76,7 +77,7 @@ def _train(args: argparse.Namespace, flagset: FlagSet) -> dict[str, float]:
     return {"captions_right": right}
 
 
-def _train_images(args: argparse.Namespace, config: dict[str, object], flagset: FlagSet, work: Path) -> None:
+def _train_images(args: argparse.Namespace, config: dict[str, Any], flagset: FlagSet, work: Path) -> None:
     left_out = set(_left_out(flagset, args.leave_out_every))
     kept = [flagset.groups.index(g) for g in range(max(flagset.groups) + 1) if g not in left_out]
     flags = [flagset.flags[index] for index in kept] + invent_flags(range(args.invented))
@@ -89,7 +90,7 @@ def _train_images(args: argparse.Namespace, config: dict[str, object], flagset: 
         strayed_crops([*flagset.flags, *unknown], 100, PROGRESS_SEED + 2),
     )
     recipe = Recipe(rate=args.rate, small_share=args.small_share)
-    run = ImageRun(config["model_cfg"], flags, len(kept), recipe, work, args.seed)  # type: ignore[arg-type]
+    run = ImageRun(config["model_cfg"], flags, len(kept), recipe, work, seed=args.seed)
     if args.start is not None:
         run.start_from(args.start)
     run.resume()

@@ -24,8 +24,8 @@ from gog_edge.indexing.atlas.flags import load_flag_icons
 from gog_edge.policy.dialect import load_dialect
 from training.policy.absolute import TAP, AbsoluteHead, absolute_loss
 from training.policy.batches import Encoder, collate, decode_states, embed, token_loss
-from training.policy.model import PROCESSOR, atlas_config, build_model
 from training.policy.lessons import Lessons
+from training.policy.model import PROCESSOR, atlas_config, build_model
 from training.policy.pool import Shard, stream
 from training.policy.schedule import cosine_rate, save_state
 from training.policy.tokens import SPECIAL, save_tokenizer
@@ -118,6 +118,7 @@ class Trainer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pool", type=Path)
     parser.add_argument("out", type=Path)

@@ -29,6 +29,7 @@ _IDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pool", type=Path)
     parser.add_argument("out", type=Path)
@@ -66,13 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         step += 1
         recent = {key: 0.95 * recent.get(key, value) + 0.05 * value for key, value in figures.items()}
         if step % 50 == 0:
-            row = {"step": step, "seconds": round(time.monotonic() - began), **{k: round(v, 4) for k, v in recent.items()}}
-            print(json.dumps(row), flush=True)
+            row = {"step": step, "seconds": round(time.monotonic() - began)}
+            print(json.dumps(row | {key: round(value, 4) for key, value in recent.items()}), flush=True)
         if step % 200 == 0 or step == args.steps:
-            save_state(
-                state,
-                {"tower": tower.state_dict(), "head": head.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
-            )
+            parts = {"tower": tower, "head": head, "optimizer": optimizer}
+            save_state(state, {name: part.state_dict() for name, part in parts.items()} | {"step": step})
     return 0
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,7 @@ def _build(name: str, config: Mapping[str, Any], weights: Path) -> nn.Module:
     """The model with its weights, in evaluation mode."""
     from open_clip.factory import load_checkpoint
     from open_clip.model import CLIP, CustomTextCLIP
+    from safetensors import SafetensorError
 
     settings = {key: value for key, value in config.items() if key not in ("custom_text", "multimodal_cfg")}
     custom = bool(config.get("custom_text")) or "timm_model_name" in config["vision_cfg"]
@@ -167,7 +169,7 @@ def _build(name: str, config: Mapping[str, Any], weights: Path) -> nn.Module:
     try:
         model: nn.Module = CustomTextCLIP(**settings) if custom else CLIP(**settings)
         load_checkpoint(model, str(weights), weights_only=True)
-    except (RuntimeError, KeyError, TypeError, ValueError) as exc:
+    except (RuntimeError, KeyError, TypeError, ValueError, SafetensorError, UnpicklingError) as exc:
         reason = str(exc).splitlines()[0]
         raise CheckpointError(
             f"open_clip model '{name}': '{weights}' cannot be loaded into this configuration ({reason}); "

@@ -79,7 +79,7 @@ def convert_hf_tokenizer(file: Path, *, clean: str = "whitespace") -> Tokenizer:
 
 
 def check_tokenizer(
-    tokenizer: Tokenizer, original: Callable[[list[str]], Any], length: int, samples: Sequence[str] = SAMPLES
+    tokenizer: Tokenizer, original: Callable[[list[str], int], Any], length: int, samples: Sequence[str] = SAMPLES
 ) -> None:
     """Compare ids, cut and filled up to `length`, on every sample.
 
@@ -88,7 +88,7 @@ def check_tokenizer(
     """
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=0)
-    wanted = original(list(samples)).tolist()
+    wanted = original(list(samples), length).tolist()
     for text, encoding, ids in zip(samples, tokenizer.encode_batch(list(samples)), wanted, strict=True):
         if encoding.ids != ids:
             raise CheckpointError(f"tokenizer: {text[:60]!r} gives {encoding.ids[:12]}, open_clip gives {ids[:12]}")

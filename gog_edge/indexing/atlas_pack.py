@@ -15,6 +15,7 @@ from gog_edge.indexing.atlas.articles import article, listed
 from gog_edge.indexing.atlas.countries import ATTRIBUTION, COUNTRIES_FILE, Country, save_countries
 from gog_edge.indexing.atlas.flags import FLAG_ATTRIBUTION, FLAG_LICENCE, invented_flag, png_pixels
 from gog_edge.indexing.atlas.scenes import draw_scene, make_spec
+from gog_edge.indexing.atlas.testset import look_alikes
 from gog_edge.indexing.calibrate import calibrate_images, calibrate_texts, write_calibration
 from gog_edge.indexing.pack_writer import ArticleDraft, ImageDraft, PackWriter, Snapshot
 from gog_edge.retrieval.encoder import Encoder
@@ -63,14 +64,23 @@ def atlas_articles(countries: Sequence[Country]) -> list[ArticleDraft]:
 
 
 def atlas_images(countries: Sequence[Country], flags: Mapping[str, bytes]) -> list[ImageDraft]:
-    """One image a flag; a flag that several fly names them all, the one with most people first."""
+    """One image a flag, naming all that fly it, the one with most people first, then those whose flags look the same.
+
+    Look-alikes (Chad and Romania) keep images of their own: where a picture is good the encoder tells them apart, and
+    where it does not, the evidence names both.
+    """
+    by_people = sorted(countries, key=lambda country: (-country.population, country.iso))
     owners: dict[bytes, list[Country]] = {}
-    for country in sorted(countries, key=lambda country: (-country.population, country.iso)):
+    for country in by_people:
         owners.setdefault(flags[country.flag], []).append(country)
+    different = look_alikes({country.flag: png_pixels(flags[country.flag]) for country in countries})
     drafts = []
     for png, bearers in owners.items():
-        titles = tuple(country.name for country in bearers)
-        drafts.append(ImageDraft(png, f"Flag of {listed(titles)}", FLAG_LICENCE, FLAG_ATTRIBUTION, titles))
+        others = set(different[bearers[0].flag])
+        twins = [country for country in by_people if country.flag not in others and country not in bearers]
+        titles = tuple(country.name for country in (*bearers, *twins))
+        caption = f"Flag of {listed([country.name for country in bearers])}"
+        drafts.append(ImageDraft(png, caption, FLAG_LICENCE, FLAG_ATTRIBUTION, titles))
     return drafts
 
 
@@ -183,3 +193,19 @@ def calibration_texts(countries: Sequence[Country]) -> tuple[list[str], list[str
 
 def _pick(rng: np.random.Generator, values: Sequence[str]) -> str:
     return values[int(rng.integers(len(values)))]
+
+
+def stored_flags(pack: Pack, countries: Sequence[Country]) -> dict[str, Pixels]:
+    """The flags as the pack holds them, by flag key."""
+    keys = {country.name: country.flag for country in countries}
+    flags = {}
+    rows = pack.store.images(pack.store.image_ids().tolist())
+    for row in rows.values():
+        picture = pack.picture(row.id)
+        if picture is None:
+            continue
+        pixels = png_pixels(picture.data)
+        # The first title is the image's own; the others may fly one that only looks the same.
+        flags.update({keys[title]: pixels for title in row.titles[::-1] if title in keys and keys[title] not in flags})
+        flags[keys[row.titles[0]]] = pixels
+    return flags

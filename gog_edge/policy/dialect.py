@@ -220,7 +220,9 @@ class Dialect:
         texts = self.observation
         titles = ", ".join(evidence.titles[: texts.titles])
         head = texts.item.replace("{n}", str(n)).replace("{titles}", titles)
-        return " ".join([head + ":", *(texts.passage.replace("{text}", text) for text in passages)]) if passages else head
+        if not passages:
+            return head
+        return " ".join([head + ":", *(texts.passage.replace("{text}", text) for text in passages)])
 
 
 def load_dialect(source: str | Path) -> Dialect:

@@ -177,7 +177,7 @@ class Pack:
         return None if image in self.manifest.tombstones else self.store.picture(image)
 
     def live_main_images(self, articles: Sequence[int]) -> dict[int, int]:
-        """The first image of each article that still has one: article id -> image id."""
+        """The image of each article that is most its own, where one is left: article id -> image id."""
         return self.store.main_images(articles, self.manifest.tombstones)
 
     def close(self) -> None:

@@ -184,10 +184,10 @@ class Store:
         }
 
     def main_images(self, articles: Iterable[int], without: Iterable[int] = ()) -> dict[int, int]:
-        """The first image of each article that has one: article id -> image id; never one of `without`."""
+        """The image of each article that is most its own: article id -> image id; never one of `without`."""
         rows = self._rows(
-            "SELECT article, min(image) FROM image_articles WHERE article IN (SELECT value FROM json_each(?)) "
-            "AND image NOT IN (SELECT value FROM json_each(?)) GROUP BY article",
+            "SELECT article, image FROM image_articles WHERE article IN (SELECT value FROM json_each(?)) "
+            "AND image NOT IN (SELECT value FROM json_each(?)) ORDER BY position DESC, image DESC",
             _json(articles),
             _json(without),
         )

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 from little_world import png
 
@@ -52,6 +53,14 @@ def test_a_flag_that_two_fly_is_one_image_of_both_the_larger_first():
     drafts = atlas_images(COUNTRIES, FLAGS)
     (shared,) = [draft for draft in drafts if len(draft.titles) > 1]
     assert shared.titles == ("Aland", "Hav") and shared.caption == "Flag of Aland and Hav"
+
+
+def test_flags_that_look_the_same_name_each_other_after_their_own():
+    nearly = png_pixels(FLAGS["bo"]).copy()
+    nearly[..., 2] = np.clip(nearly[..., 2].astype(int) + 9, 0, 255)
+    drafts = {draft.caption: draft.titles for draft in atlas_images(COUNTRIES, FLAGS | {"co": png(nearly)})}
+    assert drafts["Flag of Borduria"] == ("Borduria", "Cordon")
+    assert drafts["Flag of Cordon"] == ("Cordon", "Borduria")
 
 
 def test_calibration_queries_are_the_same_every_time():

@@ -9,7 +9,7 @@ from gog_edge.errors import PackError, PictureError
 from gog_edge.indexing.pack_writer import ArticleDraft, ImageDraft, PackWriter
 from gog_edge.retrieval.pack import MANIFEST, Pack, read_manifest
 from gog_edge.retrieval.retriever import Retriever
-from gog_edge.types import ImageQuery
+from gog_edge.types import ImageQuery, TextQuery
 
 
 @pytest.fixture
@@ -53,6 +53,19 @@ def test_the_same_file_twice_is_one_image_of_both_articles(writer, tiny_encoder)
     pack = Pack.open(writer.folder, tiny_encoder)
     (result,) = Retriever(tiny_encoder, [pack]).search([ImageQuery(flag("Spain"))])
     assert result.evidence[0].titles == ("Spain", "Guinea")
+    pack.close()
+
+
+def test_an_article_is_shown_by_the_image_that_is_most_its_own(writer, tiny_encoder):
+    writer.add_article(ArticleDraft("Chad", (("", "Chad is."),), "CC0"))
+    writer.add_article(ArticleDraft("Romania", (("", "Romania is."),), "CC0"))
+    writer.add_image(ImageDraft(png(flag("Romania")), "Romania's", "MIT", "", ("Romania", "Chad")))
+    writer.add_image(ImageDraft(png(flag("Chad")), "Chad's", "MIT", "", ("Chad", "Romania")))
+    writer.add_image(ImageDraft(png(flag("Spain")), "other", "MIT", "", ("Chad",)))
+    writer.commit()
+    pack = Pack.open(writer.folder, tiny_encoder)
+    results = Retriever(tiny_encoder, [pack]).search([TextQuery("Chad"), TextQuery("Romania")])
+    assert [result.evidence[0].image.caption for result in results] == ["Chad's", "Romania's"]
     pack.close()
 
 
@@ -116,8 +129,6 @@ def test_drafts_that_cannot_be_are_refused(writer):
 
 
 def test_an_article_without_paragraphs_can_be_found_and_quoted_as_nothing(writer, tiny_encoder):
-    from gog_edge.types import TextQuery
-
     writer.add_article(ArticleDraft("Empty", (), "CC0"))
     writer.add_article(ArticleDraft("Spain", (("", "Spain is."), ("", "It has Madrid.")), "CC0"))
     writer.add_image(ImageDraft(png(flag("Spain")), "", "MIT", "", ("Empty",)))

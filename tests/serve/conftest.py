@@ -42,7 +42,7 @@ def start() -> Iterator[Callable[..., str]]:
                 thread.join()
 
             stack.callback(end)
-            assert server.listening.wait(10)
+            assert server.listening.wait(60)
             return url_of(listener, "127.0.0.1")
 
         yield begin
@@ -57,7 +57,7 @@ def make_runtime(tmp_path) -> Callable[..., Runtime]:
 @pytest.fixture
 def client(start, make_runtime) -> Iterator[httpx.Client]:
     """A client of a server whose policy plays the usual script."""
-    with httpx.Client(base_url=start(make_runtime()), timeout=10) as client:
+    with httpx.Client(base_url=start(make_runtime()), timeout=60) as client:
         yield client
 
 

@@ -15,6 +15,7 @@ from played import BOXES, QUESTION, SCRIPT, Player, png, scene
 from gog_edge.errors import BackendError
 
 EVENTS = {"Accept": "text/event-stream"}
+WAIT = 60  # seconds; generous, for machines that are busy
 
 
 def ask_sample(client, **more):
@@ -93,7 +94,7 @@ def test_events_come_while_the_policy_speaks(start, make_runtime):
     gate = threading.Event()
     url = start(make_runtime(Player(gate=gate)))
     body = {"sample": "three flags.png", "question": QUESTION}
-    with httpx.stream("POST", url + "/v1/ask", json=body, headers=EVENTS, timeout=10) as response:
+    with httpx.stream("POST", url + "/v1/ask", json=body, headers=EVENTS, timeout=WAIT) as response:
         pieces = response.iter_text()
         assert "event: started" in next(pieces)
         assert not gate.is_set()  # the policy has not said a word yet
@@ -199,7 +200,7 @@ def test_unknown_sample(client):
 def test_huge_body_is_refused_before_it_is_read(start, make_runtime):
     url = start(make_runtime(picture_bytes=10_000))
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=5) as wire:
+    with socket.create_connection((host, int(port)), timeout=WAIT) as wire:
         wire.sendall(f"POST /v1/ask HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
                      f"Content-Length: {10**12}\r\n\r\n{{".encode())
         assert b"413" in wire.recv(4096).splitlines()[0]
@@ -208,21 +209,23 @@ def test_huge_body_is_refused_before_it_is_read(start, make_runtime):
 def test_huge_body_of_unknown_length(start, make_runtime):
     url = start(make_runtime(picture_bytes=10_000))
     pieces = (b"x" * 10_000 for _ in range(20))
-    response = httpx.post(url + "/v1/ask", content=pieces, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(url + "/v1/ask", content=pieces, headers=headers, timeout=WAIT)
     check_error(response, 413, "TooLarge", "10000")
 
 
 def test_picture_above_the_limit(start, make_runtime):
     url = start(make_runtime(picture_bytes=200))
-    response = httpx.post(url + "/v1/ask", files={"picture": ("a.png", png(scene()))}, data={"question": "a?"})
+    files = {"picture": ("a.png", png(scene()))}
+    response = httpx.post(url + "/v1/ask", files=files, data={"question": "a?"}, timeout=WAIT)
     check_error(response, 400, "PictureError", "200")
 
 
 # --- more than one, and no longer there ---------------------------------------------------------
 
 
-def wait_for(condition, seconds: float = 5.0) -> None:
-    until = time.monotonic() + seconds
+def wait_for(condition) -> None:
+    until = time.monotonic() + WAIT
     while not condition():
         assert time.monotonic() < until, "it did not happen"
         time.sleep(0.01)
@@ -233,7 +236,7 @@ def test_more_than_can_wait_are_turned_away(start, make_runtime):
     policy = Player(gate=gate)
     url = start(make_runtime(policy, concurrent=1), waiting=1)
     answers = []
-    with httpx.Client(base_url=url, timeout=10) as client:
+    with httpx.Client(base_url=url, timeout=WAIT) as client:
         threads = [threading.Thread(target=lambda: answers.append(ask_sample(client))) for _ in range(2)]
         for thread in threads:
             thread.start()
@@ -251,24 +254,24 @@ def test_more_than_can_wait_are_turned_away(start, make_runtime):
         assert 'outcome="busy"} 1' in client.get("/metrics").text
 
 
-@pytest.mark.parametrize("headers", [{}, EVENTS], ids=["json", "events"])
-def test_client_that_goes_away_stops_its_episode(start, make_runtime, headers):
-    policy = Player(script=[("word " * 400, SCRIPT[0][1]), *SCRIPT], pause_s=0.02)
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_client_that_goes_away_stops_its_episode(start, make_runtime, accept):
+    policy = Player(script=[("word " * 10_000, SCRIPT[0][1])], pause_s=0.01)
     url = start(make_runtime(policy))
-    body = {"sample": "three flags.png", "question": QUESTION}
-    began = time.monotonic()
-    with pytest.raises(httpx.ReadTimeout), httpx.stream(
-            "POST", url + "/v1/ask", json=body, headers=headers, timeout=httpx.Timeout(5, read=0.5)) as response:
-        for _ in response.iter_text():
-            if time.monotonic() - began > 0.5:
-                raise httpx.ReadTimeout("enough")
-    wait_for(lambda: policy.opened and policy.opened[0].closed.is_set(), 3)
-    wait_for(lambda: 'outcome="stopped"} 1' in httpx.get(url + "/metrics").text)
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({"sample": "three flags.png", "question": QUESTION})
+    with socket.create_connection((host, int(port)), timeout=WAIT) as wire:
+        wire.sendall(f"POST /v1/ask HTTP/1.1\r\nHost: {host}\r\nAccept: {accept}\r\nContent-Type: application/json\r\n"
+                     f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        wait_for(lambda: policy.opened)
+        assert not policy.opened[0].closed.is_set()
+    assert policy.opened[0].closed.wait(WAIT)
+    wait_for(lambda: 'outcome="stopped"} 1' in httpx.get(url + "/metrics", timeout=WAIT).text)
 
 
 def test_fault_inside_is_not_told(start, make_runtime):
     url = start(make_runtime(Player(fault=RuntimeError("secret path"))))
-    with httpx.Client(base_url=url, timeout=10) as client:
+    with httpx.Client(base_url=url, timeout=WAIT) as client:
         response = ask_sample(client)
         assert response.status_code == 500
         assert response.json()["error"]["type"] == "InternalError"
@@ -280,6 +283,6 @@ def test_fault_inside_is_not_told(start, make_runtime):
 def test_error_after_the_first_event_ends_the_stream(start, make_runtime):
     body = {"sample": "three flags.png", "question": QUESTION}
     url = start(make_runtime(Player(fault=BackendError("the engine is gone; restart"))))
-    (first, _), (kind, data) = read_events(httpx.post(url + "/v1/ask", json=body, headers=EVENTS))
+    (first, _), (kind, data) = read_events(httpx.post(url + "/v1/ask", json=body, headers=EVENTS, timeout=WAIT))
     assert [first, kind] == ["started", "error"]
     assert data == {"error": {"type": "BackendError", "message": "the engine is gone; restart"}}

@@ -33,11 +33,12 @@ def test_one_line_then_serves_then_stops(tmp_path, sign):
         line = process.stdout.readline()
         url = next(word for word in line.split() if word.startswith("http://127.0.0.1:"))
         assert not url.endswith(":0")
-        assert httpx.get(url + "/readyz").status_code == 200
-        answer = httpx.post(url + "/v1/ask", json={"sample": "three flags.png", "question": "Which?"})
+        assert httpx.get(url + "/readyz", timeout=60).status_code == 200
+        body = {"sample": "three flags.png", "question": "Which?"}
+        answer = httpx.post(url + "/v1/ask", json=body, timeout=60)
         assert answer.json()["answer"]
         process.send_signal(sign)
-        assert process.wait(10) in (0, -sign)
+        assert process.wait(60) in (0, -sign)
         assert process.stdout.read() == "" and process.stderr.read() == ""
 
 

@@ -77,12 +77,13 @@ class CropMaker:
         )
 
     def nothing(self, side: int) -> Pixels:
-        """[side, side, 3] uint8 that shows no single flag: a scene of several, bare background, or a box gone astray."""
+        """[side, side, 3] uint8 with no single flag: a scene of several, bare background, or a box gone astray."""
         rng = self._rng
         if rng.random() < 0.2:
             background = np.asarray(self._backgrounds[rng.integers(len(self._backgrounds))])
             return squash(self._window(background, []), side)
-        chosen = [self._flags[k] for k in rng.integers(len(self._flags), size=int(rng.integers(2, scenes.MAX_FLAGS + 1)))]
+        count = int(rng.integers(2, scenes.MAX_FLAGS + 1))
+        chosen = [self._flags[k] for k in rng.integers(len(self._flags), size=count)]
         spec = scenes.make_spec(int(rng.integers(2**31)), [str(k) for k in range(len(chosen))])
         picture = scenes.draw_scene(spec, {str(k): flag for k, flag in enumerate(chosen)}, int(rng.integers(140, 260)))
         if rng.random() < 0.6:

@@ -27,9 +27,7 @@ class SceneCrop:
     occluded: bool
 
 
-def scene_crops(
-    flags: Sequence[Pixels], *, per_flag: int, seed: int, width: int = SCENE_WIDTH
-) -> list[SceneCrop]:
+def scene_crops(flags: Sequence[Pixels], *, per_flag: int, seed: int, width: int = SCENE_WIDTH) -> list[SceneCrop]:
     """Every flag about `per_flag` times, in scenes of one to six flags, its box a little off on each side."""
     rng = np.random.default_rng([seed, 31])
     order = np.concatenate([rng.permutation(len(flags)) for _ in range(per_flag)]).tolist()

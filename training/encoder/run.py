@@ -83,7 +83,14 @@ class ImageRun:
     """Trains the image tower; `state.pt` in the folder lets a broken run go on, `best.pt` is the best so far."""
 
     def __init__(
-        self, config: Mapping[str, Any], flags: Sequence[Pixels], countries: int, recipe: Recipe, folder: Path, seed: int
+        self,
+        config: Mapping[str, Any],
+        flags: Sequence[Pixels],
+        countries: int,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        seed: int,
     ) -> None:
         self._config, self._flags, self._countries, self._recipe = config, flags, countries, recipe
         self._folder, self._seed = folder, seed

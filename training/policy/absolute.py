@@ -27,6 +27,7 @@ class AbsoluteHead(nn.Module):
         self.out = nn.Linear(hidden, 4 * BINS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits of the four sides."""
         return self.out(self.norm(x.float())).unflatten(-1, (4, BINS))
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gog_edge.policy.chat import ChatFormat
-from gog_edge.policy.dialect import Segment
 from gog_edge.policy.session import image_positions, text_positions
 from gog_edge.policy.vision import resize, smart_resize
 from gog_edge.types import Pixels, Size
@@ -22,6 +21,7 @@ from training.policy.model import CELL, CROP_PIXELS, PIXEL_SPEC, encode_pictures
 from training.policy.teacher import Turn
 
 IGNORE = -100
+LENGTH_STEP = 32  # tokens
 CHAT = ChatFormat(
     system_open="<|im_start|>system\n",
     system_close="<|im_end|>\n",
@@ -47,12 +47,14 @@ class Encoded:
     _next: int = 0
 
     def add(self, ids: Sequence[int], learn: bool = False) -> None:
+        """Append text."""
         self.ids += ids
         self.labels += ids if learn else [IGNORE] * len(ids)
         self.positions.append(text_positions(self._next, len(ids)))
         self._next += len(ids)
 
     def add_picture(self, pixels: Pixels, token: int) -> None:
+        """Append a picture whose sides are multiples of CELL."""
         rows, columns = pixels.shape[0] // CELL, pixels.shape[1] // CELL
         self.pictures.append((len(self.ids), pixels))
         self.ids += [token] * (rows * columns)
@@ -120,7 +122,8 @@ class Batch:
 
 def collate(encoded: Sequence[Encoded], pad: int) -> Batch:
     """Stack trajectories of about one length."""
-    length = max(len(item.ids) for item in encoded)
+    # Few different shapes: each new one costs the CPU's kernels a compilation.
+    length = -(-max(len(item.ids) for item in encoded) // LENGTH_STEP) * LENGTH_STEP
     ids = np.full((len(encoded), length), pad)
     labels = np.full((len(encoded), length), IGNORE)
     positions = np.zeros((3, len(encoded), length), np.int64)
@@ -167,8 +170,10 @@ def decode_states(model: Any, embeds: Tensor, positions: Tensor, tap: int) -> tu
 
 def token_loss(model: nn.Module, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Next-token loss over learned places only; also the predictions and the truth there [n]."""
-    target = labels[:, 1:]
-    mask = target != IGNORE
-    logits = model.lm_head(states[:, :-1][mask]).float()
-    truth = target[mask]
+    target = labels[:, 1:].flatten()
+    places = (target != IGNORE).nonzero()[:, 0]
+    spare = -len(places) % (8 * LENGTH_STEP)  # again: few different shapes
+    padded = F.pad(places, (0, spare))
+    logits = model.lm_head(states[:, :-1].flatten(0, 1)[padded])[: len(places)].float()
+    truth = target[places]
     return F.cross_entropy(logits, truth), logits.argmax(-1), truth

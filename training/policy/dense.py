@@ -27,6 +27,7 @@ class DenseHead(nn.Module):
         self.out = nn.Linear(hidden, 1 + 4 + len(RELATIONS) + MAX_FLAGS)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits of inside, sides in OFFSET_UNIT, logits of relations, logits of the count."""
         y = self.out(self.norm(x.float()))
         return y[..., 0], y[..., 1:5], y[..., 5 : 5 + len(RELATIONS)], y[..., 5 + len(RELATIONS) :]
 

@@ -44,7 +44,9 @@ class Lessons:
         names = list(scene.relations)
         for count in range(QUESTIONS_PER_PICTURE):
             relation = names[int(self._rng.integers(len(names)))]
-            question = ask_fact(self._rng, str(self._rng.choice(SINGLE_FACTS)), pick(self._rng, PLACES[relation]))
+            question = pick(self._rng, PLACES[relation])
+            if self._rng.random() < 0.4:  # mostly the place alone: short, so that more pictures are seen
+                question = ask_fact(self._rng, str(self._rng.choice(SINGLE_FACTS)), question)
             segments = self._dialect.render_question(scene.picture, question)
             turns.append(Turn("user", segments if count == 0 else segments[1:]))
             action = GazeSearch(teacher.snapped(scene.boxes[scene.relations[relation]]))

@@ -1,4 +1,4 @@
-"""A pool of drawn scenes on disk, made once and shared by the stages: shards of pictures of one grid with their truth."""
+"""A pool of drawn scenes on disk, shared by the stages: shards of pictures of one grid with their truth."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gog_edge.indexing.atlas.articles import FACTS, SEARCH_WORDS, article, fact_value, sentence
+from gog_edge.indexing.atlas.articles import FACTS, SEARCH_WORDS, article, fact_value
 from gog_edge.indexing.atlas.countries import Country
 from gog_edge.indexing.atlas.questions import (
     BORDERING,
@@ -174,12 +174,17 @@ class Teacher:
         if self.rng.random() < 0.25:
             self._user(pick(self.rng, CAPITAL_OF).format(c=self.asked.capital))
             self._say("I need no picture.", TextSearch(f"capital {self.asked.capital}"))
-            self._observe(self._articles(self.asked, "capital"))
+            shown = (self.asked, *self.world.countries[3:5])
+            self._observe(self._listing([shown[int(k)] for k in self.rng.permutation(3)], "capital"))
             self._answer("Found.", self.asked.name)
             return
         fact = self._fact(TEXT_FACTS)
         self._user(ask_fact_of(self.rng, fact, self.asked.name))
         self._say("I need no picture.", TextSearch(f"{SEARCH_WORDS[fact]} of {self.asked.name}"))
+        if self.rng.random() < 0.08:
+            self._observe(self._weak())
+            self._answer("Weak.", self.dialect.not_found)
+            return
         self._observe(self._articles(self.asked, fact))
         self._answer_fact(fact)
 
@@ -283,7 +288,8 @@ class Teacher:
         """A look that goes wrong: shifted, too large or too small; not to be imitated."""
         box = self.scene.boxes[index]
         dx, dy = self.rng.uniform(0.3, 0.8, 2) * self.rng.choice([-1, 1], 2)
-        moved = Box(box.x0 + dx * box.width, box.y0 + dy * box.height, box.x1 + dx * box.width, box.y1 + dy * box.height)
+        dx, dy = dx * box.width, dy * box.height
+        moved = Box(box.x0 + dx, box.y0 + dy, box.x1 + dx, box.y1 + dy)
         wrong = self.snapped(self._bounded(moved))
         self._say(self.where(relation), GazeSearch(wrong), learn=False)
         self._observe(self._weak(), self._cut(wrong))
@@ -309,27 +315,38 @@ class Teacher:
     def _country(self, iso: str) -> Country:
         return next(country for country in self.world.countries if country.iso == iso)
 
-    def _passage(self, country: Country, text: str) -> Passage:
-        return Passage("atlas", country.name, "", 0, text, "")
-
     def _paragraphs(self, country: Country) -> dict[str, str]:
         return {paragraph.fact: paragraph.text for paragraph in article(country, self.world.names)}
 
     def _strong(self, country: Country, fact: str, also: str = "") -> SearchResult:
-        """The matching article with three paragraphs, the wanted one mostly first; then other names."""
-        texts = self._paragraphs(country)
-        wanted = [key for key in (fact, also) if key in texts]
-        others = [key for key in FACTS if key in texts and key not in wanted]
-        others = [others[int(k)] for k in self.rng.permutation(len(others))]
-        keys = wanted + others[: 3 - len(wanted)]
-        if self.rng.random() < 0.35:
-            keys = [keys[int(k)] for k in self.rng.permutation(len(keys))]
-        keys = keys[: int(self.rng.integers(max(1, len(wanted)), 4))] if set(keys[: len(wanted)]) == set(wanted) else keys
-        titles = [country.name]
-        if self.rng.random() < 0.12:
-            titles += [c.name for c in self.world.countries[3 : 3 + int(self.rng.integers(1, 4))]]
-        best = Evidence(tuple(titles), tuple(self._passage(country, texts[key]) for key in keys), None, 0.9)
+        """The matching article, the wanted paragraphs mostly first and alone; then other names."""
+        if self.rng.random() < 0.1:
+            return self._shared(country, fact)
+        keys = self._ranked_facts(country, [fact, also], extra=int(self.rng.choice(3, p=(0.7, 0.15, 0.15))))
+        best = Evidence((country.name,), self._passages(country, keys), None, 0.9)
         return SearchResult((best, *self._also_rans()), float(self.rng.uniform(0.6, 1)))
+
+    def _shared(self, country: Country, fact: str) -> SearchResult:
+        """A flag that several fly: all are named, each says its own; the first one's word is taken."""
+        sharing = [country, *self.world.countries[3 : 3 + int(self.rng.integers(1, 4))]]
+        key = fact if fact in FACTS else "continent"
+        passages = [self._passages(one, self._ranked_facts(one, [key], extra=0))[0] for one in sharing[:3]]
+        best = Evidence(tuple(one.name for one in sharing), tuple(passages), None, 0.9)
+        return SearchResult((best, *self._also_rans()), float(self.rng.uniform(0.6, 1)))
+
+    def _ranked_facts(self, country: Country, wanted: Sequence[str], extra: int) -> list[str]:
+        """Wanted facts that the article has (the lead where it has none), and `extra` others, seldom out of order."""
+        texts = self._paragraphs(country)
+        keys = [key for key in wanted if key in texts] or ["continent"]
+        others = [key for key in FACTS if key in texts and key not in keys]
+        keys += [others[int(k)] for k in self.rng.permutation(len(others))[:extra]]
+        if self.rng.random() < 0.15 or len([key for key in wanted if key]) > 1:
+            keys = [keys[int(k)] for k in self.rng.permutation(len(keys))]
+        return keys[:3]
+
+    def _passages(self, country: Country, keys: Sequence[str]) -> tuple[Passage, ...]:
+        texts = self._paragraphs(country)
+        return tuple(Passage("atlas", country.name, "", 0, texts[key], "") for key in keys)
 
     def _weak(self, cached: bool = False) -> SearchResult:
         return SearchResult(tuple(self._also_rans(3)), float(self.rng.uniform(0, 0.4)), cached)
@@ -338,20 +355,16 @@ class Teacher:
         return [Evidence((c.name,), (), None, 0.3) for c in self.world.countries[5 : 5 + count]]
 
     def _articles(self, country: Country, fact: str) -> SearchResult:
-        """A text search: articles with one paragraph each, the right one mostly first."""
-        others = [self.world.countries[int(k)] for k in 3 + self.rng.permutation(5)[:2]]
-        shown = [country, *others]
-        if self.rng.random() < 0.25:
-            shown = [shown[int(k)] for k in self.rng.permutation(3)]
-        return self._listing(shown[: int(self.rng.integers(2, 4))] if shown[0] is country else shown, fact)
+        """A text search for one country's fact: its article mostly first, with what it says; then other names."""
+        keys = self._ranked_facts(country, [fact], extra=int(self.rng.choice(3, p=(0.3, 0.2, 0.5))))
+        best = Evidence((country.name,), self._passages(country, keys), None, 0.5)
+        if self.rng.random() < 0.85:
+            return SearchResult((best, *self._also_rans()), float(self.rng.uniform(0.6, 1)))
+        return self._listing([country, *self.world.countries[3:5]], fact)
 
     def _listing(self, countries: Sequence[Country], fact: str) -> SearchResult:
-        found = []
-        for country in countries:
-            texts = self._paragraphs(country)
-            key = fact if fact in texts and self.rng.random() < 0.95 or country is self.asked else "continent"
-            text = texts.get(key) or sentence(country.name, "continent", country.continent)
-            found.append(Evidence((country.name,), (self._passage(country, text),), None, 0.5))
+        """A text search that several articles answer, each with one paragraph."""
+        found = [Evidence((c.name,), self._passages(c, self._ranked_facts(c, [fact], 0)), None, 0.5) for c in countries]
         return SearchResult(tuple(found), float(self.rng.uniform(0.6, 1)))
 
 

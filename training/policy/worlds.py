@@ -34,6 +34,7 @@ class World:
 
     @property
     def names(self) -> dict[str, str]:
+        """Names by ISO key."""
         return {country.iso: country.name for country in self.countries}
 
 

@@ -26,26 +26,31 @@ CONTINENTS = {
     "SA": "South America",
 }
 # ISO 639-1 codes that GeoNames uses, with their English names; codes that are not here are left out of articles.
-LANGUAGES = dict(
-    pair.split("=")
-    for pair in (
-        "aa=Afar ab=Abkhaz af=Afrikaans ak=Akan am=Amharic ar=Arabic as=Assamese ay=Aymara az=Azerbaijani be=Belarusian "
-        "bg=Bulgarian bi=Bislama bn=Bengali br=Breton bs=Bosnian ca=Catalan ch=Chamorro co=Corsican cs=Czech cy=Welsh "
-        "da=Danish de=German dv=Dhivehi dz=Dzongkha ee=Ewe el=Greek en=English es=Spanish et=Estonian eu=Basque "
-        "fa=Persian ff=Fula fi=Finnish fj=Fijian fo=Faroese fr=French fy=Frisian ga=Irish gd=Gaelic gl=Galician "
-        "gn=Guarani gu=Gujarati gv=Manx ha=Hausa he=Hebrew hi=Hindi ho=Motu hr=Croatian ht=Haitian hu=Hungarian "
-        "hy=Armenian id=Indonesian ig=Igbo is=Icelandic it=Italian iu=Inuktitut ja=Japanese ka=Georgian kg=Kongo "
-        "ki=Kikuyu kk=Kazakh kl=Greenlandic km=Khmer kn=Kannada ko=Korean ku=Kurdish ky=Kyrgyz la=Latin "
-        "lb=Luxembourgish ln=Lingala lo=Lao lt=Lithuanian lv=Latvian mg=Malagasy mh=Marshallese mi=Maori mk=Macedonian "
-        "ml=Malayalam mn=Mongolian mr=Marathi ms=Malay mt=Maltese my=Burmese na=Nauruan nb=Bokmal nd=Ndebele ne=Nepali "
-        "nl=Dutch nn=Nynorsk no=Norwegian nr=Ndebele ny=Chichewa oc=Occitan om=Oromo or=Odia pa=Punjabi pl=Polish "
-        "ps=Pashto pt=Portuguese qu=Quechua rm=Romansh rn=Kirundi ro=Romanian ru=Russian rw=Kinyarwanda sa=Sanskrit "
-        "sc=Sardinian sd=Sindhi se=Sami sg=Sango si=Sinhala sk=Slovak sl=Slovene sm=Samoan sn=Shona so=Somali "
-        "sq=Albanian sr=Serbian ss=Swazi st=Sotho sv=Swedish sw=Swahili ta=Tamil te=Telugu tg=Tajik th=Thai ti=Tigrinya "
-        "tk=Turkmen tl=Tagalog tn=Tswana to=Tongan tr=Turkish ts=Tsonga tt=Tatar ug=Uyghur uk=Ukrainian ur=Urdu "
-        "uz=Uzbek ve=Venda vi=Vietnamese wo=Wolof xh=Xhosa yo=Yoruba za=Zhuang zh=Chinese zu=Zulu"
-    ).split()
-)
+LANGUAGES = {
+    "aa": "Afar", "ab": "Abkhaz", "af": "Afrikaans", "ak": "Akan", "am": "Amharic", "ar": "Arabic", "as": "Assamese",
+    "ay": "Aymara", "az": "Azerbaijani", "be": "Belarusian", "bg": "Bulgarian", "bi": "Bislama", "bn": "Bengali",
+    "br": "Breton", "bs": "Bosnian", "ca": "Catalan", "ch": "Chamorro", "co": "Corsican", "cs": "Czech",
+    "cy": "Welsh", "da": "Danish", "de": "German", "dv": "Dhivehi", "dz": "Dzongkha", "ee": "Ewe", "el": "Greek",
+    "en": "English", "es": "Spanish", "et": "Estonian", "eu": "Basque", "fa": "Persian", "ff": "Fula",
+    "fi": "Finnish", "fj": "Fijian", "fo": "Faroese", "fr": "French", "fy": "Frisian", "ga": "Irish", "gd": "Gaelic",
+    "gl": "Galician", "gn": "Guarani", "gu": "Gujarati", "gv": "Manx", "ha": "Hausa", "he": "Hebrew", "hi": "Hindi",
+    "ho": "Motu", "hr": "Croatian", "ht": "Haitian", "hu": "Hungarian", "hy": "Armenian", "id": "Indonesian",
+    "ig": "Igbo", "is": "Icelandic", "it": "Italian", "iu": "Inuktitut", "ja": "Japanese", "ka": "Georgian",
+    "kg": "Kongo", "ki": "Kikuyu", "kk": "Kazakh", "kl": "Greenlandic", "km": "Khmer", "kn": "Kannada",
+    "ko": "Korean", "ku": "Kurdish", "ky": "Kyrgyz", "la": "Latin", "lb": "Luxembourgish", "ln": "Lingala",
+    "lo": "Lao", "lt": "Lithuanian", "lv": "Latvian", "mg": "Malagasy", "mh": "Marshallese", "mi": "Maori",
+    "mk": "Macedonian", "ml": "Malayalam", "mn": "Mongolian", "mr": "Marathi", "ms": "Malay", "mt": "Maltese",
+    "my": "Burmese", "na": "Nauruan", "nb": "Bokmal", "nd": "Ndebele", "ne": "Nepali", "nl": "Dutch", "nn": "Nynorsk",
+    "no": "Norwegian", "nr": "Ndebele", "ny": "Chichewa", "oc": "Occitan", "om": "Oromo", "or": "Odia",
+    "pa": "Punjabi", "pl": "Polish", "ps": "Pashto", "pt": "Portuguese", "qu": "Quechua", "rm": "Romansh",
+    "rn": "Kirundi", "ro": "Romanian", "ru": "Russian", "rw": "Kinyarwanda", "sa": "Sanskrit", "sc": "Sardinian",
+    "sd": "Sindhi", "se": "Sami", "sg": "Sango", "si": "Sinhala", "sk": "Slovak", "sl": "Slovene", "sm": "Samoan",
+    "sn": "Shona", "so": "Somali", "sq": "Albanian", "sr": "Serbian", "ss": "Swazi", "st": "Sotho", "sv": "Swedish",
+    "sw": "Swahili", "ta": "Tamil", "te": "Telugu", "tg": "Tajik", "th": "Thai", "ti": "Tigrinya", "tk": "Turkmen",
+    "tl": "Tagalog", "tn": "Tswana", "to": "Tongan", "tr": "Turkish", "ts": "Tsonga", "tt": "Tatar", "ug": "Uyghur",
+    "uk": "Ukrainian", "ur": "Urdu", "uz": "Uzbek", "ve": "Venda", "vi": "Vietnamese", "wo": "Wolof", "xh": "Xhosa",
+    "yo": "Yoruba", "za": "Zhuang", "zh": "Chinese", "zu": "Zulu",
+}  # fmt: skip
 MAX_LANGUAGES = 3
 
 
@@ -100,8 +105,8 @@ def from_geonames(flag_names: dict[str, str]) -> list[Country]:
             Country(
                 iso=iso,
                 iso3=row["iso3"],
-                name=row["name"],
-                capital=row["capital"],
+                name=row["name"].strip(),
+                capital=row["capital"].strip(),
                 continent=CONTINENTS[row["continentcode"]],
                 area=round(float(row["areakm2"] or 0)),
                 population=int(row["population"] or 0),
