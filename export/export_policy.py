@@ -39,8 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_available(args.engine, args.precision)
         manifest = export_policy(
-            args.checkpoint, args.out, engine=args.engine, precision=args.precision, name=args.name,
-            context=args.context, dialect=dialect, parity=not args.no_parity,
+            args.checkpoint,
+            args.out,
+            engine=args.engine,
+            precision=args.precision,
+            name=args.name,
+            context=args.context,
+            dialect=dialect,
+            parity=not args.no_parity,
         )
     except GogEdgeError as exc:
         sys.stderr.write(f"error: {exc}\n")

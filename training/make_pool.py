@@ -1,6 +1,6 @@
 """Draw the pool of training scenes (resumable: shards that exist are kept).
 
-    python -m training.make_pool runs/pool --flags flag-icons-7.5.0.tgz --shards 100
+python -m training.make_pool runs/pool --flags flag-icons-7.5.0.tgz --shards 100
 """
 
 from __future__ import annotations

@@ -21,17 +21,19 @@ from tokenizers import Tokenizer
 from gog_edge.files import write_json
 from gog_edge.indexing.atlas.countries import from_geonames
 from gog_edge.indexing.atlas.flags import load_flag_icons
+from gog_edge.indexing.atlas.scenes import MAX_FLAGS
 from gog_edge.policy.dialect import load_dialect
 from training.policy.absolute import TAP, AbsoluteHead, absolute_loss
 from training.policy.batches import Encoder, collate, decode_states, embed, token_loss
 from training.policy.lessons import Lessons
-from training.policy.model import PROCESSOR, atlas_config, build_model
+from training.policy.model import PROCESSOR, add_look_back_heads, atlas_config, build_model
+from training.policy.pointing import pointing_loss
 from training.policy.pool import Shard, stream
 from training.policy.schedule import cosine_rate, save_state
 from training.policy.tokens import SPECIAL, save_tokenizer
 from training.policy.worlds import gather_names
 
-CHUNK = 16  # trajectories computed at once: short ones are not padded to the longest of a whole step
+CHUNK_TOKENS = 4096  # computed at once: short trajectories are not padded to the longest of a whole step
 
 
 def parse_mix(text: str) -> dict[str, float]:
@@ -60,7 +62,9 @@ class Trainer:
             if args.tower:  # a newer tower replaces the one that was saved
                 weights = {key: value for key, value in weights.items() if "visual" not in key}
             self.model.load_state_dict(weights, strict=False)
-            self.head.load_state_dict(self.resumed["head"])
+            self.head.load_state_dict(self.resumed["head"], strict=False)
+        if args.look_back:
+            add_look_back_heads(self.model)
         for parameter in self.model.model.visual.parameters():
             parameter.requires_grad_(args.tower_learns)
         self.parameters = [p for p in [*self.model.parameters(), *self.head.parameters()] if p.requires_grad]
@@ -79,8 +83,9 @@ class Trainer:
         encoded = self.lessons.batch(shard, lesson)  # type: ignore[arg-type]
         order = np.argsort([len(item.ids) for item in encoded])
         figures: dict[str, float] = {}
-        for start in range(0, len(order), CHUNK):
-            rows = order[start : start + CHUNK]
+        chunk = max(8, CHUNK_TOKENS // len(encoded[order[-1]].ids))
+        for start in range(0, len(order), chunk):
+            rows = order[start : start + chunk]
             part = Shard(*(getattr(shard, name)[rows] for name in Shard.__slots__))
             share = len(rows) / len(order)
             for key, value in self._backward([encoded[row] for row in rows], part, lesson, share).items():
@@ -98,12 +103,16 @@ class Trainer:
             states, tapped = decode_states(self.model, embeds, batch.positions, TAP)
             loss, guess, truth = token_loss(self.model, states, batch.labels)
         figures = {"loss": loss.item(), "right": (guess == truth).float().mean().item()}
-        if lesson != "language":
+        if pictures:
             places = [min(place for r, place in pictures if r == row) for row in range(len(encoded))]
             count = shard.pictures.shape[1] * shard.pictures.shape[2] // 784
             at = torch.stack([tapped[row, place : place + count] for row, place in enumerate(places)])
-            extra, figures["px"] = absolute_loss(self.head, at, shard)
-            loss = loss + 0.5 * extra
+            extra, read = absolute_loss(self.head, at, shard)
+            figures |= read
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                pointed = pointing_loss(self.model, tapped, batch.positions, batch.looks)
+            figures["look"] = pointed.item()
+            loss = loss + 0.5 * extra + 0.3 * pointed
         (share * loss).backward()
         return figures
 
@@ -126,17 +135,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--flags", type=Path, required=True, help="npm package flag-icons 7.5.0, tarball or folder")
     parser.add_argument("--tower", type=Path, help="state.pt of training.train_vision")
     parser.add_argument("--tower-learns", action="store_true", help="train the vision tower too")
-    parser.add_argument("--mix", default="ground=0.5,episodes=0.5", help="shares of language, ground, episodes")
+    parser.add_argument("--look-back", action="store_true", help="start with heads that look at the tokens before")
+    parser.add_argument("--mix", default="ground=0.5,episodes=0.5", help="shares of lessons; see policy.lessons.Lesson")
+    parser.add_argument("--most-flags", type=int, default=MAX_FLAGS, help="leave out busier pictures")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=250, help="steps")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(args)
     recent: dict[str, float] = {}
     began = time.monotonic()
-    for shard in stream(args.pool, seed=args.seed, batch=args.batch, skip=1):
+    for shard in stream(args.pool, seed=args.seed, batch=args.batch, skip=1, most=args.most_flags):
         if trainer.step >= args.steps:
             break
         for key, value in trainer.train_step(shard).items():
@@ -144,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if trainer.step % 50 == 0:
             row = {"step": trainer.step, "seconds": round(time.monotonic() - began)}
             print(json.dumps(row | {key: round(value, 4) for key, value in sorted(recent.items())}), flush=True)
-        if trainer.step % 250 == 0 or trainer.step == args.steps:
+        if trainer.step % args.save_every == 0 or trainer.step == args.steps:
             trainer.save()
     return 0
 

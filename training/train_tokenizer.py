@@ -1,6 +1,6 @@
 """Learn the atlas policy's tokenizer from trajectories about made-up countries.
 
-    python -m training.train_tokenizer runs/tokenizer --flags flag-icons-7.5.0.tgz
+python -m training.train_tokenizer runs/tokenizer --flags flag-icons-7.5.0.tgz
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stage 0: teach the vision tower where flags are (resumable).
 
-    python -m training.train_vision runs/pool runs/vision --steps 1500
+python -m training.train_vision runs/pool runs/vision --steps 1500
 """
 
 from __future__ import annotations

@@ -285,6 +285,10 @@ def _export_tower(tower: nn.Module, example: Tensor, name: str, path: Path) -> N
             dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},),
             verbose=False,
         )
+    if program is None:
+        raise CheckpointError(
+            f"{path.name}: torch.onnx gave no graph for {type(tower).__name__}; use the torch of pyproject"
+        )
     for node in program.model.graph:
         for value in node.outputs:
             # The exporter calls the output of a token table "embedding" too, and does not see the clash.

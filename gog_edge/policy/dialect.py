@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,7 +33,9 @@ Segment: TypeAlias = str | Pixels
 
 SCHEMA = 1
 FRAMES = ("resized_px", "given_px", "rel1000", "rel1")
-_NUMBER = re.compile(r"-?\d{1,7}(?:\.\d{1,7})?")
+NOTICES = ("malformed", "box_refused", "action_refused")
+# Whole numbers only: a part of 1e999 or of twenty digits must not pass for a number.
+_NUMBER = re.compile(r"(?<![\w.])-?\d{1,7}(?:\.\d{1,20})?(?!\w|\.\d)")
 _MAX_ACTION_CHARS = 4096
 
 
@@ -260,8 +262,10 @@ def _build(raw: dict[str, Any], where: str) -> Dialect:
             raise DialectError(f"dialect {where}: schema {raw['schema']} is not {SCHEMA}; use a newer gog_edge")
         if raw["box_frame"] not in FRAMES:
             raise DialectError(f"dialect {where}: box_frame '{raw['box_frame']}' is none of {', '.join(FRAMES)}")
-        tags = {key: tuple(value) if isinstance(value, list) else value for key, value in raw["tags"].items()}
-        return Dialect(
+        tags: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in raw["tags"].items()
+        }
+        dialect = Dialect(
             name=raw["name"],
             assumed=raw["assumed"],
             box_frame=raw["box_frame"],
@@ -269,10 +273,34 @@ def _build(raw: dict[str, Any], where: str) -> Dialect:
             question=raw["prompt"]["question"],
             tags=Tags(**tags),
             observation=ObservationTexts(**raw["observation"]),
-            notices=dict(raw["notice"]),
+            notices={key: raw["notice"][key] for key in NOTICES},
             not_found=raw["answer"]["not_found"],
         )
+        dialect.tags.box.format(x0=0, y0=0, x1=0, y1=0)
     except KeyError as exc:
         raise DialectError(f"dialect {where}: the field {exc} is missing") from exc
-    except TypeError as exc:
+    except (TypeError, ValueError, IndexError, AttributeError) as exc:
         raise DialectError(f"dialect {where}: {exc}") from exc
+    _check_kinds(dialect, where)
+    return dialect
+
+
+def _check_kinds(part: Any, where: str) -> None:
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if is_dataclass(value):
+            _check_kinds(value, where)
+        elif not _fits(value, str(field.type)):
+            raise DialectError(f"dialect {where}: {field.name} is {value!r}, which is no {field.type}")
+
+
+def _fits(value: Any, kind: str) -> bool:
+    match kind:
+        case "tuple[str, str]":
+            return isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, str) and v for v in value)
+        case "Mapping[str, str]":
+            return all(isinstance(text, str) for text in value.values())
+        case "float":
+            return type(value) in (int, float)
+        case _:
+            return type(value).__name__ == kind

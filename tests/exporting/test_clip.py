@@ -93,7 +93,7 @@ def test_the_manifest_tells_what_the_folder_holds(resnet):
     assert manifest["image"]["mean"] == PREPROCESS["mean"]
     assert manifest["image"]["resize"] == "squash"
     assert manifest["text"] == {"context_length": 16, "pad_id": 0}
-    assert manifest["logit_scale"] == pytest.approx(float(model.logit_scale.exp()))
+    assert manifest["logit_scale"] == pytest.approx(float(model.logit_scale.detach().exp()))
     assert max(manifest["parity"][tower]["max_abs"] for tower in ("image", "text")) < 1e-5
     verify_files(folder, manifest["files"], what="encoder", full=True)
     assert {entry["path"] for entry in manifest["files"]} == {"image.onnx", "text.onnx", "tokenizer.json"}
@@ -134,7 +134,7 @@ def little_tokenizer():
     return tokenizer
 
 
-@pytest.mark.parametrize(("size", "mode"), [((50, 40), "shortest"), ((31, 77), "longest"), ((45, 45), "squash")])
+@pytest.mark.parametrize(("size", "mode"), [((50, 40), "shortest"), ((32, 64), "longest"), ((45, 45), "squash")])
 def test_the_runtime_preprocesses_as_open_clip_does(tmp_path, resnet, size, mode):
     from open_clip.transform import image_transform
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from gog_edge.policy.chat import ChatFormat
 from gog_edge.policy.session import image_positions, text_positions
 from gog_edge.policy.vision import resize, smart_resize
-from gog_edge.types import Pixels, Size
+from gog_edge.types import Box, Pixels, Size
 from training.policy.model import CELL, CROP_PIXELS, PIXEL_SPEC, encode_pictures, picture_tensor
 from training.policy.teacher import Turn
 
@@ -36,6 +36,14 @@ CHAT = ChatFormat(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Tokens that write a box, and the picture tokens of the flag that is meant."""
+
+    writers: tuple[int, ...]  # places in the sequence
+    targets: tuple[int, ...]
+
+
 @dataclass
 class Encoded:
     """One trajectory in tokens; pictures by the place of their first token."""
@@ -44,7 +52,12 @@ class Encoded:
     labels: list[int] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)  # each [3, n]
     pictures: list[tuple[int, Pixels]] = field(default_factory=list)
-    _next: int = 0
+    looks: list[Look] = field(default_factory=list)
+    start: int = 0  # position of the first token
+    _next: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._next = self.start
 
     def add(self, ids: Sequence[int], learn: bool = False) -> None:
         """Append text."""
@@ -62,17 +75,31 @@ class Encoded:
         self.positions.append(image_positions(self._next, rows, columns))
         self._next += max(rows, columns)
 
+    def add_look(self, begin: int, box: Box) -> None:
+        """Tokens from `begin` on write a look at a box of the first picture; boxes without a token centre are left."""
+        place, pixels = self.pictures[0]
+        columns = pixels.shape[1] // CELL
+        centres = [
+            (k, (k % columns + 0.5) * CELL, (k // columns + 0.5) * CELL)
+            for k in range(pixels.shape[0] // CELL * columns)
+        ]
+        targets = [place + k for k, x, y in centres if box.x0 <= x < box.x1 and box.y0 <= y < box.y1]
+        if targets:
+            self.looks.append(Look(tuple(range(begin, len(self.ids))), tuple(targets)))
+
 
 class Encoder:
     """Tokenizes turns piece by piece, exactly as the live session appends them."""
 
-    def __init__(self, tokenizer: Tokenizer, system_prompt: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, system_prompt: str, look_mark: str = "<img_search>") -> None:
         self._tokenizer = tokenizer
+        self.vocabulary = tokenizer.get_vocab_size()
         self.image = tokenizer.token_to_id("<|image_pad|>")
         self._markup = {text: self._ids(text) for text in (CHAT.system_open, CHAT.system_close, CHAT.user_open,
                         CHAT.assistant_open, CHAT.image_open, CHAT.image_close)}  # fmt: skip
         tokenizer.encode_special_tokens = True
         self._system = self._ids(system_prompt)
+        self._look = tokenizer.token_to_id(look_mark)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -87,12 +114,16 @@ class Encoder:
         for turn in turns:
             said = turn.role == "assistant"
             out.add(markup[CHAT.assistant_open if said else CHAT.user_open])
+            begin = len(out.ids)
             for segment in turn.segments:
                 if isinstance(segment, str):
                     out.add(self._ids(segment), turn.learn)
                 elif pictures:
                     self._picture(out, segment, whole=first)
                     first = False
+            if turn.looks_at is not None and turn.learn and out.pictures:
+                mark = next((k for k in range(begin, len(out.ids)) if out.ids[k] == self._look), begin)
+                out.add_look(mark, turn.looks_at)
             out.add(close[:1], turn.learn)
             out.add(close[1:])
         return out
@@ -118,6 +149,7 @@ class Batch:
     labels: Tensor  # [B, L] int64, -100 where nothing is learned; aligned with ids
     positions: Tensor  # [3, B, L] int64
     pictures: list[tuple[int, int, Pixels]]  # row, place of the first token, pixels
+    looks: list[tuple[int, Look]]  # row, look
 
 
 def collate(encoded: Sequence[Encoded], pad: int) -> Batch:
@@ -134,7 +166,8 @@ def collate(encoded: Sequence[Encoded], pad: int) -> Batch:
         labels[row, :count] = item.labels
         positions[:, row, :count] = np.concatenate(item.positions, 1)
         pictures += [(row, place, pixels) for place, pixels in item.pictures]
-    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), pictures)
+    looks = [(row, look) for row, item in enumerate(encoded) for look in item.looks]
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), pictures, looks)
 
 
 def embed(model: Any, batch: Batch, *, tower_learns: bool) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:

@@ -48,6 +48,17 @@ def token_truth(shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
     return owner, chosen, centres
 
 
+def words_loss(words: Tensor, shard: Shard, owner: Tensor) -> tuple[Tensor, float]:
+    """Loss of relation logits [B, T, 14] over tokens in flags (`owner` >= 0), and the share that is right."""
+    meant = torch.from_numpy(shard.relations)  # [B, R]
+    target = (meant[:, None, :] == owner[..., None]).float()
+    weight = (meant[:, None, :] >= 0).float() * (owner >= 0).float()[..., None]
+    total = weight.sum().clamp(min=1)
+    loss = (F.binary_cross_entropy_with_logits(words, target, reduction="none") * weight).sum() / total
+    right = (((words > 0) == (target > 0.5)).float() * weight).sum() / total
+    return loss, right.item()
+
+
 def dense_loss(head: DenseHead, tokens: Tensor, shard: Shard) -> tuple[Tensor, dict[str, float]]:
     """Loss of one batch, and figures: mean side error in pixels, share of relations right, share of counts right."""
     inside, sides, words, count = head(tokens)
@@ -57,18 +68,13 @@ def dense_loss(head: DenseHead, tokens: Tensor, shard: Shard) -> tuple[Tensor, d
     weights = mask.float()
     total = weights.sum().clamp(min=1)
     side_loss = (F.smooth_l1_loss(sides, target, reduction="none", beta=0.1).sum(-1) * weights).sum() / total
-    meant = torch.from_numpy(shard.relations)  # [B, R]
-    word_target = (meant[:, None, :] == owner[..., None]).float()
-    word_weight = (meant[:, None, :] >= 0).float() * weights[..., None]
-    word_loss = (F.binary_cross_entropy_with_logits(words, word_target, reduction="none") * word_weight).sum()
-    word_loss = word_loss / word_weight.sum().clamp(min=1)
+    word_loss, right = words_loss(words, shard, owner)
     counts = torch.from_numpy(shard.counts) - 1
     count_loss = F.cross_entropy(count.flatten(0, 1), counts[:, None].expand(-1, count.shape[1]).flatten())
     inside_loss = F.binary_cross_entropy_with_logits(inside, weights)
     loss = inside_loss + 2 * side_loss + 2 * word_loss + 0.3 * count_loss
     with torch.no_grad():
         error = ((sides - target).abs().mean(-1) * weights).sum() / total * OFFSET_UNIT
-        right = (((words > 0) == (word_target > 0.5)).float() * word_weight).sum() / word_weight.sum().clamp(min=1)
         counted = (count.mean(1).argmax(-1) == counts).float().mean()
-    figures = {"side_px": error.item(), "words": right.item(), "count": counted.item(), "loss": loss.item()}
+    figures = {"side_px": error.item(), "words": right, "count": counted.item(), "loss": loss.item()}
     return loss, figures

@@ -1,4 +1,4 @@
-"""What the decoder is taught, batch by batch: language without pictures, grounding, whole episodes."""
+"""What the decoder is taught, batch by batch: copying, language without pictures, grounding, whole episodes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from gog_edge.indexing.atlas.questions import PLACES, SINGLE_FACTS, ask_fact, pick
-from gog_edge.policy.dialect import Dialect
-from gog_edge.types import GazeSearch
+from gog_edge.indexing.atlas.articles import SEARCH_WORDS, fact_value, sentence
+from gog_edge.indexing.atlas.questions import PLACES, SINGLE, SINGLE_FACTS, TEXT_FACTS, ask_fact, ask_fact_of, pick
+from gog_edge.policy.dialect import Dialect, Frame
+from gog_edge.types import Action, Answer, GazeSearch, Size, TextSearch
 from training.policy.batches import Encoded, Encoder
 from training.policy.pool import Shard
 from training.policy.teacher import Scene, Teacher, Turn, scene_of
 from training.policy.worlds import Names, make_world
 
-Lesson: TypeAlias = Literal["language", "ground", "episodes"]
+Lesson: TypeAlias = Literal["drill", "copy", "language", "ground", "episodes"]
 QUESTIONS_PER_PICTURE = 6
 
 
@@ -23,16 +24,24 @@ class Lessons:
     """Makes lessons from pool pictures and made-up worlds."""
 
     def __init__(self, encoder: Encoder, dialect: Dialect, names: Names, seed: int) -> None:
+        self._vocabulary = encoder.vocabulary
         self._rng = np.random.default_rng([seed, 31])
         self._teacher = Teacher(dialect, self._rng)
         self._encoder, self._dialect, self._names = encoder, dialect, names
+        self._frame = Frame(Size(1, 1), Size(1, 1))  # where no box is written
 
     def batch(self, shard: Shard, lesson: Lesson) -> list[Encoded]:
         """One trajectory for each picture."""
         return [self._one(scene, lesson) for scene in _scenes(shard)]
 
     def _one(self, scene: Scene, lesson: Lesson) -> Encoded:
-        if lesson == "ground" and scene.relations:
+        if lesson == "drill":
+            return self._drill()
+        if lesson == "copy":
+            return self._encoder.encode(
+                self._repeating() if self._rng.random() < 0.4 else self._reading(), pictures=False
+            )
+        if lesson == "ground":
             return self._encoder.encode(self._pointing(scene))
         turns = self._teacher.trajectory(scene, make_world(self._rng, self._names))
         return self._encoder.encode(turns, pictures=lesson != "language")
@@ -42,15 +51,70 @@ class Lessons:
         teacher, turns = self._teacher, []
         teacher.begin(scene)
         names = list(scene.relations)
-        for count in range(QUESTIONS_PER_PICTURE):
-            relation = names[int(self._rng.integers(len(names)))]
-            question = pick(self._rng, PLACES[relation])
+        for count in range(QUESTIONS_PER_PICTURE if names else 1):
+            relation = names[int(self._rng.integers(len(names)))] if names else ""
+            question = pick(self._rng, PLACES[relation] if names else SINGLE)
             if self._rng.random() < 0.4:  # mostly the place alone: short, so that more pictures are seen
                 question = ask_fact(self._rng, str(self._rng.choice(SINGLE_FACTS)), question)
             segments = self._dialect.render_question(scene.picture, question)
             turns.append(Turn("user", segments if count == 0 else segments[1:]))
-            action = GazeSearch(teacher.snapped(scene.boxes[scene.relations[relation]]))
-            turns.append(Turn("assistant", (teacher.written(action, teacher.where(relation)),), learn=True))
+            action = GazeSearch(teacher.snapped(scene.boxes[scene.relations[relation] if names else 0]))
+            reason = teacher.where(relation) if names else "Weak. I look closer."
+            turns.append(Turn("assistant", (teacher.written(action, reason),), learn=True, looks_at=action.box))
+        return turns
+
+    def _drill(self) -> Encoded:
+        """Meaningless tokens said again, all in order or key by key: many short steps form the copying circuit."""
+        rng = self._rng
+        out = Encoded(start=int(rng.integers(200)))
+        if rng.random() < 0.5:
+            said = rng.integers(0, self._vocabulary, int(rng.integers(6, 33))).tolist()
+            out.add(said)
+            out.add(said, learn=True)
+            return out
+        pairs = [
+            (rng.integers(0, self._vocabulary, int(rng.integers(1, 4))).tolist(),
+             rng.integers(0, self._vocabulary, int(rng.integers(1, 4))).tolist())
+            for _ in range(int(rng.integers(2, 8)))
+        ]  # fmt: skip
+        for key, value in pairs:
+            out.add(key + value)
+        for index in rng.permutation(len(pairs)):
+            out.add(pairs[index][0])
+            out.add(pairs[index][1], learn=True)
+        return out
+
+    def _repeating(self) -> list[Turn]:
+        """Names said again: every token of the answer stands in the question."""
+        rng, places = self._rng, self._names.places
+        said = ", ".join(
+            f"{places[int(rng.integers(len(places)))]} {int(10 ** rng.uniform(0, 7)):,}"
+            for _ in range(int(rng.integers(4, 11)))
+        )
+        return [Turn("user", (" " + said,)), Turn("assistant", (" " + said,), learn=True)]
+
+    def _reading(self) -> list[Turn]:
+        """Several articles, then many questions about them, each answered from one paragraph or by a search."""
+        rng, dialect = self._rng, self._dialect
+        world = make_world(rng, self._names)
+        asked = [
+            (country, str(fact)) for country in world.countries[:5] for fact in rng.choice(TEXT_FACTS, 2, replace=False)
+        ]
+        lines = {country.iso: [f"{country.name}:"] for country in world.countries[:5]}
+        for country, fact in asked:
+            value = fact_value(country, fact, world.names)
+            lines[country.iso].append(sentence(country.name, fact, value, code=country.currency_code))
+        body = "".join(f"[{n}] {' '.join(line)}\n" for n, line in enumerate(lines.values(), start=1))
+        turns = [Turn("user", (dialect.observation.open + body + dialect.observation.close,))]
+        for index in rng.permutation(len(asked))[:6]:
+            country, fact = asked[int(index)]
+            question = ask_fact_of(rng, fact, country.name)
+            if rng.random() < 0.6:
+                action: Action = Answer(fact_value(country, fact, world.names))
+            else:
+                question, action = f"Search: {question}", TextSearch(f"{SEARCH_WORDS[fact]} of {country.name}")
+            turns.append(Turn("user", (question,)))
+            turns.append(Turn("assistant", (dialect.render_action(action, self._frame),), learn=True))
         return turns
 
 

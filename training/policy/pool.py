@@ -28,8 +28,6 @@ SHARD = 256
 OVERDRAW = 1.5  # drawn larger than the model sees, then reduced, as a real picture is
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Pictures of one grid with their truth."""
@@ -96,14 +94,17 @@ def read_shard(path: Path) -> Shard:
         return Shard(**{name: arrays[name] for name in Shard.__slots__})
 
 
-def stream(folder: Path, seed: int, batch: int, *, skip: int = 0) -> Iterator[Shard]:
-    """Endless batches of one grid each, from the shards that are on disk at the time (from number `skip` on)."""
+def stream(folder: Path, seed: int, batch: int, *, skip: int = 0, most: int = MAX_FLAGS) -> Iterator[Shard]:
+    """Endless batches of one grid each, from the shards that are on disk at the time (from number `skip` on).
+
+    Pictures of more than `most` flags are left out.
+    """
     rng = np.random.default_rng([seed, 12])
     while True:
         paths = sorted(folder.glob("scenes-????.npz"))[skip:]
         for index in rng.permutation(len(paths)):
             shard = read_shard(paths[index])
-            order = rng.permutation(len(shard))
-            for start in range(0, len(shard) - batch + 1, batch):
+            order = rng.permutation(np.flatnonzero(shard.counts <= most))
+            for start in range(0, len(order) - batch + 1, batch):
                 rows = order[start : start + batch]
                 yield Shard(*(getattr(shard, name)[rows] for name in Shard.__slots__))

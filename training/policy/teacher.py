@@ -69,6 +69,7 @@ class Turn:
     role: str  # "user" or "assistant"
     segments: tuple[Segment, ...]
     learn: bool = False
+    looks_at: Box | None = None  # the box that an assistant turn looks at
 
 
 class Teacher:
@@ -244,7 +245,8 @@ class Teacher:
             self.turns.append(Turn("assistant", (reason,)))
             notice = Observation(notice="malformed", detail="there is no action in it")
             self.turns.append(Turn("user", self.dialect.render_observation(notice)))
-        self.turns.append(Turn("assistant", (self.written(action, reason),), learn))
+        looks_at = action.box if isinstance(action, GazeSearch) else None
+        self.turns.append(Turn("assistant", (self.written(action, reason),), learn, looks_at))
 
     def written(self, action: Action, reason: str) -> str:
         """A turn's text."""

@@ -138,7 +138,7 @@ def load_countries(path: Path) -> list[Country]:
             Country(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
             for row in read_json(path, what="atlas facts")["countries"]
         ]
-    except (KeyError, TypeError) as exc:
+    except (KeyError, TypeError, AttributeError) as exc:
         raise ArtifactError(f"atlas facts: '{path}' is of another form ({exc}); run index.build_atlas again") from exc
 
 

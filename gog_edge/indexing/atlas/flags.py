@@ -6,6 +6,7 @@ import io
 import json
 import math
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -45,17 +46,18 @@ def load_flag_icons(source: Path) -> tuple[dict[str, bytes], dict[str, str]]:
 
     if not source.exists():
         raise ArtifactError(f"flag-icons: there is no '{source}'; run `npm pack flag-icons@7.5.0` and name its file")
-    files = dict(_package_files(source))
-    if "country.json" not in files:
-        raise ArtifactError(f"flag-icons: '{source}' holds no country.json; is it the npm package flag-icons 7.5.0?")
-    names = {row["code"]: row["name"] for row in json.loads(files["country.json"])}
-    flags = {
-        name.removeprefix("flags/4x3/").removesuffix(".svg"): resvg_py.svg_to_bytes(
-            svg_string=content.decode(), width=FLAG_WIDTH, height=FLAG_HEIGHT, background="#ffffff"
-        )
-        for name, content in files.items()
-        if name.endswith(".svg")
-    }
+    try:
+        files = dict(_package_files(source))
+        names = {row["code"]: row["name"] for row in json.loads(files["country.json"])}
+        flags = {
+            name.removeprefix("flags/4x3/").removesuffix(".svg"): resvg_py.svg_to_bytes(
+                svg_string=content.decode(), width=FLAG_WIDTH, height=FLAG_HEIGHT, background="#ffffff"
+            )
+            for name, content in files.items()
+            if name.endswith(".svg")
+        }
+    except (OSError, EOFError, tarfile.TarError, zlib.error, KeyError, TypeError, ValueError) as exc:
+        raise ArtifactError(f"flag-icons: '{source}' is not the npm package flag-icons 7.5.0 ({exc})") from exc
     return flags, names
 
 

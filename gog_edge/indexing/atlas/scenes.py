@@ -107,9 +107,7 @@ def _cloth(
     low, high = shape.min(0), shape.max(0)
     cx = rng.uniform(-low[0], w - high[0]) if w > high[0] - low[0] else w / 2
     cy = rng.uniform(-low[1], h - high[1]) if h > high[1] - low[1] else h / 2
-    corners = [
-        (float(x0 + GAP / 2 + (cx + px) / aspect), float(y0 + GAP * aspect / 2 + cy + py)) for px, py in shape
-    ]
+    corners = [(float(x0 + GAP / 2 + (cx + px) / aspect), float(y0 + GAP * aspect / 2 + cy + py)) for px, py in shape]
     return (corners[0], corners[1], corners[2], corners[3])
 
 
@@ -226,9 +224,7 @@ def _paste(canvas: Image.Image, flag: Pixels, item: PlacedFlag) -> None:
     w, h = source.size
     coefficients = _perspective([(0, 0), (w, 0), (w, h), (0, h)], target)
     box = (width, height)
-    cloth = Image.fromarray(lit).transform(
-        box, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BICUBIC
-    )
+    cloth = Image.fromarray(lit).transform(box, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BICUBIC)
     mask = Image.new("L", (width * 2, height * 2))
     ImageDraw.Draw(mask).polygon([(x * 2, y * 2) for x, y in target], fill=255)
     canvas.paste(cloth, (left, top), mask.resize(box, Image.Resampling.BOX))

@@ -39,7 +39,7 @@ def score(item: AskedScene, record: AnswerRecord, size: Size, not_found: str) ->
         refused=refused,
         gaze_ious=_ious(item, record, size, strict=False),
         strict_ious=strict,
-        cited=any(said and said in plain(citation.passage.text) for citation in record.citations),
+        cited=any(said and f" {said} " in f" {plain(citation.passage.text)} " for citation in record.citations),
         actions=tuple(step.action for step in record.steps),
         ms=record.timings_ms["total"],
     )
@@ -61,7 +61,3 @@ def _ious(item: AskedScene, record: AnswerRecord, size: Size, *, strict: bool) -
         targets = range(len(item.scene.placed)) if open_choice else [asked]
         found.append(max(box.iou(item.scene.box(target, size)) for target in targets))
     return tuple(found)
-
-
-
-

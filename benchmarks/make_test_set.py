@@ -1,0 +1,44 @@
+"""Fix a test set: draw it from a seed and write down its hash (benchmarks/testsets.json).
+
+python -m benchmarks.make_test_set held-out --seed 1 --per-kind 48
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.bench_atlas import TEST_SETS
+from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
+from gog_edge.files import read_json, write_json
+from gog_edge.indexing.atlas.countries import COUNTRIES_FILE, load_countries
+from gog_edge.indexing.atlas.testset import SetMaker, items_hash
+from gog_edge.indexing.atlas_pack import stored_flags
+from gog_edge.retrieval.encoder import Encoder
+from gog_edge.retrieval.pack import Pack
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--per-kind", type=int, default=48)
+    args = parser.parse_args(argv)
+    bundle = open_bundle(args.bundle)
+    countries = load_countries(bundle.packs[0] / COUNTRIES_FILE)
+    flags = stored_flags(Pack.open(bundle.packs[0], Encoder.open(bundle.encoder)), countries)
+    items = SetMaker(countries, flags, args.seed).make(args.per_kind)
+    fixed = {"seed": args.seed, "per_kind": args.per_kind, "questions": len(items), "sha256": items_hash(items)}
+    sets = read_json(TEST_SETS, what="test sets") if TEST_SETS.exists() else {}
+    write_json(TEST_SETS, sets | {args.name: fixed})
+    print(json.dumps({args.name: fixed}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from gog_edge.picture import Picture
+from gog_edge.policy.decode import Sampling
+from gog_edge.policy.dialect import load_dialect
+from gog_edge.policy.local import LocalPolicy
+from gog_edge.policy.manifest import TOKENIZER
+from gog_edge.policy.session import Generated
+from gog_edge.types import Answer, Box, Evidence, GazeSearch, Observation, SearchResult
+from training.policy.batches import CHAT, IGNORE, Encoder, collate, crop_view, decode_states, embed, token_loss
+from training.policy.lessons import QUESTIONS_PER_PICTURE, Lessons
+from training.policy.model import CELL, CROP_PIXELS, atlas_config, build_model
+from training.policy.teacher import Turn
+from training.policy.tokens import SPECIAL
+
+
+@pytest.fixture
+def tokenizer(tokenizer_file):
+    return Tokenizer.from_file(str(tokenizer_file))
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer_file):
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    special = {name: tokenizer.token_to_id(name) for name in SPECIAL}
+    return build_model(atlas_config(tokenizer.get_vocab_size(), special)).eval()
+
+
+def noise(height, width):
+    return np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def dialogue(dialect, frame_box=(28, 0, 140, 98)):
+    """Picture, gaze, crop, answer."""
+    picture, crop = noise(196, 252), noise(98, 112)
+    found = SearchResult((Evidence(("Peru",), (), None, 0.9),), 0.2)
+    gaze, answer = GazeSearch(Box(*frame_box)), Answer("Peru <|im_end|>")
+    say = [f"<reason>Left.</reason><img_search>[{','.join(str(v) for v in frame_box)}]</img_search>",
+           f"<answer> {answer.text}</answer>"]  # fmt: skip
+    turns = [
+        Turn("user", dialect.render_question(picture, "Which flag is it? <|image_pad|>")),
+        Turn("assistant", (say[0],), learn=False),
+        Turn("user", dialect.render_observation(Observation(found, crop))),
+        Turn("assistant", (say[1],), learn=True),
+    ]
+    return turns, (picture, crop, gaze, found, say)
+
+
+def test_a_dialogue_has_transformers_own_positions(model, tokenizer, dialect):
+    turns, (picture, crop, *_) = dialogue(dialect)
+    encoded = Encoder(tokenizer, dialect.system_prompt).encode(turns)
+    ids = torch.tensor([encoded.ids])
+    grids = [(image.shape[0] // 14, image.shape[1] // 14) for _, image in encoded.pictures]
+    image_token = tokenizer.token_to_id("<|image_pad|>")
+    assert encoded.ids.count(image_token) == sum(rows * columns // 4 for rows, columns in grids) and len(grids) == 2
+    own, _ = model.model.get_rope_index(
+        ids, (ids == image_token).int(), image_grid_thw=torch.tensor([(1, *grid) for grid in grids])
+    )
+    assert np.array_equal(np.concatenate(encoded.positions, 1), own[:, 0].numpy())
+    for place, image in encoded.pictures:
+        cells = image.shape[0] // CELL * (image.shape[1] // CELL)
+        assert encoded.ids[place : place + cells] == [image_token] * cells
+    assert np.array_equal(encoded.pictures[0][1], picture)
+    assert np.array_equal(encoded.pictures[1][1], crop_view(crop))
+
+
+def test_a_dialogue_is_tokenised_as_the_live_session_does_it(tiny_model, policies, monkeypatch):
+    dialect = load_dialect("atlas")
+    turns, (picture, _, _, found, say) = dialogue(dialect)
+    crop = turns[2].segments[1]
+    policy = LocalPolicy(tiny_model, dialect, Sampling())
+    talk = policy.begin(Picture(picture), "Which flag is it? <|image_pad|>")
+    session = talk._session
+    said = iter(say)
+
+    def speak(**_):
+        text = next(said)
+        session.append_text(text)
+        return Generated((), text, "end", 0, 0.0, 0.0)
+
+    monkeypatch.setattr(session, "generate", speak)
+    assert isinstance(talk.generate(max_tokens=9, deadline=None).action, GazeSearch)
+    talk.observe(Observation(found, crop))
+    assert talk.generate(max_tokens=9, deadline=None).action == Answer("Peru <|im_end|>")
+    talk._append(talk._queued, 0)  # the last turn's end
+    encoded = Encoder(Tokenizer.from_file(str(policies[True] / TOKENIZER)), dialect.system_prompt).encode(turns)
+    assert session.tokens == encoded.ids
+    waiting = np.concatenate([piece.positions for piece in session._waiting], 1)
+    assert np.array_equal(waiting, np.concatenate(encoded.positions, 1)[:, -waiting.shape[1] :])
+    assert waiting.shape[1] > 100  # both pictures among them
+    talk.close()
+
+
+def test_only_what_should_be_learned_is(tokenizer, dialect):
+    turns, (*_, say) = dialogue(dialect)
+    encoded = Encoder(tokenizer, dialect.system_prompt).encode(turns)
+    learned = [token for token, label in zip(encoded.ids, encoded.labels, strict=True) if label != IGNORE]
+    assert learned == [label for label in encoded.labels if label != IGNORE]
+    tokenizer.encode_special_tokens = True
+    assert learned == [*tokenizer.encode(say[1]).ids, tokenizer.token_to_id("<|im_end|>")]
+
+
+def test_special_tokens_in_what_is_said_stay_text(tokenizer, dialect):
+    encoded = Encoder(tokenizer, dialect.system_prompt).encode(dialogue(dialect)[0])
+    ends = encoded.ids.count(tokenizer.token_to_id("<|im_end|>"))
+    assert ends == 5  # the system's, and one for each turn
+    assert encoded.ids.count(tokenizer.token_to_id("<|im_start|>")) == 5
+    assert len(encoded.pictures) == 2
+
+
+def test_language_lessons_leave_pictures_out(tokenizer, dialect):
+    encoded = Encoder(tokenizer, dialect.system_prompt).encode(dialogue(dialect)[0], pictures=False)
+    assert not encoded.pictures and tokenizer.token_to_id(CHAT.image_token) not in encoded.ids
+    assert np.array_equal(np.concatenate(encoded.positions, 1), np.tile(np.arange(len(encoded.ids)), (3, 1)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (196, 252), (14, 112), (70, 77)])
+def test_a_crop_is_seen_small(height, width):
+    seen = crop_view(noise(height, width))
+    assert seen.shape[0] % CELL == seen.shape[1] % CELL == 0 and seen.shape[0] * seen.shape[1] <= CROP_PIXELS
+
+
+def test_a_batch_is_what_its_rows_are_alone(model, tokenizer, dialect):
+    encoder = Encoder(tokenizer, dialect.system_prompt)
+    turns = dialogue(dialect)[0]
+    items, pad = [encoder.encode(turns), encoder.encode(turns[:2])], tokenizer.token_to_id("<|endoftext|>")
+    batch = collate(items, pad)
+    assert batch.ids.shape == batch.labels.shape == batch.positions.shape[1:] and batch.ids.shape[1] % 32 == 0
+    with torch.no_grad():
+        states, tapped = decode_states(model, embed(model, batch, tower_learns=False)[0], batch.positions, 2)
+        single = collate(items[1:], pad)
+        alone, _ = decode_states(model, embed(model, single, tower_learns=False)[0], single.positions, 2)
+        loss, guess, truth = token_loss(model, states, batch.labels)
+    count = len(items[1].ids)
+    assert (states[1, :count] - alone[0, :count]).abs().max() < 1e-4
+    assert tapped.shape == states.shape and len(guess) == len(truth) == int((batch.labels != IGNORE).sum())
+    assert torch.isfinite(loss)
+
+
+def test_a_forward_is_transformers_own(model, tokenizer, dialect):
+    encoded = Encoder(tokenizer, dialect.system_prompt).encode(dialogue(dialect)[0])
+    batch = collate([encoded], tokenizer.token_to_id("<|endoftext|>"))
+    with torch.no_grad():
+        embeds, pictures = embed(model, batch, tower_learns=False)
+        states, _ = decode_states(model, embeds, batch.positions, 2)
+        own = model(inputs_embeds=embeds, position_ids=batch.positions).logits
+    assert (model.lm_head(states) - own).abs().max() < 1e-4
+    assert set(pictures) == {(0, place) for place, _ in encoded.pictures}
+    place = encoded.pictures[1][0]
+    assert torch.equal(embeds[0, place : place + len(pictures[0, place])], pictures[0, place])
+
+
+@pytest.mark.parametrize("lesson", ["language", "ground", "episodes"])
+def test_lessons_fill_batches(tokenizer, dialect, names, shard, lesson):
+    def lessons():
+        return Lessons(Encoder(tokenizer, dialect.system_prompt), dialect, names, seed=1).batch(shard, lesson)
+
+    encoded = lessons()
+    assert len(encoded) == len(shard) and [item.ids for item in lessons()] == [item.ids for item in encoded]
+    for item, count, meant in zip(encoded, shard.counts, shard.relations, strict=True):
+        assert len(item.ids) == len(item.labels) == sum(part.shape[1] for part in item.positions)
+        assert any(label != IGNORE for label in item.labels)
+        assert bool(item.pictures) == (lesson != "language")
+        if lesson == "ground" and count > 1 and (meant >= 0).any():
+            assert len(item.pictures) == 1
+            assert item.labels.count(tokenizer.token_to_id("<|im_end|>")) == QUESTIONS_PER_PICTURE
