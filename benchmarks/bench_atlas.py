@@ -36,6 +36,7 @@ from gog_edge.indexing.atlas.scoring import Score, score
 from gog_edge.indexing.atlas.testset import AskedScene, SetMaker, items_hash, scene_flags
 from gog_edge.indexing.atlas_pack import stored_flags
 from gog_edge.picture import Picture
+from gog_edge.policy.base import Policy
 from gog_edge.policy.local import LocalPolicy
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.pack import Pack
@@ -71,7 +72,9 @@ class Bench:
         encoder = Encoder.open(bundle.encoder, threads=threads)
         self.pack = Pack.open(bundle.packs[0], encoder)
         self.retriever = Retriever(encoder, [self.pack])
-        self.policy = LocalPolicy.open(bundle.policy, threads=threads)
+        local = LocalPolicy.open(bundle.policy, threads=threads)
+        self.policy: Policy = local
+        self.dialect = local.dialect
         self.countries = load_countries(bundle.packs[0] / COUNTRIES_FILE)
         self.flags = stored_flags(self.pack, self.countries)
 
@@ -92,7 +95,7 @@ class Bench:
         for item in track(items, workflow.value, console=Console(stderr=True)):
             picture = Picture(draw_scene(item.scene, scene_flags(item.scene, self.flags), WIDTH))
             record = self.ask(picture, item.question.text, workflow)
-            scores.append(score(item, record, picture.size, self.policy.dialect.not_found))
+            scores.append(score(item, record, picture.size, self.dialect.not_found))
         return scores
 
 

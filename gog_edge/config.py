@@ -33,6 +33,16 @@ class GazeConfig:
     pad: float = 0.04  # share of each side that is added around a box
     min_side: int = 8  # pixels of the given picture; smaller boxes are grown about their centre
     same_iou: float = 0.9  # boxes that overlap this much are the same gaze
+    # Other framings searched in the same call, as (scale, shift in x, shift in y) of the box: a box that is a little
+    # too small, too large or beside the thing still finds it.
+    framings: tuple[tuple[float, float, float], ...] = (
+        (1.3, 0.0, 0.0),
+        (0.85, 0.0, 0.0),
+        (1.0, -0.15, 0.0),
+        (1.0, 0.15, 0.0),
+        (1.0, 0.0, -0.15),
+        (1.0, 0.0, 0.15),
+    )
 
 
 @dataclass(frozen=True, slots=True)

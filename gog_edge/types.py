@@ -106,10 +106,14 @@ class TextQuery:
 
 @dataclass(frozen=True, slots=True)
 class ImageQuery:
-    """Pixels to search for (whole picture or crop); `question` chooses paragraphs of what matches."""
+    """Pixels to search for (whole picture or crop); `question` chooses paragraphs of what matches.
+
+    `views` are other framings of the same thing: the one that matches best counts, since boxes are seldom exact.
+    """
 
     pixels: Pixels
     question: str = ""
+    views: tuple[Pixels, ...] = ()
 
 
 Query: TypeAlias = TextQuery | ImageQuery

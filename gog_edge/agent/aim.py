@@ -38,8 +38,20 @@ def aim(action: TextSearch | ImageSearch | GazeSearch, picture: Picture, questio
     if isinstance(action, ImageSearch):
         return Target(whole(picture.size), ImageQuery(picture.pixels, question))
     box, note = mend_box(action.box, picture.size, config.min_side)
-    crop = picture.crop(padded(box, config.pad, picture.size))
-    return Target(box, ImageQuery(crop, question), crop, note)
+    query = gaze_query(picture, box, question, config)
+    return Target(box, query, query.pixels, note)
+
+
+def gaze_query(picture: Picture, box: Box, question: str, config: GazeConfig) -> ImageQuery:
+    """The crop of a box, and its other framings."""
+    center_x, center_y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
+    views = []
+    for scale, shift_x, shift_y in config.framings:
+        x, y = center_x + shift_x * box.width, center_y + shift_y * box.height
+        half_w, half_h = scale * box.width / 2, scale * box.height / 2
+        framed, _ = mend_box(Box(x - half_w, y - half_h, x + half_w, y + half_h), picture.size, config.min_side)
+        views.append(picture.crop(padded(framed, config.pad, picture.size)))
+    return ImageQuery(picture.crop(padded(box, config.pad, picture.size)), question, tuple(views))
 
 
 def mend_box(box: Box, size: Size, min_side: int) -> tuple[Box, str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gog_edge.agent.aim import gaze_query, mend_box
+from gog_edge.config import GazeConfig
 from gog_edge.indexing.atlas.articles import article, listed
 from gog_edge.indexing.atlas.countries import ATTRIBUTION, COUNTRIES_FILE, Country, save_countries
 from gog_edge.indexing.atlas.flags import FLAG_ATTRIBUTION, FLAG_LICENCE, invented_flag, png_pixels
@@ -18,15 +20,17 @@ from gog_edge.indexing.atlas.scenes import draw_scene, make_spec
 from gog_edge.indexing.atlas.testset import look_alikes
 from gog_edge.indexing.calibrate import calibrate_images, calibrate_texts, write_calibration
 from gog_edge.indexing.pack_writer import ArticleDraft, ImageDraft, PackWriter, Snapshot
+from gog_edge.picture import Picture
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.pack import Manifest, Pack, read_manifest
 from gog_edge.retrieval.retriever import Retriever
-from gog_edge.types import Pixels, Size
+from gog_edge.types import Box, ImageQuery, Pixels, Size
 
 NAME = "atlas"
 TEXT_LICENCE = "CC BY 4.0"
 SCENES = 240  # for the calibration of pictures
 SCENE_WIDTH = 512
+SHAKE = 0.08  # standard deviation of a side's error, in sides: about what the policy does
 FIRST_SCENE_SEED = 9_000_000  # far from the seeds of training and test scenes
 FIRST_INVENTED_SEED = 9_000_000
 TEXTS = 400  # of each kind, for the calibration of words
@@ -137,10 +141,11 @@ def _calibrate(
     write_calibration(folder, image=image, text=text)
 
 
-def calibration_crops(flags: Mapping[str, Pixels], scenes: int) -> tuple[list[Pixels], list[Pixels]]:
-    """Crops as a policy would cut them: of real flags; of invented flags, and of whole pictures of several flags."""
-    known: list[Pixels] = []
-    unknown: list[Pixels] = []
+def calibration_crops(flags: Mapping[str, Pixels], scenes: int) -> tuple[list[ImageQuery], list[ImageQuery]]:
+    """Looks as a policy takes them, none of them exact: at real flags; at invented ones, and at several at once."""
+    known: list[ImageQuery] = []
+    unknown: list[ImageQuery] = []
+    gaze = GazeConfig()
     keys = sorted(flags)
     for seed in range(FIRST_SCENE_SEED, FIRST_SCENE_SEED + scenes):
         rng = np.random.default_rng([seed, 11])
@@ -150,12 +155,13 @@ def calibration_crops(flags: Mapping[str, Pixels], scenes: int) -> tuple[list[Pi
         size = Size(pixels.shape[1], pixels.shape[0])
         for index, key in enumerate(shown):
             box = spec.box(index, size)
-            shake = rng.normal(0, 0.03, 4) * [box.width, box.height, box.width, box.height]
-            x0, y0, x1, y1 = (np.array([box.x0, box.y0, box.x1, box.y1]) + shake).round().astype(int)
-            crop = pixels[max(0, y0) : y1, max(0, x0) : x1]
-            (known if key in flags else unknown).append(crop)
+            shake = rng.normal(0, SHAKE, 4) * [box.width, box.height, box.width, box.height]
+            shaken, _ = mend_box(
+                Box(*(np.array([box.x0, box.y0, box.x1, box.y1]) + shake).tolist()), size, gaze.min_side
+            )
+            (known if key in flags else unknown).append(gaze_query(Picture(pixels), shaken, "", gaze))
         if len(shown) > 2:
-            unknown.append(pixels)
+            unknown.append(ImageQuery(pixels))
     return known, unknown
 
 

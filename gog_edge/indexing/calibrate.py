@@ -14,7 +14,7 @@ from gog_edge.files import write_json
 from gog_edge.retrieval.calibration import IMAGE_FEATURES, TEXT_FEATURES, Calibration
 from gog_edge.retrieval.pack import MANIFEST, read_manifest
 from gog_edge.retrieval.retriever import Retriever
-from gog_edge.types import ImageQuery, Pixels, TextQuery
+from gog_edge.types import ImageQuery, TextQuery
 
 RIDGE = 1e-3  # on standardised features: keeps separable data finite
 STEPS = 50
@@ -75,17 +75,14 @@ def fit_calibration(
 
 def calibrate_images(
     retriever: Retriever,
-    present: Sequence[Pixels],
-    absent: Sequence[Pixels],
+    present: Sequence[ImageQuery],
+    absent: Sequence[ImageQuery],
     *,
     target_false_accept: float = TARGET_FALSE_ACCEPT,
 ) -> Calibration:
-    """Fit to crops of things that the pack holds and of things that it does not."""
-    crops = [*present, *absent]
-    batches = [
-        retriever.image_features([ImageQuery(pixels) for pixels in crops[at : at + BATCH]])
-        for at in range(0, len(crops), BATCH)
-    ]
+    """Fit to pictures of things that the pack holds and of things that it does not, framed as they will be asked."""
+    queries = [*present, *absent]
+    batches = [retriever.image_features(queries[at : at + BATCH]) for at in range(0, len(queries), BATCH)]
     features = np.concatenate(batches) if batches else np.empty((0, len(IMAGE_FEATURES)))
     labels = [1] * len(present) + [0] * len(absent)
     return fit_calibration(features, labels, names=IMAGE_FEATURES, target_false_accept=target_false_accept)

@@ -101,8 +101,9 @@ class Retriever:
 
     def _look(self, queries: Sequence[ImageQuery]) -> list[tuple[list[_Group], float]]:
         """For each query: what its pixels may show, best first, and the mean cosine of all candidates."""
-        vectors = self.encoder.embed_images([query.pixels for query in queries])
-        nearest = self._nearest(vectors)
+        views = [(query.pixels, *query.views) for query in queries]
+        found = iter(self._nearest(self.encoder.embed_images([pixels for one in views for pixels in one])))
+        nearest = [max((next(found) for _ in one), key=lambda hits: hits[0].score if hits else -1.0) for one in views]
         means = [float(np.mean([one.score for one in found])) if found else 0.0 for found in nearest]
         return [(self._groups(found), mean) for found, mean in zip(nearest, means, strict=True)]
 

@@ -66,8 +66,11 @@ def test_flags_that_look_the_same_name_each_other_after_their_own():
 def test_calibration_queries_are_the_same_every_time():
     pixels = {key: png_pixels(data) for key, data in FLAGS.items()}
     (known, unknown), again = calibration_crops(pixels, 6), calibration_crops(pixels, 6)
-    assert known and unknown and all(min(crop.shape[:2]) > 4 for crop in known + unknown)
-    assert all((a == b).all() for a, b in zip(known + unknown, again[0] + again[1], strict=True))
+    assert known and unknown and all(min(query.pixels.shape[:2]) > 4 for query in known + unknown)
+    assert all(
+        (a.pixels == b.pixels).all() and len(a.views) == len(b.views)
+        for a, b in zip(known + unknown, again[0] + again[1], strict=True)
+    )
     assert calibration_texts(COUNTRIES) == calibration_texts(COUNTRIES)
 
 

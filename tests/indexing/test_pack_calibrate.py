@@ -93,7 +93,7 @@ def test_a_calibrated_pack_tells_known_things_from_unknown_ones(tmp_path, tiny_e
     unknown = [bars(*rng.integers(0, 256, (3, 3)).tolist()) for _ in range(30)]
     texts = [f"capital of {name}" for name in FLAGS] + [f"{name} currency" for name in FLAGS]
     strange = [f"capital of {name}x" for name in FLAGS] + [f"q{name} currency" for name in FLAGS]
-    image = calibrate_images(plain, known, unknown)
+    image = calibrate_images(plain, *([ImageQuery(crop) for crop in crops] for crops in (known, unknown)))
     text = calibrate_texts(plain, texts, strange)
     pack.close()
     write_calibration(tmp_path / "pack", image=image, text=text)

@@ -10,9 +10,9 @@ from gog_edge.policy.local import LocalPolicy
 from gog_edge.policy.manifest import TOKENIZER
 from gog_edge.policy.session import Generated
 from gog_edge.types import Answer, Box, Evidence, GazeSearch, Observation, SearchResult
-from training.policy.batches import CHAT, IGNORE, Encoder, collate, crop_view, decode_states, embed, token_loss
+from training.policy.batches import CHAT, IGNORE, Encoded, Encoder, collate, crop_view, decode_states, embed, token_loss
 from training.policy.lessons import QUESTIONS_PER_PICTURE, Lessons
-from training.policy.model import CELL, CROP_PIXELS, atlas_config, build_model
+from training.policy.model import CELL, CROP_PIXELS, add_look_back_heads, atlas_config, build_model
 from training.policy.teacher import Turn
 from training.policy.tokens import SPECIAL
 
@@ -153,7 +153,7 @@ def test_a_forward_is_transformers_own(model, tokenizer, dialect):
     assert torch.equal(embeds[0, place : place + len(pictures[0, place])], pictures[0, place])
 
 
-@pytest.mark.parametrize("lesson", ["language", "ground", "episodes"])
+@pytest.mark.parametrize("lesson", ["drill", "copy", "language", "ground", "episodes"])
 def test_lessons_fill_batches(tokenizer, dialect, names, shard, lesson):
     def lessons():
         return Lessons(Encoder(tokenizer, dialect.system_prompt), dialect, names, seed=1).batch(shard, lesson)
@@ -163,7 +163,37 @@ def test_lessons_fill_batches(tokenizer, dialect, names, shard, lesson):
     for item, count, meant in zip(encoded, shard.counts, shard.relations, strict=True):
         assert len(item.ids) == len(item.labels) == sum(part.shape[1] for part in item.positions)
         assert any(label != IGNORE for label in item.labels)
-        assert bool(item.pictures) == (lesson != "language")
+        assert bool(item.pictures) == (lesson in ("ground", "episodes"))
         if lesson == "ground" and count > 1 and (meant >= 0).any():
             assert len(item.pictures) == 1
             assert item.labels.count(tokenizer.token_to_id("<|im_end|>")) == QUESTIONS_PER_PICTURE
+        for look in item.looks:  # from the mark to the turn's end, at tokens of the picture
+            assert item.ids[look.writers[0]] == tokenizer.token_to_id("<img_search>")
+            assert item.ids[look.writers[-1] + 1] == tokenizer.token_to_id("<|im_end|>")
+            assert {item.ids[place] for place in look.targets} == {tokenizer.token_to_id("<|image_pad|>")}
+
+
+def test_a_look_is_at_the_tokens_whose_centres_lie_in_its_box():
+    encoded = Encoded()
+    encoded.add([5, 6])
+    encoded.add_picture(noise(56, 84), 9)
+    encoded.add([1, 2, 3])
+    encoded.add_look(9, Box(28, 0, 84, 28))
+    encoded.add_look(9, Box(0, 0, 10, 10))  # no centre lies in it
+    assert [(look.writers, look.targets) for look in encoded.looks] == [((9, 10), (3, 4))]
+
+
+def test_heads_that_look_back_do(model):
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+
+    fresh = build_model(model.config)
+    add_look_back_heads(fresh)
+    language = fresh.model.language_model
+    attention, length = language.layers[0].self_attn, 12
+    group, dim = attention.num_key_value_groups, attention.head_dim
+    q = attention.q_proj.bias[: group * dim].view(1, group, 1, dim).expand(-1, -1, length, -1)
+    k = attention.k_proj.bias[:dim].view(1, 1, 1, dim).expand(-1, -1, length, -1)
+    positions = torch.arange(length).expand(3, 1, -1)
+    q, k = apply_rotary_pos_emb(q, k, *language.rotary_emb(torch.zeros(1, length, 1), positions))
+    best = (q @ k.transpose(-1, -2))[0, :, -1].argmax(-1)  # of the last token, for each head
+    assert best.tolist() == [length - 2 - head for head in range(group)]

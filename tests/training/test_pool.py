@@ -55,6 +55,12 @@ def test_a_stream_serves_every_scene_once_a_round(shard, tmp_path):
     assert all(equal(next(again), batch) for batch in one_round)
 
 
+def test_a_stream_can_leave_crowded_scenes_out(shard, tmp_path):
+    write_shard(tmp_path, 0, shard)
+    batches = stream(tmp_path, seed=1, batch=1, most=2)
+    assert all(next(batches).counts.max() <= 2 for _ in range(20))
+
+
 def test_tokens_know_the_flag_they_lie_in(shard):
     owner, box, centres = token_truth(shard)
     assert owner.shape == (len(shard), len(centres)) and centres[0].tolist() == [CELL / 2, CELL / 2]
@@ -90,12 +96,13 @@ def test_the_absolute_loss_is_small_where_the_head_is_right(shard):
     height, width = shard.pictures.shape[1:3]
     bins = (torch.minimum(box.clamp(min=0), torch.tensor([width, height] * 2)) / SNAP).round().long()
     assert bins.max() < BINS
-    logits = torch.nn.functional.one_hot(bins, BINS) * 50.0
-    loss, error = absolute_loss(lambda chosen: chosen.unflatten(-1, (4, BINS)), logits.flatten(2), shard)
-    assert loss < 1e-4 and error == 0
-    head = AbsoluteHead(8)
-    loss, error = absolute_loss(head, torch.randn(*owner.shape, 8), shard)
-    assert loss > 1 and error > SNAP
+    meant = torch.from_numpy(shard.relations)
+    words = torch.where(meant[:, None, :] == owner[..., None], 20.0, -20.0)
+    sides = torch.nn.functional.one_hot(bins, BINS) * 50.0
+    loss, figures = absolute_loss(lambda states: (sides, words), torch.zeros(1), shard)
+    assert loss < 1e-4 and figures == {"px": 0, "words": 1}
+    loss, figures = absolute_loss(AbsoluteHead(8), torch.randn(*owner.shape, 8), shard)
+    assert loss > 1 and figures["px"] > SNAP
 
 
 def test_the_rate_warms_up_and_falls():

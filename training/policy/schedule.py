@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-WARM_UP = 100  # steps
+WARM_UP = 40  # steps
 
 
 def cosine_rate(step: int, steps: int, peak: float, floor: float = 0.05) -> float:

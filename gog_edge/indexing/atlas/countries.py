@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from gog_edge.errors import ArtifactError
 from gog_edge.files import read_json, write_json
@@ -122,6 +123,10 @@ def from_geonames(flag_names: dict[str, str]) -> list[Country]:
     return countries
 
 
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def save_countries(path: Path, countries: Sequence[Country]) -> None:
     """Write the facts with their attribution."""
     write_json(path, {"attribution": ATTRIBUTION, "countries": [asdict(country) for country in countries]})
@@ -134,10 +139,8 @@ def load_countries(path: Path) -> list[Country]:
         ArtifactError: the file is missing or not of this form.
     """
     try:
-        return [
-            Country(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
-            for row in read_json(path, what="atlas facts")["countries"]
-        ]
+        rows: list[dict[str, Any]] = read_json(path, what="atlas facts")["countries"]
+        return [Country(**{key: _frozen(value) for key, value in row.items()}) for row in rows]
     except (KeyError, TypeError, AttributeError) as exc:
         raise ArtifactError(f"atlas facts: '{path}' is of another form ({exc}); run index.build_atlas again") from exc
 

@@ -187,13 +187,13 @@ def _background(rng: np.random.Generator, size: Size) -> Image.Image:
                 draw.line((x, y, x, y + step), fill=colour, width=max(1, size.width // 400))
     elif kind < 0.7:  # plain things that are no flags: discs, posts, plates
         for _ in range(int(rng.integers(1, 5))):
-            x, y = rng.uniform(0, size.width), rng.uniform(0, size.height)
+            cx, cy = rng.uniform(0, size.width), rng.uniform(0, size.height)
             r = size.width * rng.uniform(0.02, 0.1)
             plain = tuple(int(v) for v in rng.uniform(40, 220, 3))
             if rng.random() < 0.6:
-                draw.ellipse((x - r, y - r, x + r, y + r), fill=plain)
+                draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=plain)
             else:
-                draw.rectangle((x - r / 4, 0, x + r / 4, size.height), fill=plain)
+                draw.rectangle((cx - r / 4, 0, cx + r / 4, size.height), fill=plain)
     return image
 
 
@@ -259,7 +259,8 @@ def draw_scene(spec: SceneSpec, flags: Mapping[str, Pixels], width: int) -> Pixe
         canvas = canvas.filter(ImageFilter.GaussianBlur(spec.blur * width / 1000))
     pixels = np.asarray(canvas, dtype=np.float32) * spec.exposure
     pixels += rng.normal(0, 1, (*pixels.shape[:2], 1)).astype(np.float32) * rng.uniform(0, 5)
-    return np.clip(pixels, 0, 255).astype(np.uint8)
+    drawn: Pixels = np.clip(pixels, 0, 255).astype(np.uint8)
+    return drawn
 
 
 # --- which flag is meant ----------------------------------------------------------------------

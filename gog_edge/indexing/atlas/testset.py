@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gog_edge.errors import ArtifactError
 from gog_edge.indexing.atlas.articles import fact_value
@@ -67,10 +68,11 @@ def scene_flags(spec: SceneSpec, flags: Mapping[str, Pixels]) -> dict[str, Pixel
     }
 
 
-def _reduced(pixels: Pixels) -> np.ndarray:
+def _reduced(pixels: Pixels) -> NDArray[np.float64]:
     """[24, 32, 3] float64 block means of a 240 x 320 flag."""
     height, width = pixels.shape[0] // 24, pixels.shape[1] // 32
-    return pixels[: height * 24, : width * 32].reshape(24, height, 32, width, 3).mean((1, 3))
+    blocks: NDArray[np.float64] = pixels[: height * 24, : width * 32].reshape(24, height, 32, width, 3).mean((1, 3))
+    return blocks
 
 
 def look_alikes(flags: Mapping[str, Pixels]) -> dict[str, list[str]]:
