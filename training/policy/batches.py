@@ -93,6 +93,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, system_prompt: str, look_mark: str = "<img_search>") -> None:
         self._tokenizer = tokenizer
+        tokenizer.encode_special_tokens = False  # only the chat format's strings hold special tokens
         self.vocabulary = tokenizer.get_vocab_size()
         self.image = tokenizer.token_to_id("<|image_pad|>")
         self._markup = {text: self._ids(text) for text in (CHAT.system_open, CHAT.system_close, CHAT.user_open,

@@ -41,7 +41,7 @@ class Lessons:
             return self._encoder.encode(
                 self._repeating() if self._rng.random() < 0.4 else self._reading(), pictures=False
             )
-        if lesson == "ground":
+        if lesson == "ground" and (scene.relations or len(scene.boxes) == 1):
             return self._encoder.encode(self._pointing(scene))
         turns = self._teacher.trajectory(scene, make_world(self._rng, self._names))
         return self._encoder.encode(turns, pictures=lesson != "language")

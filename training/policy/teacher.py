@@ -341,10 +341,10 @@ class Teacher:
         texts = self._paragraphs(country)
         keys = [key for key in wanted if key in texts] or ["continent"]
         others = [key for key in FACTS if key in texts and key not in keys]
-        keys += [others[int(k)] for k in self.rng.permutation(len(others))[:extra]]
+        keys += [others[int(k)] for k in self.rng.permutation(len(others))[: min(extra, 3 - len(keys))]]
         if self.rng.random() < 0.15 or len([key for key in wanted if key]) > 1:
             keys = [keys[int(k)] for k in self.rng.permutation(len(keys))]
-        return keys[:3]
+        return keys
 
     def _passages(self, country: Country, keys: Sequence[str]) -> tuple[Passage, ...]:
         texts = self._paragraphs(country)
