@@ -9,15 +9,12 @@ to transformers, which computes every turn from scratch. Exit status 1 when anyt
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.bench_atlas import Bench, load_test_set
+from export.report import print_parity
 from gog_edge.agent.events import Workflow
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
 from gog_edge.exporting.parity import ParityEpisode, measure_parity
@@ -44,12 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for one in recorded.conversations
     ]
     report = measure_parity(open_bundle(args.bundle).policy, args.checkpoint, episodes)
-    table = Table("measure", "value", title=f"{len(episodes)} atlas episodes against {args.checkpoint}")
-    for key, value in report.to_json().items():
-        table.add_row(key, f"{value:.3g}" if isinstance(value, float) else str(value))
-    Console().print(table)
-    print(json.dumps(report.to_json()))
-    return 0 if report.passed else 1
+    return print_parity(report, f"{len(episodes)} atlas episodes against {args.checkpoint}")
 
 
 if __name__ == "__main__":

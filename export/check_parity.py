@@ -8,14 +8,11 @@ Exit status 1 when the difference is over the limit. The last line is a JSON obj
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from export.report import print_parity
 from gog_edge.errors import CheckpointError, GogEdgeError
 from gog_edge.exporting.checkpoint import Checkpoint
 from gog_edge.exporting.parity import measure_parity, random_episodes
@@ -39,12 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GogEdgeError as exc:
         sys.stderr.write(f"error: {exc}\n")
         return 1
-    table = Table("measure", "value", title=f"{args.policy} against {args.checkpoint}")
-    for key, value in report.to_json().items():
-        table.add_row(key, f"{value:.3g}" if isinstance(value, float) else str(value))
-    Console().print(table)
-    print(json.dumps(report.to_json()))
-    return 0 if report.passed else 1
+    return print_parity(report, f"{args.policy} against {args.checkpoint}")
 
 
 if __name__ == "__main__":

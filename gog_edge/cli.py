@@ -39,13 +39,14 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8080,
     threads: ThreadsOption = 0,
+    traces: Annotated[Path | None, typer.Option(help="Folder that gets a trace of each question.")] = None,
 ) -> None:
     """Serve a bundle to browsers and programs."""
     from gog_edge.config import ServeConfig
     from gog_edge.serve.server import serve as run
 
     with _errors_shown():
-        run(_folder(bundle), ServeConfig(host=host, port=port, threads=threads))
+        run(_folder(bundle), ServeConfig(host=host, port=port, threads=threads, traces=traces))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 from gog_edge.errors import BundleError, QuestionError
@@ -95,6 +96,7 @@ class ServeConfig(Limits):
     host: str = "127.0.0.1"
     port: int = 8080
     threads: int = 0  # 0: one for each core
+    traces: Path | None = None  # folder that gets a trace of each episode; None keeps none
 
     @property
     def cores(self) -> int:

@@ -1,4 +1,5 @@
-"""Stage 1 of the paper, behaviour alignment: teach the decoder (resumable; run again with another --mix to go on).
+"""Stage 1 of the paper, behaviour alignment: teach the decoder. A run that was cut off is taken up again; after one
+that came to its end, the same command with another --mix begins the next stage from its weights.
 
     python -m training.train_policy runs/pool runs/policy --tokenizer runs/tokenizer --flags flag-icons-7.5.0.tgz \
         --tower runs/vision/state.pt --mix ground=0.5,episodes=0.5 --steps 3000
@@ -24,10 +25,10 @@ from gog_edge.indexing.atlas.flags import load_flag_icons
 from gog_edge.indexing.atlas.scenes import MAX_FLAGS
 from gog_edge.policy.dialect import load_dialect
 from training.policy.absolute import TAP, AbsoluteHead, absolute_loss
-from training.policy.batches import Encoder, collate, decode_states, embed, token_loss
+from training.policy.batches import Attended, Encoder, collate, decode_states, embed, token_loss
 from training.policy.lessons import Lessons
-from training.policy.model import PROCESSOR, add_look_back_heads, atlas_config, build_model
-from training.policy.pointing import pointing_loss
+from training.policy.model import PROCESSOR, add_look_back_heads, atlas_config, build_model, half_precision
+from training.policy.pointing import BOX_HEADS, COPY_HEADS, attention_loss, naming_loss
 from training.policy.pool import Shard, stream
 from training.policy.schedule import cosine_rate, save_state
 from training.policy.tokens import SPECIAL, save_tokenizer
@@ -57,6 +58,8 @@ class Trainer:
         self.step = 0
         saved = args.out / "state.pt"
         self.resumed = torch.load(saved, weights_only=True) if saved.exists() else None
+        if args.start and not self.resumed:
+            self.model = type(self.model).from_pretrained(args.start, attn_implementation="sdpa").float()
         if self.resumed:
             weights = self.resumed["model"]
             if args.tower:  # a newer tower replaces the one that was saved
@@ -68,57 +71,81 @@ class Trainer:
         for parameter in self.model.model.visual.parameters():
             parameter.requires_grad_(args.tower_learns)
         self.parameters = [p for p in [*self.model.parameters(), *self.head.parameters()] if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.rate, weight_decay=0.05, betas=(0.9, 0.98))
+        # Tokens that are seldom meant are pushed about all the time; heads that copy need them to stay what they are.
+        names = self.model.get_input_embeddings().weight
+        rest = [parameter for parameter in self.parameters if parameter is not names]
+        groups = [{"params": rest, "share": 1.0}, {"params": [names], "share": args.embedding_share}]
+        self.optimizer = torch.optim.AdamW(groups, lr=args.rate, weight_decay=0.05, betas=(0.9, 0.98))
+        if self.resumed and self.resumed.get("step", args.steps) < args.steps:  # cut off; else a new stage begins
+            self.optimizer.load_state_dict(self.resumed["optimizer"])
+            self.step = self.resumed["step"]
         dialect = load_dialect("atlas")
         names = gather_names(from_geonames(load_flag_icons(args.flags)[1]))
-        self.lessons = Lessons(Encoder(self.tokenizer, dialect.system_prompt), dialect, names, args.seed)
-        self.rng = np.random.default_rng([args.seed, 41])
+        self.lessons = Lessons(Encoder(self.tokenizer, dialect.system_prompt), dialect, names, args.seed + self.step)
+        self.rng = np.random.default_rng([args.seed + self.step, 41])
         self.mix = parse_mix(args.mix)
 
     def train_step(self, shard: Shard) -> dict[str, float]:
-        """One step over a batch of pictures."""
+        """One step over a batch of pictures, each with a lesson of its own: a step of one lesson undoes the others."""
         for group in self.optimizer.param_groups:
-            group["lr"] = cosine_rate(self.step, self.args.steps, self.args.rate)
-        lesson = str(self.rng.choice(list(self.mix), p=np.array(list(self.mix.values())) / sum(self.mix.values())))
-        encoded = self.lessons.batch(shard, lesson)  # type: ignore[arg-type]
-        order = np.argsort([len(item.ids) for item in encoded])
+            group["lr"] = cosine_rate(self.step, self.args.steps, self.args.rate * group["share"])
+        shares = np.array(list(self.mix.values()))
+        lessons = self.rng.choice(list(self.mix), len(shard), p=shares / shares.sum())
+        encoded = self.lessons.batch(shard, lessons.tolist())
         figures: dict[str, float] = {}
-        chunk = max(8, CHUNK_TOKENS // len(encoded[order[-1]].ids))
-        for start in range(0, len(order), chunk):
-            rows = order[start : start + chunk]
-            part = Shard(*(getattr(shard, name)[rows] for name in Shard.__slots__))
-            share = len(rows) / len(order)
-            for key, value in self._backward([encoded[row] for row in rows], part, lesson, share).items():
-                figures[key] = figures.get(key, 0) + share * value
+        for lesson in self.mix:
+            rows = np.flatnonzero(lessons == lesson)
+            rows = rows[np.argsort([len(encoded[row].ids) for row in rows], kind="stable")]
+            chunk = max(8, CHUNK_TOKENS // len(encoded[rows[-1]].ids)) if len(rows) else 1
+            for start in range(0, len(rows), chunk):
+                part = rows[start : start + chunk]
+                pictures = Shard(*(getattr(shard, name)[part] for name in Shard.__slots__))
+                read = self._backward([encoded[row] for row in part], pictures, len(part) / len(shard))
+                for key, value in read.items():
+                    key = f"{lesson}.{key}"
+                    figures[key] = figures.get(key, 0) + value * len(part) / len(rows)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return {f"{lesson}.{key}": value for key, value in figures.items()}
+        return figures
 
-    def _backward(self, encoded: list[Any], shard: Shard, lesson: str, share: float) -> dict[str, float]:
+    def _backward(self, encoded: list[Any], shard: Shard, share: float) -> dict[str, float]:
         batch = collate(encoded, self.pad)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with half_precision():
             embeds, pictures = embed(self.model, batch, tower_learns=self.args.tower_learns)
-            states, tapped = decode_states(self.model, embeds, batch.positions, TAP)
+            states, after = decode_states(self.model, embeds, batch.positions)
             loss, guess, truth = token_loss(self.model, states, batch.labels)
-        figures = {"loss": loss.item(), "right": (guess == truth).float().mean().item()}
+            looked, copied = (self._attention(heads, after, batch.positions, meant) for heads, meant in (
+                (BOX_HEADS, batch.looks), (COPY_HEADS, batch.copies)))  # fmt: skip
+            said = (batch.ids != self.pad) & (batch.ids != self.config.image_token_id)
+            naming, named = naming_loss(self.model, after, batch.ids, said)
+        figures = {"named": named, "loss": loss.item(), "right": (guess == truth).float().mean().item()}
+        figures |= {"look": looked.item()} if batch.looks.valid.any() else {}
+        figures |= {"copied": copied.item()} if batch.copies.valid.any() else {}
+        loss = loss + 0.3 * looked + 0.3 * copied + 0.2 * naming
         if pictures:
             places = [min(place for r, place in pictures if r == row) for row in range(len(encoded))]
             count = shard.pictures.shape[1] * shard.pictures.shape[2] // 784
-            at = torch.stack([tapped[row, place : place + count] for row, place in enumerate(places)])
+            at = torch.stack([after[TAP][row, place : place + count] for row, place in enumerate(places)])
             extra, read = absolute_loss(self.head, at, shard)
             figures |= read
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                pointed = pointing_loss(self.model, tapped, batch.positions, batch.looks)
-            figures["look"] = pointed.item()
-            loss = loss + 0.5 * extra + 0.3 * pointed
+            loss = loss + 0.5 * extra
         (share * loss).backward()
         return figures
 
+    def _attention(self, heads: Sequence[tuple[int, int]], after: list[Any], positions: Any, meant: Attended) -> Any:
+        """Mean attention loss of several groups of heads."""
+        losses = [attention_loss(self.model, (layer, group), after[layer - 1], positions, meant)
+                  for layer, group in heads]  # fmt: skip
+        return torch.stack(losses).mean()
+
     def save(self) -> None:
         """State to resume from, and the checkpoint in Hugging Face form."""
-        save_state(self.args.out / "state.pt", {"model": self.model.state_dict(), "head": self.head.state_dict()})
+        parts = {"model": self.model, "head": self.head, "optimizer": self.optimizer}
+        save_state(
+            self.args.out / "state.pt", {name: part.state_dict() for name, part in parts.items()} | {"step": self.step}
+        )
         folder = self.args.out / "checkpoint"
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)
@@ -133,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--flags", type=Path, required=True, help="npm package flag-icons 7.5.0, tarball or folder")
+    parser.add_argument("--start", type=Path, help="checkpoint folder to go on from where OUT holds no state yet")
     parser.add_argument("--tower", type=Path, help="state.pt of training.train_vision")
     parser.add_argument("--tower-learns", action="store_true", help="train the vision tower too")
     parser.add_argument("--look-back", action="store_true", help="start with heads that look at the tokens before")
@@ -141,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--embedding-share", type=float, default=0.1, help="the embeddings' part of the rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250, help="steps")
     args = parser.parse_args(argv)
@@ -148,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer = Trainer(args)
     recent: dict[str, float] = {}
     began = time.monotonic()
-    for shard in stream(args.pool, seed=args.seed, batch=args.batch, skip=1, most=args.most_flags):
+    for shard in stream(args.pool, seed=args.seed + trainer.step, batch=args.batch, skip=1, most=args.most_flags):
         if trainer.step >= args.steps:
             break
         for key, value in trainer.train_step(shard).items():

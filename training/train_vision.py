@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from training.policy.dense import DenseHead, dense_loss
-from training.policy.model import atlas_config, build_model, encode_pictures, picture_tensor
+from training.policy.model import atlas_config, build_model, encode_pictures, half_precision, picture_tensor
 from training.policy.pool import stream
 from training.policy.schedule import cosine_rate, save_state
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
         for group in optimizer.param_groups:
             group["lr"] = cosine_rate(step, args.steps, args.rate)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with half_precision():
             tokens = encode_pictures(tower, picture_tensor(shard.pictures))
         loss, figures = dense_loss(head, tokens, shard)
         optimizer.zero_grad()

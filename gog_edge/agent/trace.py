@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
 
 from gog_edge.agent.events import AnswerRecord, Step, Workflow
 from gog_edge.config import Budget, GazeConfig
@@ -68,6 +70,27 @@ class TraceWriter:
             write_json(self.path, self._value)
         except OSError as exc:
             raise ArtifactError(f"trace: '{self.path}' cannot be written ({exc}); choose another place") from exc
+
+
+class TraceFolder:
+    """A folder of traces that keeps the newest: a box that nobody tends must not fill its disk.
+
+    Raises ArtifactError when the folder cannot be made.
+    """
+
+    def __init__(self, path: Path, keep: int = 1000) -> None:
+        self.path, self.keep = path, keep
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise ArtifactError(f"traces: '{path}' is no folder to write to ({exc}); choose another place") from exc
+
+    def new(self) -> TraceWriter:
+        """A writer for one more episode; the oldest traces beyond `keep` go. Names begin with the time in UTC."""
+        for old in sorted(self.path.glob("*.trace.json"))[: -self.keep + 1 or None]:
+            old.unlink(missing_ok=True)
+        now = datetime.now(UTC)
+        return TraceWriter(self.path / f"{now:%Y%m%dT%H%M%S.%f}Z-{uuid4().hex[:8]}.trace.json")
 
 
 def read_trace(path: Path) -> dict[str, Any]:

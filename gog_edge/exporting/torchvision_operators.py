@@ -24,7 +24,9 @@ def import_torchvision() -> None:
         return
     try:
         importlib.import_module("torchvision")
-    except RuntimeError:
+    except RuntimeError as exc:
+        if "torchvision::" not in str(exc):  # "operator torchvision::nms does not exist"; anything else is its own
+            raise
         missing = [schema for name, schema in _SCHEMAS.items() if not hasattr(torch.ops.torchvision, name)]
         _library.append(torch.library.Library("torchvision", "FRAGMENT"))  # type: ignore[no-untyped-call]
         for schema in missing:

@@ -25,9 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default=default.host, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=default.port, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=default.threads, help="cores to use (default: all)")
+    parser.add_argument("--traces", type=Path, help="folder that gets a trace of each question (default: none is kept)")
     options = parser.parse_args(argv)
     try:
-        serve(options.bundle, ServeConfig(host=options.host, port=options.port, threads=options.threads))
+        config = ServeConfig(host=options.host, port=options.port, threads=options.threads, traces=options.traces)
+        serve(options.bundle, config)
     except GogEdgeError as exc:
         sys.stderr.write(f"gog_edge: {exc}\n")
         return 2

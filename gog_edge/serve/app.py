@@ -24,6 +24,7 @@ from starlette.routing import BaseRoute, Route
 
 from gog_edge import __version__
 from gog_edge.agent.events import Answered, Event
+from gog_edge.agent.trace import TraceFolder
 from gog_edge.bundle import Sample
 from gog_edge.errors import BudgetExceeded, Busy, GogEdgeError, InputError, NotFound, RequestError, TooLarge
 from gog_edge.runtime import Runtime
@@ -51,13 +52,16 @@ EVENT_STREAM = "text/event-stream"
 MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
 
-def create_app(runtime: Runtime, *, hosts: frozenset[str] | None = LOOPBACK, waiting: int = 4) -> FastAPI:
+def create_app(
+    runtime: Runtime, *, hosts: frozenset[str] | None = LOOPBACK, waiting: int = 4, traces: TraceFolder | None = None
+) -> FastAPI:
     """Build the application around an open bundle.
 
     `hosts` are the names it answers to (None: any); `waiting` questions may stand in line behind the
-    `runtime.limits.concurrent` that are worked on, further ones are refused with 503.
+    `runtime.limits.concurrent` that are worked on, further ones are refused with 503. `traces` gets one
+    file for each episode.
     """
-    service = Service(runtime, Workers(runtime.limits.concurrent, waiting))
+    service = Service(runtime, Workers(runtime.limits.concurrent, waiting), traces)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -80,8 +84,8 @@ def create_app(runtime: Runtime, *, hosts: frozenset[str] | None = LOOPBACK, wai
 class Service:
     """The endpoints over one runtime."""
 
-    def __init__(self, runtime: Runtime, workers: Workers) -> None:
-        self.runtime, self.workers, self.metrics = runtime, workers, Metrics()
+    def __init__(self, runtime: Runtime, workers: Workers, traces: TraceFolder | None = None) -> None:
+        self.runtime, self.workers, self.metrics, self.traces = runtime, workers, Metrics(), traces
         self.samples = {sample.picture.name: sample for sample in runtime.samples}
 
     def routes(self) -> list[BaseRoute]:
@@ -129,7 +133,8 @@ class Service:
         try:
             body = await self._read(request, partial(parse_ask, limits=self.runtime.limits.budget))
             run = self.workers.admit(lambda: self.runtime.ask(
-                self._bytes(body.picture), body.question, workflow=body.workflow, budget=body.budget))
+                self._bytes(body.picture), body.question, workflow=body.workflow, budget=body.budget,
+                trace=self.traces.new() if self.traces else None))
             async with _stopped_when_gone(request, run):
                 async for event in run:
                     yield event

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import uvicorn
 
+from gog_edge.agent.trace import TraceFolder
 from gog_edge.config import ServeConfig
 from gog_edge.errors import BackendError
 from gog_edge.runtime import open_runtime
@@ -24,11 +25,12 @@ def serve(bundle: Path, config: ServeConfig) -> None:
     Raises BackendError when the port is not to be had, ArtifactError when a part of the bundle is not.
     """
     with bind(config.host, config.port) as listener:
+        traces = TraceFolder(config.traces) if config.traces else None
         runtime = open_runtime(bundle, threads=config.cores)
         runtime.warm_up()
         url = url_of(listener, config.host)
         hosts = LOOPBACK if config.host in {*LOOPBACK, "::1"} else None
-        app = create_app(runtime, hosts=hosts)
+        app = create_app(runtime, hosts=hosts, traces=traces)
         settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
                                   timeout_graceful_shutdown=GRACE)
         with contextlib.suppress(KeyboardInterrupt):

@@ -1,12 +1,13 @@
 """A trace is whole after every step, whatever ends the episode."""
 
 import json
+from pathlib import Path
 
 import pytest
 from stories import GAZE_GREEN, GAZE_RED, ColourRetriever, answer
 
 from gog_edge.agent.loop import run_episode
-from gog_edge.agent.trace import FORMAT, TraceWriter, read_trace
+from gog_edge.agent.trace import FORMAT, TraceFolder, TraceWriter, read_trace
 from gog_edge.config import Budget
 from gog_edge.errors import ArtifactError
 from gog_edge.policy.scripted import ScriptedPolicy
@@ -84,3 +85,20 @@ def test_what_is_no_trace_is_refused(tmp_path, text, words):
 def test_a_missing_trace_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="there is no"):
         read_trace(tmp_path / "none.json")
+
+
+def test_a_folder_keeps_the_newest_traces(tell, tmp_path):
+    folder = TraceFolder(tmp_path / "kept", keep=3)
+    (folder.path / "mine.json").write_text("{}")
+    paths = []
+    for count in range(5):
+        paths.append(Path(tell(answer(str(count)), trace=folder.new()).record.trace))
+    assert sorted(folder.path.glob("*.trace.json")) == paths[2:] == sorted(paths)[2:]
+    assert [read_trace(path)["record"]["answer"] for path in paths[2:]] == ["2", "3", "4"]
+    assert (folder.path / "mine.json").exists()
+
+
+def test_a_folder_that_cannot_be_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="file"):
+        TraceFolder(tmp_path / "file")

@@ -7,11 +7,13 @@ import struct
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import httpx
 import pytest
 from played import BOXES, QUESTION, SCRIPT, Player, png, scene
 
+from gog_edge.agent.trace import TraceFolder, read_trace
 from gog_edge.errors import BackendError
 
 EVENTS = {"Accept": "text/event-stream"}
@@ -20,6 +22,16 @@ WAIT = 60  # seconds; generous, for machines that are busy
 
 def ask_sample(client, **more):
     return client.post("/v1/ask", json={"sample": "three flags.png", "question": QUESTION, **more})
+
+
+def test_each_episode_leaves_a_trace_where_one_is_wanted(start, make_runtime, tmp_path):
+    folder = TraceFolder(tmp_path / "traces")
+    with httpx.Client(base_url=start(make_runtime(), traces=folder), timeout=60) as client:
+        bodies = [ask_sample(client).json() for _ in range(2)]
+    for body in bodies:
+        trace = read_trace(Path(body["trace"]))
+        assert trace["question"] == QUESTION and trace["record"]["answer"] == body["answer"]
+    assert len(list(folder.path.iterdir())) == 2
 
 
 def read_events(response) -> list[tuple[str, dict]]:

@@ -10,9 +10,21 @@ from gog_edge.policy.local import LocalPolicy
 from gog_edge.policy.manifest import TOKENIZER
 from gog_edge.policy.session import Generated
 from gog_edge.types import Answer, Box, Evidence, GazeSearch, Observation, SearchResult
-from training.policy.batches import CHAT, IGNORE, Encoded, Encoder, collate, crop_view, decode_states, embed, token_loss
+from training.policy.batches import (
+    CHAT,
+    IGNORE,
+    Encoded,
+    Encoder,
+    Look,
+    collate,
+    crop_view,
+    decode_states,
+    embed,
+    token_loss,
+)
 from training.policy.lessons import QUESTIONS_PER_PICTURE, Lessons
 from training.policy.model import CELL, CROP_PIXELS, add_look_back_heads, atlas_config, build_model
+from training.policy.pointing import BOX_HEADS, COPY_HEADS, attention_loss
 from training.policy.teacher import Turn
 from training.policy.tokens import SPECIAL
 
@@ -130,13 +142,14 @@ def test_a_batch_is_what_its_rows_are_alone(model, tokenizer, dialect):
     batch = collate(items, pad)
     assert batch.ids.shape == batch.labels.shape == batch.positions.shape[1:] and batch.ids.shape[1] % 32 == 0
     with torch.no_grad():
-        states, tapped = decode_states(model, embed(model, batch, tower_learns=False)[0], batch.positions, 2)
+        states, after = decode_states(model, embed(model, batch, tower_learns=False)[0], batch.positions)
         single = collate(items[1:], pad)
-        alone, _ = decode_states(model, embed(model, single, tower_learns=False)[0], single.positions, 2)
+        alone, _ = decode_states(model, embed(model, single, tower_learns=False)[0], single.positions)
         loss, guess, truth = token_loss(model, states, batch.labels)
     count = len(items[1].ids)
     assert (states[1, :count] - alone[0, :count]).abs().max() < 1e-4
-    assert tapped.shape == states.shape and len(guess) == len(truth) == int((batch.labels != IGNORE).sum())
+    assert [part.shape for part in after] == [states.shape] * model.config.text_config.num_hidden_layers
+    assert len(guess) == len(truth) == int((batch.labels != IGNORE).sum())
     assert torch.isfinite(loss)
 
 
@@ -145,7 +158,7 @@ def test_a_forward_is_transformers_own(model, tokenizer, dialect):
     batch = collate([encoded], tokenizer.token_to_id("<|endoftext|>"))
     with torch.no_grad():
         embeds, pictures = embed(model, batch, tower_learns=False)
-        states, _ = decode_states(model, embeds, batch.positions, 2)
+        states, _ = decode_states(model, embeds, batch.positions)
         own = model(inputs_embeds=embeds, position_ids=batch.positions).logits
     assert (model.lm_head(states) - own).abs().max() < 1e-4
     assert set(pictures) == {(0, place) for place, _ in encoded.pictures}
@@ -156,7 +169,8 @@ def test_a_forward_is_transformers_own(model, tokenizer, dialect):
 @pytest.mark.parametrize("lesson", ["drill", "copy", "language", "ground", "episodes"])
 def test_lessons_fill_batches(tokenizer, dialect, names, shard, lesson):
     def lessons():
-        return Lessons(Encoder(tokenizer, dialect.system_prompt), dialect, names, seed=1).batch(shard, lesson)
+        encoder = Encoder(tokenizer, dialect.system_prompt)
+        return Lessons(encoder, dialect, names, seed=1).batch(shard, [lesson] * len(shard))
 
     encoded = lessons()
     assert len(encoded) == len(shard) and [item.ids for item in lessons()] == [item.ids for item in encoded]
@@ -171,6 +185,11 @@ def test_lessons_fill_batches(tokenizer, dialect, names, shard, lesson):
             assert item.ids[look.writers[0]] == tokenizer.token_to_id("<img_search>")
             assert item.ids[look.writers[-1] + 1] == tokenizer.token_to_id("<|im_end|>")
             assert {item.ids[place] for place in look.targets} == {tokenizer.token_to_id("<|image_pad|>")}
+        for copy in item.copies:  # the token written next is the very one that is looked at
+            (writer,) = copy.writers
+            assert {item.ids[place] for place in copy.targets} == {item.labels[writer + 1]}
+            assert all(place <= writer for place in copy.targets)
+    assert any(item.copies for item in encoded) == (lesson != "ground")
 
 
 def test_a_look_is_at_the_tokens_whose_centres_lie_in_its_box():
@@ -181,6 +200,41 @@ def test_a_look_is_at_the_tokens_whose_centres_lie_in_its_box():
     encoded.add_look(9, Box(28, 0, 84, 28))
     encoded.add_look(9, Box(0, 0, 10, 10))  # no centre lies in it
     assert [(look.writers, look.targets) for look in encoded.looks] == [((9, 10), (3, 4))]
+
+
+def test_copies_are_read_wherever_the_words_stood_before():
+    encoded = Encoded()
+    encoded.add([7, 1, 2, 7, 1])
+    encoded.add([9, 7, 1, 2], learn=True)
+    encoded.add_copies([7, 1], 5)
+    encoded.add_copies([3], 5)  # stands nowhere
+    encoded.add_copies([9], 5)  # not said before
+    assert [(look.writers, look.targets) for look in encoded.copies] == [((5,), (0, 3)), ((6,), (1, 4))]
+
+
+@pytest.mark.parametrize("heads", [*BOX_HEADS, *COPY_HEADS])
+def test_the_attention_that_is_taught_is_the_decoders_own(model, tokenizer, dialect, heads):
+    encoded = Encoder(tokenizer, dialect.system_prompt).encode(dialogue(dialect)[0])
+    meant = [Look((150,), (20, 21, 22)), Look((160, 161), (7,))]
+    encoded.copies += meant
+    batch = collate([encoded, Encoded([5, 6], [5, 6], [np.zeros((3, 2), np.int64)])], 0)
+    layer, group = heads
+    eager = model.from_pretrained(None, config=model.config, state_dict=model.state_dict(), attn_implementation="eager")
+    with torch.no_grad():
+        embeds, _ = embed(model, batch, tower_learns=False)
+        _, after = decode_states(model, embeds, batch.positions)
+        loss = attention_loss(model, heads, after[layer - 1], batch.positions, batch.copies)
+        own = eager(inputs_embeds=embeds[:1], position_ids=batch.positions[:, :1], output_attentions=True).attentions
+    count = model.model.language_model.layers[layer].self_attn.num_key_value_groups
+    shares = own[layer][0, group * count : (group + 1) * count]  # [heads, L, L]
+    right = [-shares[:, writer, list(look.targets)].sum(-1).log() for look in meant for writer in look.writers]
+    assert loss.item() == pytest.approx(torch.stack(right).mean().item(), rel=1e-3)
+
+
+def test_where_nothing_is_meant_nothing_is_lost(model, tokenizer, dialect):
+    batch = collate([Encoder(tokenizer, dialect.system_prompt).encode(dialogue(dialect)[0])], 0)
+    entering = torch.zeros(*batch.ids.shape, model.config.text_config.hidden_size)
+    assert attention_loss(model, COPY_HEADS[0], entering, batch.positions, batch.copies).item() == 0
 
 
 def test_heads_that_look_back_do(model):

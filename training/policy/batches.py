@@ -38,9 +38,9 @@ CHAT = ChatFormat(
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Tokens that write a box, and the picture tokens of the flag that is meant."""
+    """Tokens that are written from others: from those of the flag that is meant, or of the name that is copied."""
 
-    writers: tuple[int, ...]  # places in the sequence
+    writers: tuple[int, ...]  # places in the sequence; each predicts the token after it
     targets: tuple[int, ...]
 
 
@@ -52,7 +52,8 @@ class Encoded:
     labels: list[int] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)  # each [3, n]
     pictures: list[tuple[int, Pixels]] = field(default_factory=list)
-    looks: list[Look] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)  # at the first picture
+    copies: list[Look] = field(default_factory=list)  # of text that was said before
     start: int = 0  # position of the first token
     _next: int = field(init=False)
 
@@ -86,6 +87,20 @@ class Encoded:
         targets = [place + k for k, x, y in centres if box.x0 <= x < box.x1 and box.y0 <= y < box.y1]
         if targets:
             self.looks.append(Look(tuple(range(begin, len(self.ids))), tuple(targets)))
+
+    def add_copies(self, said: Sequence[int], begin: int) -> None:
+        """From `begin` on `said` stands once more; wherever it stands before is where it may be read."""
+        stands = _places(self.ids, said)
+        for at in stands[1:]:
+            sources = [place for place in stands if place < at]
+            for k in range(len(said) if at >= begin else 0):
+                self.copies.append(Look((at + k - 1,), tuple(source + k for source in sources)))
+
+
+def _places(ids: Sequence[int], part: Sequence[int]) -> list[int]:
+    """Where `part` begins in `ids`."""
+    size = len(part)
+    return [k for k in range(len(ids) - size + 1) if ids[k] == part[0] and ids[k : k + size] == list(part)]
 
 
 class Encoder:
@@ -125,6 +140,8 @@ class Encoder:
             if turn.looks_at is not None and turn.learn and out.pictures:
                 mark = next((k for k in range(begin, len(out.ids)) if out.ids[k] == self._look), begin)
                 out.add_look(mark, turn.looks_at)
+            for words in turn.copies if turn.learn else ():
+                out.add_copies(self._ids(" " + words), begin)
             out.add(close[:1], turn.learn)
             out.add(close[1:])
         return out
@@ -143,6 +160,15 @@ def crop_view(pixels: Pixels) -> Pixels:
 
 
 @dataclass(frozen=True, slots=True)
+class Attended:
+    """Looks of a batch, padded to the most that a row has."""
+
+    writers: Tensor  # [B, W] int64
+    valid: Tensor  # [B, W] bool
+    targets: Tensor  # [B, W, L] bool
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Right-padded trajectories."""
 
@@ -150,7 +176,8 @@ class Batch:
     labels: Tensor  # [B, L] int64, -100 where nothing is learned; aligned with ids
     positions: Tensor  # [3, B, L] int64
     pictures: list[tuple[int, int, Pixels]]  # row, place of the first token, pixels
-    looks: list[tuple[int, Look]]  # row, look
+    looks: Attended
+    copies: Attended
 
 
 def collate(encoded: Sequence[Encoded], pad: int) -> Batch:
@@ -167,8 +194,25 @@ def collate(encoded: Sequence[Encoded], pad: int) -> Batch:
         labels[row, :count] = item.labels
         positions[:, row, :count] = np.concatenate(item.positions, 1)
         pictures += [(row, place, pixels) for place, pixels in item.pictures]
-    looks = [(row, look) for row, item in enumerate(encoded) for look in item.looks]
-    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), pictures, looks)
+    looks, copies = (_attended(rows, length) for rows in zip(*((e.looks, e.copies) for e in encoded), strict=True))
+    return Batch(
+        torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), pictures, looks, copies
+    )
+
+
+def _attended(rows: Sequence[Sequence[Look]], length: int) -> Attended:
+    width = max((sum(len(look.writers) for look in row) for row in rows), default=0)
+    writers = np.zeros((len(rows), width), np.int64)
+    valid = np.zeros((len(rows), width), np.bool_)
+    targets = np.zeros((len(rows), width, length), np.bool_)
+    for row, looks in enumerate(rows):
+        at = 0
+        for look in looks:
+            count = len(look.writers)
+            writers[row, at : at + count], valid[row, at : at + count] = look.writers, True
+            targets[row, at : at + count, list(look.targets)] = True
+            at += count
+    return Attended(*(torch.from_numpy(array) for array in (writers, valid, targets)))
 
 
 def embed(model: Any, batch: Batch, *, tower_learns: bool) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
@@ -190,16 +234,17 @@ def embed(model: Any, batch: Batch, *, tower_learns: bool) -> tuple[Tensor, dict
     return embeds, tokens
 
 
-def decode_states(model: Any, embeds: Tensor, positions: Tensor, tap: int) -> tuple[Tensor, Tensor]:
-    """Final hidden states [B, L, hidden], and those after layer `tap`."""
-    tapped: list[Tensor] = []
+def decode_states(model: Any, embeds: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Final hidden states [B, L, hidden], and those after each layer."""
+    after: list[Tensor] = []
     language = model.model.language_model
-    hook = language.layers[tap].register_forward_hook(lambda *a: tapped.append(a[2]))
+    hooks = [layer.register_forward_hook(lambda *a: after.append(a[2])) for layer in language.layers]
     try:
         states = language(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
     finally:
-        hook.remove()
-    return states, tapped[0]
+        for hook in hooks:
+            hook.remove()
+    return states, after
 
 
 def token_loss(model: nn.Module, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -11,7 +11,7 @@ from gog_edge.indexing.atlas.articles import SEARCH_WORDS, fact_value, sentence
 from gog_edge.indexing.atlas.questions import PLACES, SINGLE, SINGLE_FACTS, TEXT_FACTS, ask_fact, ask_fact_of, pick
 from gog_edge.policy.dialect import Dialect, Frame
 from gog_edge.types import Action, Answer, GazeSearch, Size, TextSearch
-from training.policy.batches import Encoded, Encoder
+from training.policy.batches import Encoded, Encoder, Look
 from training.policy.pool import Shard
 from training.policy.teacher import Scene, Teacher, Turn, scene_of
 from training.policy.worlds import Names, make_world
@@ -30,9 +30,9 @@ class Lessons:
         self._encoder, self._dialect, self._names = encoder, dialect, names
         self._frame = Frame(Size(1, 1), Size(1, 1))  # where no box is written
 
-    def batch(self, shard: Shard, lesson: Lesson) -> list[Encoded]:
+    def batch(self, shard: Shard, lessons: Sequence[Lesson]) -> list[Encoded]:
         """One trajectory for each picture."""
-        return [self._one(scene, lesson) for scene in _scenes(shard)]
+        return [self._one(scene, lesson) for scene, lesson in zip(_scenes(shard), lessons, strict=True)]
 
     def _one(self, scene: Scene, lesson: Lesson) -> Encoded:
         if lesson == "drill":
@@ -68,20 +68,25 @@ class Lessons:
         rng = self._rng
         out = Encoded(start=int(rng.integers(200)))
         if rng.random() < 0.5:
-            said = rng.integers(0, self._vocabulary, int(rng.integers(6, 33))).tolist()
+            said = rng.integers(0, self._vocabulary, int(rng.integers(6, 97))).tolist()
             out.add(said)
             out.add(said, learn=True)
+            out.copies += [Look((len(said) + k - 1,), (k,)) for k in range(1, len(said))]
             return out
         pairs = [
             (rng.integers(0, self._vocabulary, int(rng.integers(1, 4))).tolist(),
              rng.integers(0, self._vocabulary, int(rng.integers(1, 4))).tolist())
-            for _ in range(int(rng.integers(2, 8)))
+            for _ in range(int(rng.integers(2, 25)))
         ]  # fmt: skip
+        stands = []
         for key, value in pairs:
+            stands.append(len(out.ids) + len(key))
             out.add(key + value)
         for index in rng.permutation(len(pairs)):
-            out.add(pairs[index][0])
-            out.add(pairs[index][1], learn=True)
+            key, value = pairs[index]
+            out.add(key)
+            out.copies += [Look((len(out.ids) + k - 1,), (stands[index] + k,)) for k in range(len(value))]
+            out.add(value, learn=True)
         return out
 
     def _repeating(self) -> list[Turn]:
@@ -91,7 +96,7 @@ class Lessons:
             f"{places[int(rng.integers(len(places)))]} {int(10 ** rng.uniform(0, 7)):,}"
             for _ in range(int(rng.integers(4, 11)))
         )
-        return [Turn("user", (" " + said,)), Turn("assistant", (" " + said,), learn=True)]
+        return [Turn("user", (" " + said,)), Turn("assistant", (" " + said,), True, copies=(said,))]
 
     def _reading(self) -> list[Turn]:
         """Several articles, then many questions about them, each answered from one paragraph or by a search."""
@@ -110,11 +115,14 @@ class Lessons:
             country, fact = asked[int(index)]
             question = ask_fact_of(rng, fact, country.name)
             if rng.random() < 0.6:
-                action: Action = Answer(fact_value(country, fact, world.names))
+                copied = fact_value(country, fact, world.names)
+                action: Action = Answer(copied)
             else:
-                question, action = f"Search: {question}", TextSearch(f"{SEARCH_WORDS[fact]} of {country.name}")
+                copied = country.name
+                question, action = f"Search: {question}", TextSearch(f"{SEARCH_WORDS[fact]} of {copied}")
             turns.append(Turn("user", (question,)))
-            turns.append(Turn("assistant", (dialect.render_action(action, self._frame),), learn=True))
+            said = dialect.render_action(action, self._frame)
+            turns.append(Turn("assistant", (said,), learn=True, copies=(copied,)))
         return turns
 
 

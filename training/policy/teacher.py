@@ -70,6 +70,7 @@ class Turn:
     segments: tuple[Segment, ...]
     learn: bool = False
     looks_at: Box | None = None  # the box that an assistant turn looks at
+    copies: tuple[str, ...] = ()  # words of an assistant turn that stand in what was said before
 
 
 class Teacher:
@@ -154,34 +155,36 @@ class Teacher:
             self._first_look(relation, index)
             self._observe(self._strong(self.asked, "neighbours", also="capital"), self._crop(index))
             neighbour = self._country(self.asked.neighbours[0])
-            self._say(f"A neighbour is {neighbour.name}.", TextSearch(f"capital of {neighbour.name}"))
+            query = TextSearch(f"capital of {neighbour.name}")
+            self._say(f"A neighbour is {neighbour.name}.", query, neighbour.name)
             self._observe(self._articles(neighbour, "capital"))
-            self._answer("Found.", neighbour.capital)
+            self._answer("Found.", neighbour.capital, neighbour.capital)
             return
         self._user(ask_hop(self.rng, SAME_CURRENCY, place))
         self._first_look(relation, index)
         self._observe(self._strong(self.asked, "currency"), self._crop(index))
         money = f"{self.asked.currency} ({self.asked.currency_code})"
-        self._say(f"The currency is the {money}.", TextSearch(f"currency {money}"))
+        self._say(f"The currency is the {money}.", TextSearch(f"currency {money}"), money.rstrip(")"))
         users = [c for c in self.world.countries if c.currency_code == self.asked.currency_code]
         shown = [users[int(k)] for k in self.rng.permutation(len(users))[:3]]
         if all(c.iso == self.asked.iso for c in shown):
             shown[0] = self.world.countries[1]
         self._observe(self._listing(shown, "currency"))
         other = next(c for c in shown if c.iso != self.asked.iso)
-        self._answer(f"Not {self.asked.name}.", other.name)
+        self._answer(f"Not {self.asked.name}.", other.name, self.asked.name, other.name)
 
     def _text(self) -> None:
         if self.rng.random() < 0.25:
             self._user(pick(self.rng, CAPITAL_OF).format(c=self.asked.capital))
-            self._say("I need no picture.", TextSearch(f"capital {self.asked.capital}"))
+            self._say("I need no picture.", TextSearch(f"capital {self.asked.capital}"), self.asked.capital)
             shown = (self.asked, *self.world.countries[3:5])
             self._observe(self._listing([shown[int(k)] for k in self.rng.permutation(3)], "capital"))
-            self._answer("Found.", self.asked.name)
+            self._answer("Found.", self.asked.name, self.asked.name)
             return
         fact = self._fact(TEXT_FACTS)
         self._user(ask_fact_of(self.rng, fact, self.asked.name))
-        self._say("I need no picture.", TextSearch(f"{SEARCH_WORDS[fact]} of {self.asked.name}"))
+        query = TextSearch(f"{SEARCH_WORDS[fact]} of {self.asked.name}")
+        self._say("I need no picture.", query, self.asked.name)
         if self.rng.random() < 0.08:
             self._observe(self._weak())
             self._answer("Weak.", self.dialect.not_found)
@@ -200,10 +203,10 @@ class Teacher:
         self._look(left, "I look at the left one.")
         if self.rng.random() < 0.5:
             self._observe(self._strong(self.asked, fact), self._crop(left))
-            self._answer_fact(fact, f"This is not {known.name}. ")
+            self._answer_fact(fact, f"This is {self.asked.name}.", self.asked.name)
             return
         self._observe(self._strong(known, fact), self._crop(left))
-        self._look(right, f"This is {known.name}. I look at the other one.")
+        self._look(right, f"This is {known.name}. I look at the other one.", known.name)
         self._observe(self._strong(self.asked, fact), self._crop(right))
         self._answer_fact(fact)
 
@@ -240,13 +243,13 @@ class Teacher:
     def _user(self, question: str) -> None:
         self.turns.append(Turn("user", self.dialect.render_question(self.scene.picture, question)))
 
-    def _say(self, reason: str, action: Action, *, learn: bool = True) -> None:
+    def _say(self, reason: str, action: Action, *copies: str, learn: bool = True) -> None:
         if self.rng.random() < 0.015:  # a slip of the tongue, which is corrected
             self.turns.append(Turn("assistant", (reason,)))
             notice = Observation(notice="malformed", detail="there is no action in it")
             self.turns.append(Turn("user", self.dialect.render_observation(notice)))
         looks_at = action.box if isinstance(action, GazeSearch) else None
-        self.turns.append(Turn("assistant", (self.written(action, reason),), learn, looks_at))
+        self.turns.append(Turn("assistant", (self.written(action, reason),), learn, looks_at, copies))
 
     def written(self, action: Action, reason: str) -> str:
         """A turn's text."""
@@ -256,13 +259,13 @@ class Teacher:
         observation = Observation(result=result, crop=crop)
         self.turns.append(Turn("user", self.dialect.render_observation(observation)))
 
-    def _answer(self, reason: str, text: str) -> None:
+    def _answer(self, reason: str, text: str, *copies: str) -> None:
         # A spent budget opens the turn with the answer: no time to reason then.
-        self._say("" if self.rng.random() < 0.08 else reason, Answer(text))
+        self._say("" if self.rng.random() < 0.08 else reason, Answer(text), *copies)
 
-    def _answer_fact(self, fact: str, reason: str = "Found.") -> None:
+    def _answer_fact(self, fact: str, reason: str = "Found.", *copies: str) -> None:
         value = self.asked.name if fact == "name" else fact_value(self.asked, fact, self.world.names)
-        self._answer(reason.strip(), value)
+        self._answer(reason, value, value, *copies)
 
     def _fact(self, facts: Sequence[str]) -> str:
         return str(self.rng.choice(list(facts)))
@@ -283,8 +286,8 @@ class Teacher:
         else:
             self._look(index, self.where(relation))
 
-    def _look(self, index: int, reason: str) -> None:
-        self._say(reason, GazeSearch(self.snapped(self.scene.boxes[index])))
+    def _look(self, index: int, reason: str, *copies: str) -> None:
+        self._say(reason, GazeSearch(self.snapped(self.scene.boxes[index])), *copies)
 
     def _wrong_look(self, relation: str, index: int) -> None:
         """A look that goes wrong: shifted, too large or too small; not to be imitated."""

@@ -14,7 +14,8 @@ import numpy as np
 from gog_edge.indexing.atlas.countries import CONTINENTS, LANGUAGES, MAX_LANGUAGES, Country, held_out
 
 WORLD_SIZE = 9
-REAL_RATE = 0.35
+REAL_RATE = 0.25
+COINED_RATE = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +69,20 @@ def _letters(rng: np.random.Generator, count: int) -> str:
     return "".join(chr(65 + int(k)) for k in rng.integers(0, 26, count))
 
 
+def _place(rng: np.random.Generator, names: Names) -> str:
+    return names.places[int(rng.integers(len(names.places)))]
+
+
+def _coined(rng: np.random.Generator, names: Names) -> str:
+    """A name that nobody bears, of rare pieces: the front of one and the back of another."""
+    front, back = _place(rng, names), _place(rng, names)
+    return front[: int(rng.integers(1, len(front)))] + back[int(rng.integers(1, len(back))) :].strip()
+
+
 def _made_up(rng: np.random.Generator, names: Names, key: str, currency: tuple[str, str]) -> Country:
-    name, capital = (names.places[int(k)] for k in rng.integers(0, len(names.places), 2))
+    name, capital = (_coined(rng, names) if rng.random() < COINED_RATE else _place(rng, names) for _ in range(2))
     if rng.random() < 0.25:
-        name += " " + names.places[int(rng.integers(len(names.places)))]
+        name += " " + _place(rng, names)
     languages = rng.choice(np.array(list(LANGUAGES.values())), int(rng.integers(1, MAX_LANGUAGES + 1)), replace=False)
     return Country(
         iso=key,

@@ -222,11 +222,13 @@ class SetMaker:
     def _fill(self, flags: list[str], count: int) -> list[str]:
         """Other flags beside the given ones, none of them the twin of another."""
         keys = sorted(self._by_flag)
-        while len(flags) < count:
+        for _ in range(_TRIES):
+            if len(flags) >= count:
+                return flags
             key = keys[int(self._rng.integers(len(keys)))]
             if all(key in self._alike.get(flag, keys) and key != flag for flag in flags):
                 flags = [*flags, key]
-        return flags
+        raise _never_fits()
 
     def _spec(self, flags: list[str], occluded: int | None = None) -> SceneSpec:
         return make_spec(int(self._rng.integers(2**31)) + 2**31, flags, occluded=occluded)

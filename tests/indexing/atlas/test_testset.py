@@ -6,6 +6,7 @@ from atlas_world import TWINS, countries, flags, names
 
 from benchmarks.bench_atlas import TEST_SETS, load_test_set
 from gog_edge.bundle import DEFAULT_BUNDLE
+from gog_edge.errors import ArtifactError
 from gog_edge.files import read_json
 from gog_edge.indexing.atlas.articles import fact_value
 from gog_edge.indexing.atlas.countries import COUNTRIES_FILE, held_out, load_countries
@@ -141,6 +142,12 @@ def test_flags_nobody_can_tell_apart_share_their_answers():
     ]  # fmt: skip
     capitals = {question.answers for question in asked if question.fact in ("name", "capital")}
     assert capitals == {("Land AC", "Land AE"), ("City AC", "City AE")}
+
+
+def test_flags_that_all_look_alike_fill_no_scene():
+    same = {key: np.full((240, 320, 3), 90, np.uint8) for key in flags()}
+    with pytest.raises(ArtifactError, match="no scene fitted"):
+        SetMaker(countries(), same, 1).make(1)
 
 
 def test_look_alikes_come_most_alike_first():
