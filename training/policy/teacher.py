@@ -280,7 +280,7 @@ class Teacher:
         return PLACES[relation][0].removeprefix("the ").capitalize() + "."
 
     def _first_look(self, relation: str, index: int) -> None:
-        if self.rng.random() < 0.1:
+        if self.rng.random() < 0.15:
             self._wrong_look(relation, index)
             self._look(index, "Weak. I look again.")
         else:
@@ -290,12 +290,15 @@ class Teacher:
         self._say(reason, GazeSearch(self.snapped(self.scene.boxes[index])), *copies)
 
     def _wrong_look(self, relation: str, index: int) -> None:
-        """A look that goes wrong: shifted, too large or too small; not to be imitated."""
+        """A look that goes wrong, at another flag or beside the right one; not to be imitated."""
         box = self.scene.boxes[index]
-        dx, dy = self.rng.uniform(0.3, 0.8, 2) * self.rng.choice([-1, 1], 2)
-        dx, dy = dx * box.width, dy * box.height
-        moved = Box(box.x0 + dx, box.y0 + dy, box.x1 + dx, box.y1 + dy)
-        wrong = self.snapped(self._bounded(moved))
+        others = [other for k, other in enumerate(self.scene.boxes) if k != index]
+        if others and self.rng.random() < 0.35:
+            box = others[int(self.rng.integers(len(others)))]
+        else:
+            dx, dy = self.rng.uniform(0.3, 0.8, 2) * self.rng.choice([-1, 1], 2) * (box.width, box.height)
+            box = Box(box.x0 + dx, box.y0 + dy, box.x1 + dx, box.y1 + dy)
+        wrong = self.snapped(box)
         self._say(self.where(relation), GazeSearch(wrong), learn=False)
         self._observe(self._weak(), self._cut(wrong))
 
