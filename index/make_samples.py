@@ -55,7 +55,7 @@ SAMPLES = (
          "How many people live in the country of the smallest flag?"),
     ),
     Wanted(
-        "neighbours", "From flag to neighbour", ("hu", "ar", "kr"), "middle",
+        "neighbours", "From flag to neighbour", ("hu", "sn", "kr"), "middle",
         ("What is the capital of a country that borders the country with the flag in the middle?",
          "Which other country uses the same currency as the country of the leftmost flag?"),
     ),
@@ -64,7 +64,7 @@ SAMPLES = (
         ("What is the currency of the country with this flag?", "Name the country of this flag."),
     ),
     Wanted(
-        "pair", "Two that look alike", ("lv", "qa"), "left1",
+        "pair", "Two that look alike", ("lv", "qa"), "right1",
         ("Beside the flag of Qatar hangs another flag. What is the capital of the country of the other flag?",
          "Which flag is larger, the left or the right one?"),
     ),
