@@ -16,6 +16,15 @@ SYSTEM, ASK, AFTER, SAY, AGAIN = "@@system@@", "@@ask@@", "@@after@@", "@@say@@"
 
 Message = dict[str, Any]
 
+# ChatML as Qwen's models take it, for checkpoints that are made here.
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def extract_chat_format(template: str, *, image_token: str, eos: str) -> ChatFormat:
     """Cut a jinja template into the strings around turns and pictures.

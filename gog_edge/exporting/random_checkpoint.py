@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gog_edge.errors import CheckpointError
+from gog_edge.exporting.chat_format import CHATML
 from gog_edge.exporting.torchvision_operators import import_torchvision
 from gog_edge.files import write_json
 
@@ -36,13 +37,6 @@ SPECIAL = {  # Qwen's own ids
     "<|quad_end|>": 151_651, "<|vision_start|>": 151_652, "<|vision_end|>": 151_653, "<|vision_pad|>": 151_654,
     "<|image_pad|>": 151_655, "<|video_pad|>": 151_656,
 }  # fmt: skip
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SPREAD = 0.02  # standard deviation of the weights, as Qwen initialises them
 SHARD_BYTES = 2 << 30
 _IDS: dict[str, Any] = {
@@ -237,7 +231,7 @@ def _write_texts(folder: Path, shape: Shape) -> None:
     write_json(folder / "config.json", config | {"architectures": [shape.architecture.__name__]})
     special = {name: index for name, index in SPECIAL.items() if index < shape.config.text_config.vocab_size}
     byte_tokenizer(special).save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
     write_json(folder / "preprocessor_config.json", shape.processor)
     write_json(folder / "generation_config.json", {"eos_token_id": [SPECIAL["<|im_end|>"], SPECIAL["<|endoftext|>"]]})
 

@@ -3,8 +3,9 @@ import json
 import pytest
 from tokenizers import Tokenizer
 
+from gog_edge.exporting.chat_format import CHATML
 from training.policy.batches import CHAT
-from training.policy.tokens import CHAT_TEMPLATE, SPECIAL, dialect_marks, save_tokenizer
+from training.policy.tokens import SPECIAL, dialect_marks, save_tokenizer
 
 
 @pytest.fixture
@@ -51,10 +52,10 @@ def test_a_saved_tokenizer_is_a_checkpoint_s(tokenizer, tmp_path):
     saved = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert saved.encode("Lima 12").ids == tokenizer.encode("Lima 12").ids
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
-    assert (tmp_path / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    assert (tmp_path / "chat_template.jinja").read_text() == CHATML
 
 
 def test_the_template_gives_the_chat_format_of_the_lessons():
     from gog_edge.exporting.chat_format import extract_chat_format
 
-    assert extract_chat_format(CHAT_TEMPLATE, image_token="<|image_pad|>", eos="<|im_end|>") == CHAT
+    assert extract_chat_format(CHATML, image_token="<|image_pad|>", eos="<|im_end|>") == CHAT

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from gog_edge.exporting.chat_format import CHATML
 from gog_edge.files import write_json
 from gog_edge.policy.dialect import Dialect
 
@@ -17,13 +18,6 @@ SPECIAL = (
 )  # fmt: skip
 # Up to three digits are one token, so that a pixel coordinate is one decision.
 _SPLIT = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def dialect_marks(dialect: Dialect) -> list[str]:
@@ -58,7 +52,7 @@ def train_tokenizer(texts: Iterable[str], dialect: Dialect, vocabulary: int = VO
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.json, tokenizer_config.json and the chat template, as a Hugging Face checkpoint holds them."""
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
     write_json(
         folder / "tokenizer_config.json",
         {
