@@ -52,6 +52,7 @@ class DecoderWriter:
     def write(self, path: Path) -> None:
         """Write the whole decoder: embeddings in, the last position's logits [1, vocab] out."""
         graph, spec = self.graph, self.spec
+        graph.begin(path)
         stream = self.begin()
         normed = self.norm(stream, "layers.0.input_layernorm.weight")
         for layer in range(spec.layers):
@@ -67,7 +68,7 @@ class DecoderWriter:
         flat = graph.op("Reshape", normed, graph.ints(1, spec.hidden))
         head = self.weights("embed_tokens.weight" if spec.tied else "lm_head.weight")
         graph.output(graph.linear(flat, head, name="head"), "logits", FLOAT, [1, spec.vocab])
-        graph.save(path)
+        graph.save()
 
     def _self_attention(self, normed: str, layer: int) -> str:
         parts = [f"layers.{layer}.self_attn.{part}_proj" for part in "qkv"]

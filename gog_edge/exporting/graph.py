@@ -9,20 +9,25 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor
 
 from gog_edge.engines.base import Array
 
 OPSET = 24
 MICROSOFT = "com.microsoft"
 FLOAT, INT32, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
-# Protocol buffers stop at 2 GiB; larger weights go to a file beside the graph.
+# Protocol buffers stop at 2 GiB; what has more weights keeps them in a file beside the graph.
 EMBEDDED_BYTES = 2**30
+ALIGNMENT = 4096  # bytes: weights begin on a page, so that they can be mapped; smaller ones stay in the graph
 
 Shape = Sequence[int | str]
 
 
 class GraphBuilder:
-    """Collects nodes, weights, inputs and outputs, then writes one .onnx file."""
+    """Collects nodes, weights, inputs and outputs, then writes one .onnx file.
+
+    Weights go to `<name>.data` beside it as they come: a model is never held whole.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -32,6 +37,11 @@ class GraphBuilder:
         self._outputs: list[onnx.ValueInfoProto] = []
         self._count = 0
         self._bytes = 0
+
+    def begin(self, path: Path) -> None:
+        """Say where the graph will be written; before the first weight."""
+        self._path, self._data = path, path.with_name(f"{path.name}.data")
+        self._data.unlink(missing_ok=True)
 
     def _fresh(self, stem: str) -> str:
         self._count += 1
@@ -55,9 +65,22 @@ class GraphBuilder:
     def weight(self, array: Array, name: str = "constant") -> str:
         """An initializer."""
         fresh = self._fresh(name)
-        self._weights.append(numpy_helper.from_array(np.asarray(array, order="C"), fresh))
+        array = np.asarray(array, order="C")
+        small = array.nbytes < ALIGNMENT
+        self._weights.append(numpy_helper.from_array(array, fresh) if small else self._spooled(array, fresh))
         self._bytes += array.nbytes
         return fresh
+
+    def _spooled(self, array: Array, name: str) -> onnx.TensorProto:
+        with self._data.open("ab") as file:
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            offset = file.tell()
+            array.tofile(file)
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", self._data.name), ("offset", offset), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
 
     def ints(self, *values: int) -> str:
         """A small int64 vector."""
@@ -90,14 +113,21 @@ class GraphBuilder:
         first, second = self.ops("Split", both, count=2, axis=-1, num_outputs=2)
         return self.op("Mul", self.op("Mul", first, self.op("Sigmoid", first)), second)
 
-    def save(self, path: Path) -> None:
-        """Check the graph and write it; very large weights go to `<name>.data` beside it."""
+    def save(self) -> None:
+        """Write the graph; weights that fit into it move there."""
+        if self._bytes <= EMBEDDED_BYTES:
+            self._embed()
         graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, self._weights)
         imports = [helper.make_opsetid("", OPSET)]
         if any(node.domain == MICROSOFT for node in self._nodes):
             imports.append(helper.make_opsetid(MICROSOFT, 1))
         model = helper.make_model(graph, opset_imports=imports, producer_name="gog_edge", ir_version=11)
-        if self._bytes > EMBEDDED_BYTES:
-            onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=4096)
-        else:
-            onnx.save_model(model, path)
+        onnx.save_model(model, self._path)
+
+    def _embed(self) -> None:
+        for tensor in self._weights:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                load_external_data_for_tensor(tensor, str(self._data.parent))
+                tensor.ClearField("external_data")
+                tensor.ClearField("data_location")
+        self._data.unlink(missing_ok=True)

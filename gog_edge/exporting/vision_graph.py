@@ -26,6 +26,7 @@ class VisionWriter:
     def write(self, path: Path) -> None:
         """Write the whole tower."""
         graph, spec = self.graph, self.spec
+        graph.begin(path)
         patches = graph.input("patches", FLOAT, ["patches", spec.patch_dim])
         for name in ("cos", "sin"):
             graph.input(name, FLOAT, [1, "patches", spec.head_dim // 2])
@@ -36,7 +37,7 @@ class VisionWriter:
         for block in range(spec.depth):
             stream = self._block(stream, block, segment if block in spec.full_attention else window)
         graph.output(self._merge(stream), "tokens", FLOAT, ["tokens", spec.out_hidden])
-        graph.save(path)
+        graph.save()
 
     def _same(self, ids: str) -> str:
         """Ids [M] -> mask [M, M], true where equal."""
