@@ -20,10 +20,10 @@ Weights = Callable[[str], Array]  # name within the decoder, such as "layers.0.m
 class DecoderWriter:
     """Layers common to all lowerings; a lowering says how the norm after a sum and the attention are written."""
 
-    def __init__(self, spec: TextSpec, weights: Weights) -> None:
+    def __init__(self, path: Path, spec: TextSpec, weights: Weights) -> None:
         self.spec = spec
         self.weights = weights
-        self.graph = GraphBuilder("decoder")
+        self.graph = GraphBuilder("decoder", path)
 
     def begin(self) -> str:
         """Declare the inputs; returns the embeddings [1, T, hidden]."""
@@ -49,10 +49,9 @@ class DecoderWriter:
         self.graph.declare_output(f"present_{name}", FLOAT, shape)
         return self.graph.input(f"past_{name}", FLOAT, shape), f"present_{name}"
 
-    def write(self, path: Path) -> None:
+    def write(self) -> None:
         """Write the whole decoder: embeddings in, the last position's logits [1, vocab] out."""
         graph, spec = self.graph, self.spec
-        graph.begin(path)
         stream = self.begin()
         normed = self.norm(stream, "layers.0.input_layernorm.weight")
         for layer in range(spec.layers):
@@ -85,13 +84,13 @@ class DecoderWriter:
 class GroupQueryDecoder(DecoderWriter):
     """ONNX Runtime's own operators: cache in place, rotary inside, sum and norm in one."""
 
-    def __init__(self, spec: TextSpec, weights: Weights) -> None:
+    def __init__(self, path: Path, spec: TextSpec, weights: Weights) -> None:
         if spec.head_dim % 16:
             raise CheckpointError(
                 f"the decoder's heads are {spec.head_dim} wide; ONNX Runtime's GroupQueryAttention wants a multiple "
                 "of 16: train the model with such heads"
             )
-        super().__init__(spec, weights)
+        super().__init__(path, spec, weights)
 
     def begin(self) -> str:
         """Rotary tables stand by token index, one row a cached token."""
@@ -164,5 +163,5 @@ class StandardDecoder(DecoderWriter):
 def write_decoder(path: Path, spec: TextSpec, weights: Weights, lowering: Lowering = "gqa") -> None:
     """Write the decoder graph in one of its forms."""
     writer = GroupQueryDecoder if lowering == "gqa" else StandardDecoder
-    writer(spec, weights).write(path)
+    writer(path, spec, weights).write()
 

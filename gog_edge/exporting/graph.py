@@ -26,22 +26,18 @@ Shape = Sequence[int | str]
 class GraphBuilder:
     """Collects nodes, weights, inputs and outputs, then writes one .onnx file.
 
-    Weights go to `<name>.data` beside it as they come: a model is never held whole.
+    Weights go to `<path>.data` as they come: a model is never held whole. What an earlier export left there goes.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, path: Path) -> None:
+        self._name, self._path, self._data = name, path, path.with_name(f"{path.name}.data")
+        self._data.unlink(missing_ok=True)
         self._nodes: list[onnx.NodeProto] = []
         self._weights: list[onnx.TensorProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._count = 0
         self._bytes = 0
-
-    def begin(self, path: Path) -> None:
-        """Say where the graph will be written; before the first weight."""
-        self._path, self._data = path, path.with_name(f"{path.name}.data")
-        self._data.unlink(missing_ok=True)
 
     def _fresh(self, stem: str) -> str:
         self._count += 1

@@ -21,6 +21,7 @@ from gog_edge.errors import CheckpointError
 from gog_edge.exporting.chat_format import CHATML
 from gog_edge.exporting.torchvision_operators import import_torchvision
 from gog_edge.files import write_json
+from gog_edge.policy.manifest import CHAT_TEMPLATE, TOKENIZER
 
 import_torchvision()  # before transformers, which imports torchvision where it is installed
 
@@ -141,16 +142,16 @@ def shape_of(name: str) -> Shape:
     return SHAPES[name]()
 
 
-def byte_tokenizer(special: dict[str, int] = SPECIAL) -> Tokenizer:
+def byte_tokenizer() -> Tokenizer:
     """One token a byte, then tokens that no text holds, then the special ones at their true ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    first = min(special.values())
+    first = min(SPECIAL.values())
     vocabulary = {letter: index for index, letter in enumerate(alphabet)}
     vocabulary |= {f"<unused {index}>": index for index in range(len(alphabet), first)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(sorted(special, key=special.__getitem__))
+    tokenizer.add_special_tokens(sorted(SPECIAL, key=SPECIAL.__getitem__))
     return tokenizer
 
 
@@ -229,11 +230,7 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
 def _write_texts(folder: Path, shape: Shape) -> None:
     config = json.loads(shape.config.to_json_string(use_diff=False))
     write_json(folder / "config.json", config | {"architectures": [shape.architecture.__name__]})
-    special = {name: index for name, index in SPECIAL.items() if index < shape.config.text_config.vocab_size}
-    byte_tokenizer(special).save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    byte_tokenizer().save(str(folder / TOKENIZER))
+    (folder / CHAT_TEMPLATE).write_text(CHATML, encoding="utf-8")
     write_json(folder / "preprocessor_config.json", shape.processor)
     write_json(folder / "generation_config.json", {"eos_token_id": [SPECIAL["<|im_end|>"], SPECIAL["<|endoftext|>"]]})
-
-
-__all__ = ["SHAPES", "Shape", "byte_tokenizer", "shape_of", "write_random_checkpoint"]

@@ -18,15 +18,14 @@ Weights = Callable[[str], Array]  # name within the tower, such as "blocks.0.nor
 class VisionWriter:
     """Writes patches [M, patch_dim] -> tokens [M / merge², out_hidden], both in window order."""
 
-    def __init__(self, spec: VisionSpec, weights: Weights) -> None:
+    def __init__(self, path: Path, spec: VisionSpec, weights: Weights) -> None:
         self.spec = spec
         self.weights = weights
-        self.graph = GraphBuilder("vision")
+        self.graph = GraphBuilder("vision", path)
 
-    def write(self, path: Path) -> None:
+    def write(self) -> None:
         """Write the whole tower."""
         graph, spec = self.graph, self.spec
-        graph.begin(path)
         patches = graph.input("patches", FLOAT, ["patches", spec.patch_dim])
         for name in ("cos", "sin"):
             graph.input(name, FLOAT, [1, "patches", spec.head_dim // 2])
@@ -80,6 +79,6 @@ class VisionWriter:
 
 def write_vision(path: Path, spec: VisionSpec, weights: Weights) -> None:
     """Write the vision graph."""
-    VisionWriter(spec, weights).write(path)
+    VisionWriter(path, spec, weights).write()
 
 

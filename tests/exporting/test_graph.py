@@ -11,8 +11,7 @@ from gog_edge.exporting.policy_export import export_policy
 
 def chain(path, layers, width):
     """A product of `layers` matrices, each the identity times 1.01, and what it should give."""
-    graph = GraphBuilder("chain")
-    graph.begin(path)
+    graph = GraphBuilder("chain", path)
     value = graph.input("x", FLOAT, [1, width])
     for _ in range(layers):
         value = graph.linear(value, np.eye(width, dtype=np.float32) * np.float32(1.01))

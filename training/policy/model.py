@@ -111,7 +111,7 @@ def build_model(config: Qwen2_5_VLConfig, seed: int = 0) -> Qwen2_5_VLForConditi
 
 
 def half_precision() -> torch.autocast:
-    """bfloat16 where the processor has it; where it would be emulated, float32 is ten times faster."""
+    """bfloat16 where the processor has it; where it would be emulated, float32 is fifteen times faster."""
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
