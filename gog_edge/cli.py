@@ -72,6 +72,37 @@ def ask(
         typer.echo(json.dumps(record.to_json(), ensure_ascii=False))
 
 
+@app.command()
+def probe(
+    checkpoint: Annotated[Path, typer.Argument(help="An exported policy folder.")],
+    pictures: Annotated[Path | None, typer.Option(help="Folder of pictures to ask about; the atlas's samples.")] = None,
+    dialect: Annotated[list[str] | None, typer.Option(help="Name or file of a dialect to try; may be repeated. "
+                                                      "All that ship when left out.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Put the dialect found beside the checkpoint.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Longest turn; thinking models need more.")] = 512,
+    threads: ThreadsOption = 0,
+) -> None:
+    """Find out which dialect a policy speaks; exit code 1 when it is none."""
+    from gog_edge.bundle import DEFAULT_BUNDLE
+    from gog_edge.config import ServeConfig
+    from gog_edge.policy.probe import candidates_for, check_exported, probe_folder, read_cases, write_dialect
+    from gog_edge.show import ShowProbe
+
+    with _errors_shown():
+        check_exported(checkpoint)
+        named = [Path(one) if one.endswith(".toml") else one for one in dialect or ()]
+        candidates = candidates_for(checkpoint, named)
+        cases = read_cases(pictures or DEFAULT_BUNDLE / "samples")
+        show = ShowProbe()
+        with show.waiting(len(cases), len(candidates)) as tried:
+            report = probe_folder(checkpoint, cases, candidates, threads=ServeConfig(threads=threads).cores,
+                                  max_tokens=tokens, on_finding=tried)
+        written = write_dialect(checkpoint, report.best) if write and report.best else None
+        show(report, written)
+    if report.best is None:
+        raise typer.Exit(1)
+
+
 def _answer(runtime: Runtime, data: bytes, question: str, workflow: Workflow, trace: Path | None, *,
             quiet: bool) -> AnswerRecord:
     """The answer; unless `quiet`, every event is shown as it comes."""

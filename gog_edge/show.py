@@ -1,14 +1,19 @@
-"""An episode on a terminal: each step as it comes, then the answer and where it comes from."""
+"""What is told on a terminal: an episode, each step as it comes; what a probe found."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 
 from gog_edge.agent.events import Acted, Answered, AnswerRecord, Event, Found, Refused
+from gog_edge.policy.dialect import Dialect
+from gog_edge.policy.probe import Finding, Report
 from gog_edge.types import Box, Citation, SearchResult
 
 _DOES = {
@@ -57,6 +62,67 @@ class Show:
             self.console.print(_citations(record.citations))
         times = ", ".join(f"{stage} {ms:.0f}" for stage, ms in record.timings_ms.items())
         self.console.print(f"[dim]ms: {times}[/]", highlight=False)
+
+
+class ShowProbe:
+    """Prints what a probe found; call it with the report."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+
+    @contextmanager
+    def waiting(self, questions: int, dialects: int) -> Iterator[Callable[[Finding], None]]:
+        """Tells that something goes on; what it gives is called with each finding."""
+        tried = 0
+
+        def told() -> str:
+            return f"asking {questions} questions, {tried} of {dialects} dialects tried"
+
+        def count(finding: Finding) -> None:
+            nonlocal tried
+            tried += 1
+            status.update(told())
+
+        with self.console.status(told()) as status:
+            yield count
+
+    def __call__(self, report: Report, written: Dialect | None) -> None:
+        """Print the table and the verdict."""
+        self.console.print(_findings(report))
+        best = report.best
+        if best is None:
+            nearest = max(report.findings, key=lambda finding: finding.share)
+            self.console.print(f"[red]No dialect fits[/]: write one (see {_name(nearest)}) and try it with --dialect.")
+            self.console.print(f"In {_name(nearest)} it said, for example: {escape(repr(nearest.example[:200]))}")
+            return
+        boxes = f"boxes in {best.box_frame}" if best.boxes else f"no box was said, {best.box_frame} is not proved"
+        self.console.print(f"It speaks [bold]{_name(best)}[/], {boxes}.", highlight=False)
+        done = "Written beside the checkpoint." if written else "--write puts this dialect beside the checkpoint."
+        self.console.print(f"[dim]{done}[/]")
+
+
+def _findings(report: Report) -> Table:
+    table = Table("dialect", Column("parsed", justify="right"), "said", "boxes", "verdict")
+    for finding in report.findings:
+        said = [f"{number} {kind}" for kind, number in finding.kinds.items()]
+        said += [f"{finding.plain} without marks"] if finding.plain else []
+        verdict = "[green]fits[/]" if not finding.against else f"[dim]{escape(finding.against)}[/]"
+        name = _name(finding) + ("\n(its own)" if finding.candidate.own else "")
+        table.add_row(name, f"{finding.parsed}/{finding.turns}", "\n".join(said), _boxes(finding), verdict)
+    return table
+
+
+def _boxes(finding: Finding) -> str:
+    """Where boxes fall, as shares of those written."""
+    if not finding.boxes:
+        return "none"
+    shares = {"> 1000": finding.over_1000, "> picture": finding.over_resized, "all <= 1": finding.below_1}
+    lines = [f"in {finding.box_frame}" if finding.box_frame else "in no frame"]
+    return "\n".join([*lines, *(f"{name} {share:.0%}" for name, share in shares.items())])
+
+
+def _name(finding: Finding) -> str:
+    return escape(finding.candidate.dialect.name)
 
 
 def _citations(citations: tuple[Citation, ...]) -> Table:

@@ -336,7 +336,7 @@ def test_a_whole_number_serves_as_a_chance(tmp_path):
 
 
 def test_a_dialect_that_is_not_there(tmp_path):
-    with pytest.raises(DialectError, match="no dialect is named 'latin'; there are atlas, gog"):
+    with pytest.raises(DialectError, match="no dialect is named 'latin'; there are atlas, deepeyes, gog, "):
         load_dialect("latin")
     with pytest.raises(DialectError, match="nowhere"):
         load_dialect(tmp_path / "nowhere.toml")
