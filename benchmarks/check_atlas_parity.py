@@ -17,6 +17,7 @@ from benchmarks.bench_atlas import Bench, load_test_set
 from export.report import print_parity
 from gog_edge.agent.events import Workflow
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
+from gog_edge.exporting.checkpoint import Checkpoint
 from gog_edge.exporting.parity import ParityEpisode, measure_parity
 from gog_edge.policy.recorded import RecordedPolicy
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ParityEpisode(dialect.system_prompt, tuple(one.turns), max_tokens=LONGEST_TURN)
         for one in recorded.conversations
     ]
-    report = measure_parity(open_bundle(args.bundle).policy, args.checkpoint, episodes)
+    report = measure_parity(open_bundle(args.bundle).policy, Checkpoint.open(args.checkpoint), episodes)
     return print_parity(report, f"{len(episodes)} atlas episodes against {args.checkpoint}")
 
 

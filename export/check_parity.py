@@ -24,15 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.check_parity", description=__doc__.split("\n")[0])
     parser.add_argument("policy", type=Path, help="policy folder")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint it was exported from")
+    parser.add_argument("--adapter", type=Path, help="the PEFT folder that was merged into it")
     parser.add_argument("--episodes", type=int, default=3, help="random conversations to hold")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
         model = PolicyModel.open(args.policy)
-        if Checkpoint.open(args.checkpoint).sha256 != model.manifest.source_sha256:
+        checkpoint = Checkpoint.open(args.checkpoint, args.adapter)
+        if checkpoint.sha256 != model.manifest.source_sha256:
             raise CheckpointError(f"'{args.policy}' was not exported from '{args.checkpoint}' as it is now")
         episodes = random_episodes(model, args.episodes, seed=args.seed)
-        report = measure_parity(args.policy, args.checkpoint, episodes)
+        del model
+        report = measure_parity(args.policy, checkpoint, episodes)
     except GogEdgeError as exc:
         sys.stderr.write(f"error: {exc}\n")
         return 1

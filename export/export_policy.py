@@ -1,6 +1,6 @@
-"""Export a Qwen2.5-VL checkpoint folder to a policy folder, and prove that both say the same.
+"""Export a Qwen2.5-VL or Qwen3-VL checkpoint folder to a policy folder, and prove that both say the same.
 
-    python -m export.export_policy runs/policy out/policy --engine ort --precision fp32
+    python -m export.export_policy runs/policy out/policy --engine ort --precision int4
 
 The folder gets the graphs, the embedding table, the tokenizer, the chat strings and a manifest with the parity
 measured. The last line is a JSON object.
@@ -12,14 +12,15 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from gog_edge.errors import GogEdgeError
-from gog_edge.exporting.policy_export import AVAILABLE, DEFAULT_CONTEXT, check_available, export_policy
+from gog_edge.exporting.policy_export import AVAILABLE, DEFAULT_BLOCK, DEFAULT_CONTEXT, check_available, export_policy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, safetensors, tokenizer.json")
     parser.add_argument("out", type=Path, help="policy folder to write; an older policy there is replaced")
     parser.add_argument("--engine", default="ort", help=f"available: {', '.join(AVAILABLE)}")
-    parser.add_argument("--precision", default="fp32", help="available: fp32")
+    parser.add_argument("--precision", default="fp32", help="fp32, fp16 (stored; computed in fp32) or int4")
+    parser.add_argument("--block", type=int, default=DEFAULT_BLOCK, help="int4: weights that share a scale")
+    parser.add_argument("--adapter", type=Path, help="PEFT folder of LoRA weights to merge into the checkpoint")
     parser.add_argument("--name", help="name of the policy (default: the checkpoint folder's)")
     parser.add_argument("--context", type=int, default=DEFAULT_CONTEXT, help="tokens of one conversation")
     parser.add_argument("--dialect", help="a dialect's file or name (default: the checkpoint's, else 'gog')")
@@ -41,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifest = export_policy(
             args.checkpoint,
             args.out,
+            adapter=args.adapter,
+            block=args.block,
+            progress=_show,
             engine=args.engine,
             precision=args.precision,
             name=args.name,
@@ -58,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = round(time.monotonic() - started, 2)
     print(json.dumps({"out": str(args.out), "seconds": seconds, "parity": manifest.parity}))
     return 0
+
+
+def _show(layers: range, what: str) -> Iterable[int]:
+    return track(layers, what, console=Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@
     │   ├── PackError
     │   └── CheckpointError   a checkpoint that cannot be exported
     ├── BackendError          an engine or provider that was asked for and is not to be had
+    ├── NotEnoughMemory       a bundle that the free memory cannot hold: refused before it is loaded
     ├── DialectError          a dialect file that cannot be used
     │   └── MalformedAction   the policy's text holds no action: a step in the trace, corrected once
     ├── Busy                  all workers are taken and the line behind them is full
@@ -67,6 +68,10 @@ class CheckpointError(ArtifactError):
 
 class BackendError(GogEdgeError):
     """A backend that was asked for cannot be obtained; there is no silent fall-back."""
+
+
+class NotEnoughMemory(GogEdgeError):
+    """What is to be loaded is more than the free memory."""
 
 
 class DialectError(GogEdgeError):

@@ -19,6 +19,7 @@ LAYERS = (
     ("engines",),
     ("policy", "retrieval"),
     ("agent",),
+    ("planner",),
     ("runtime",),
     ("serve", "show"),
     ("cli",),

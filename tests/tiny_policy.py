@@ -1,4 +1,4 @@
-"""Tiny random Qwen2.5-VL checkpoints and their exports, made once a run; conftest.py files import the fixtures."""
+"""Tiny random Qwen2.5-VL and Qwen3-VL checkpoints and their exports, made once a run; conftest.py files import the fixtures."""
 
 import json
 from functools import cache
@@ -42,47 +42,73 @@ def write_tokenizer(folder: Path):
     return tokenizer
 
 
-def write_checkpoint(folder: Path, *, tied: bool) -> Path:
-    """A random model with windowed and full attention, grouped queries, and everything an export reads."""
+def write_checkpoint(folder: Path, *, tied: bool, qwen3: bool = False) -> Path:
+    """A random model with grouped queries, and everything an export reads; windows, or features for first layers."""
     from gog_edge.exporting.torchvision_operators import import_torchvision
 
     import_torchvision()
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     folder.mkdir(parents=True)
     tokenizer = write_tokenizer(folder)
     ids = {name: tokenizer.token_to_id(name) for name in SPECIALS}
-    hidden = 96 if tied else 64
-    config = Qwen2_5_VLConfig(
-        vision_config={"depth": 3, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96,
-                       "out_hidden_size": hidden, "window_size": 112, "fullatt_block_indexes": [1]},
-        text_config={"hidden_size": hidden, "intermediate_size": 80, "num_hidden_layers": 2 + tied,
-                     "num_attention_heads": hidden // 16, "num_key_value_heads": 2,
-                     "vocab_size": tokenizer.get_vocab_size() + 3, "max_position_embeddings": 1024,
-                     "rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
-                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
-                                         "mrope_section": [2, 2, 4] if tied else [2, 3, 3]}},
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=tied,
-    )
     torch.manual_seed(7)
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    config = (qwen3_config if qwen3 else qwen25_config)(tied, tokenizer.get_vocab_size() + 3, ids)
+    model = (Qwen3VLForConditionalGeneration if qwen3 else Qwen2_5_VLForConditionalGeneration)(config).eval()
     with torch.no_grad():  # wide enough that attention and positions matter
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
                 weight.mul_(6.0)
             elif name.endswith("bias"):
                 weight.normal_(0, 0.1)
+            else:
+                weight.mul_(1 + 0.2 * torch.randn(len(weight)))
     model.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     pixels = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "crop_max_pixels": CROP_PIXELS}
     (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids["<|im_end|>"], 0]}))
     return folder
+
+
+def qwen25_config(tied: bool, vocab: int, ids: dict[str, int]):
+    from transformers import Qwen2_5_VLConfig
+
+    hidden = 96 if tied else 64
+    return Qwen2_5_VLConfig(
+        vision_config={"depth": 3, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96,
+                       "out_hidden_size": hidden, "window_size": 112, "fullatt_block_indexes": [1]},
+        text_config={"hidden_size": hidden, "intermediate_size": 80, "num_hidden_layers": 2 + tied,
+                     "num_attention_heads": hidden // 16, "num_key_value_heads": 2, "vocab_size": vocab,
+                     "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "bos_token_id": None,
+                     "eos_token_id": ids["<|im_end|>"],
+                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                         "mrope_section": [2, 2, 4] if tied else [2, 3, 3]}},
+        tie_word_embeddings=tied, **image_ids(ids),
+    )
+
+
+def qwen3_config(tied: bool, vocab: int, ids: dict[str, int]):
+    from transformers import Qwen3VLConfig
+
+    return Qwen3VLConfig(
+        vision_config={"depth": 4, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96, "out_hidden_size": 64,
+                       "patch_size": 16, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]},
+        text_config={"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+                     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": vocab, "max_position_embeddings": 1024,
+                     "rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
+                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5],
+                                         "mrope_interleaved": True}},
+        tie_word_embeddings=tied, **image_ids(ids),
+    )
+
+
+def image_ids(ids: dict[str, int]) -> dict[str, int]:
+    return {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
+            "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"]}
 
 
 @cache
@@ -98,6 +124,19 @@ def _policies(base: Path) -> dict[bool, Path]:
     for tied, checkpoint in _checkpoints(base).items():
         export_policy(checkpoint, out[tied], context=1024)
     return out
+
+
+@cache
+def _qwen3(base: Path) -> dict[bool, Path]:
+    return {tied: write_checkpoint(base / "qwen3" / f"tied-{tied}", tied=tied, qwen3=True) for tied in (True, False)}
+
+
+@cache
+def _qwen3_policy(base: Path) -> Path:
+    from gog_edge.exporting.policy_export import export_policy
+
+    export_policy(_qwen3(base)[False], base / "policies" / "qwen3", context=1024)
+    return base / "policies" / "qwen3"
 
 
 @cache
@@ -120,6 +159,18 @@ def checkpoints(tmp_path_factory) -> dict[bool, Path]:
 def policies(tmp_path_factory) -> dict[bool, Path]:
     """Exported policy folders, by whether the head is tied; read only."""
     return _policies(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def qwen3_checkpoints(tmp_path_factory) -> dict[bool, Path]:
+    """Qwen3-VL ones, by whether the head is tied."""
+    return _qwen3(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def qwen3_policy(tmp_path_factory) -> Path:
+    """An exported Qwen3-VL policy folder; read only."""
+    return _qwen3_policy(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

@@ -29,16 +29,18 @@ CHATML = (
 def extract_chat_format(template: str, *, image_token: str, eos: str) -> ChatFormat:
     """Cut a jinja template into the strings around turns and pictures.
 
+    A thinking model's template opens the thought after the prompt, and leaves finished thoughts out of what it renders
+    later. A live session keeps them: to take one back would mean to compute everything after it again.
     Raises CheckpointError when the template does more than put fixed strings around them.
     """
     system, user = _message("system", SYSTEM), _message("user", ASK)
     first = _render(template, [system, user])
     system_open, between, user_close = _cut(first, SYSTEM, ASK)
     assistant_open = _render(template, [system, user], prompt=True).removeprefix(first)
-    said = _render(template, [system, user, _message("assistant", SAY)])
-    assistant_close = said.removeprefix(first + assistant_open + SAY)
+    user_open = _cut(_render(template, [system, user, _message("user", AGAIN)]), ASK, AGAIN)[1].removeprefix(user_close)
     again = _render(template, [system, user, _message("assistant", SAY), _message("user", AGAIN)])
-    user_open = again.removeprefix(said).removesuffix(AGAIN + user_close)
+    before, after, _ = _cut(again, SAY, AGAIN)
+    assistant_close, told_open = after.removesuffix(user_open), before.removeprefix(first)
     around = _render(template, [system, _message("user", ASK, None, AFTER)])
     image_open, image_close = _around_image(_cut(around, ASK, AFTER)[1], image_token)
     found = ChatFormat(
@@ -53,17 +55,28 @@ def extract_chat_format(template: str, *, image_token: str, eos: str) -> ChatFor
         image_close=image_close,
         eos=eos,
     )
-    _prove(template, found)
+    _prove(template, found, told_open)
     return found
 
 
-def _prove(template: str, chat: ChatFormat) -> None:
-    """A whole conversation must come out the same, with the template and with the strings."""
+def _prove(template: str, chat: ChatFormat, told_open: str) -> None:
+    """A whole conversation must come out the same, with the template and with the strings.
+
+    `told_open` stands before what the assistant said earlier: a thinking model's template opens only the new turn's
+    thought.
+    """
     image = chat.image_open + chat.image_token + chat.image_close
+    thinks = chat.assistant_open != told_open
+    cat = "A cat." if thinks else "<think>a</think> A cat."
+    if thinks and not chat.assistant_open.startswith(told_open):
+        raise CheckpointError(
+            f"the chat template opens the assistant's turn as {chat.assistant_open!r} and tells it later as "
+            f"{told_open!r}: a live session cannot follow it"
+        )
     messages = [
         _message("system", "You look."),
         _message("user", None, "What is\nthis? "),
-        _message("assistant", "<think>a</think> A cat."),
+        _message("assistant", cat),
         _message("user", "Found: ", None, None, "More?"),
         _message("assistant", "No."),
         _message("user", "Why?"),
@@ -71,9 +84,9 @@ def _prove(template: str, chat: ChatFormat) -> None:
     expected = (
         f"{chat.system_open}You look.{chat.system_close}"
         f"{chat.user_open}{image}What is\nthis? {chat.user_close}"
-        f"{chat.assistant_open}<think>a</think> A cat.{chat.assistant_close}"
+        f"{told_open}{cat}{chat.assistant_close}"
         f"{chat.user_open}Found: {image}{image}More?{chat.user_close}"
-        f"{chat.assistant_open}No.{chat.assistant_close}"
+        f"{told_open}No.{chat.assistant_close}"
         f"{chat.user_open}Why?{chat.user_close}{chat.assistant_open}"
     )
     rendered = _render(template, messages, prompt=True)

@@ -1,4 +1,4 @@
-"""The decoder of Qwen2.5-VL as an ONNX graph, written straight from its weights."""
+"""The decoder of Qwen2.5-VL and Qwen3-VL as an ONNX graph, written straight from its weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from gog_edge.engines.base import Array
 from gog_edge.errors import CheckpointError
-from gog_edge.exporting.graph import FLOAT, INT32, INT64, MICROSOFT, GraphBuilder, Shape
+from gog_edge.exporting.graph import FLOAT, INT32, INT64, MICROSOFT, Form, GraphBuilder, Progress, Shape, silent
 from gog_edge.policy.manifest import TextSpec
 
 Lowering = Literal["gqa", "standard"]
@@ -20,18 +20,39 @@ Weights = Callable[[str], Array]  # name within the decoder, such as "layers.0.m
 class DecoderWriter:
     """Layers common to all lowerings; a lowering says how the norm after a sum and the attention are written."""
 
-    def __init__(self, path: Path, spec: TextSpec, weights: Weights) -> None:
+    def __init__(
+        self, path: Path, spec: TextSpec, weights: Weights, *, form: Form = "fp32", head: Form | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        """`form` is how weights are stored, `head` how those of the head are (as the others when None)."""
         self.spec = spec
         self.weights = weights
-        self.graph = GraphBuilder("decoder", path)
+        self.graph = GraphBuilder("decoder", path, form)
+        self._head = head
+        self._progress = progress
 
     def begin(self) -> str:
         """Declare the inputs; returns the embeddings [1, T, hidden]."""
+        self._keep = self.graph.input("keep", INT64, [1])
+        if self.spec.deepstack:
+            self._deepstack = self.graph.input("deepstack", FLOAT, [self.spec.deepstack, "tokens", self.spec.hidden])
         return self.graph.input("inputs_embeds", FLOAT, [1, "tokens", self.spec.hidden])
 
     def attention(self, qkv: str, layer: int) -> str:
         """Packed projections [1, T, (heads + 2 kv_heads) * head_dim] -> [1, T, heads * head_dim]; updates the cache."""
         raise NotImplementedError
+
+    def split(self, qkv: str, layer: int) -> list[str]:
+        """Packed projections -> query, key and value [1, T, heads * head_dim], the first two normalised if need be."""
+        graph, spec = self.graph, self.spec
+        widths = graph.ints(spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim)
+        parts = graph.ops("Split", qkv, widths, count=3, axis=-1)
+        if spec.qk_norm:
+            for at, (kind, heads) in enumerate((("q", spec.heads), ("k", spec.kv_heads))):
+                split = graph.op("Reshape", parts[at], graph.ints(1, -1, heads, spec.head_dim))
+                normed = self.norm(split, f"layers.{layer}.self_attn.{kind}_norm.weight")
+                parts[at] = graph.op("Reshape", normed, graph.ints(1, -1, heads * spec.head_dim))
+        return parts
 
     def add_norm(self, stream: str, update: str, weight: str) -> tuple[str, str]:
         """(sum of the two, its RMS norm), both [1, T, hidden]."""
@@ -50,29 +71,32 @@ class DecoderWriter:
         return self.graph.input(f"past_{name}", FLOAT, shape), f"present_{name}"
 
     def write(self) -> None:
-        """Write the whole decoder: embeddings in, the last position's logits [1, vocab] out."""
+        """Write the whole decoder: embeddings in, logits [keep, vocab] of the last positions out."""
         graph, spec = self.graph, self.spec
         stream = self.begin()
         normed = self.norm(stream, "layers.0.input_layernorm.weight")
-        for layer in range(spec.layers):
+        for layer in self._progress(range(spec.layers), "decoder"):
             attended = self._self_attention(normed, layer)
             stream, normed = self.add_norm(stream, attended, f"layers.{layer}.post_attention_layernorm.weight")
             fed = self._feed_forward(normed, layer)
+            if layer < spec.deepstack:
+                fed = graph.op("Add", fed, graph.op("Gather", self._deepstack, graph.scalar(layer), axis=0))
             last = layer + 1 == spec.layers
-            if last:  # only the newest token's logits are ever asked for
-                end = [graph.ints(-1), graph.ints(np.iinfo(np.int64).max), graph.ints(1)]
+            if last:  # only the newest tokens' logits are ever asked for
+                end = [graph.op("Neg", self._keep), graph.ints(np.iinfo(np.int64).max), graph.ints(1)]
                 stream, fed = graph.op("Slice", stream, *end), graph.op("Slice", fed, *end)
             following = "norm.weight" if last else f"layers.{layer + 1}.input_layernorm.weight"
             stream, normed = self.add_norm(stream, fed, following)
-        flat = graph.op("Reshape", normed, graph.ints(1, spec.hidden))
+        flat = graph.op("Reshape", normed, graph.ints(-1, spec.hidden))
         head = self.weights("embed_tokens.weight" if spec.tied else "lm_head.weight")
-        graph.output(graph.linear(flat, head, name="head"), "logits", FLOAT, [1, spec.vocab])
+        logits = graph.linear(flat, head, name="head", form=self._head)
+        graph.output(logits, "logits", FLOAT, ["keep", spec.vocab])
         graph.save()
 
     def _self_attention(self, normed: str, layer: int) -> str:
         parts = [f"layers.{layer}.self_attn.{part}_proj" for part in "qkv"]
         weight = np.concatenate([self.weights(f"{part}.weight") for part in parts])
-        bias = np.concatenate([self.weights(f"{part}.bias") for part in parts])
+        bias = np.concatenate([self.weights(f"{part}.bias") for part in parts]) if self.spec.qkv_bias else None
         attended = self.attention(self.graph.linear(normed, weight, bias, name="qkv"), layer)
         return self.graph.linear(attended, self.weights(f"layers.{layer}.self_attn.o_proj.weight"), name="o")
 
@@ -84,13 +108,14 @@ class DecoderWriter:
 class GroupQueryDecoder(DecoderWriter):
     """ONNX Runtime's own operators: cache in place, rotary inside, sum and norm in one."""
 
-    def __init__(self, path: Path, spec: TextSpec, weights: Weights) -> None:
-        if spec.head_dim % 16:
+    def write(self) -> None:
+        """Write it. CheckpointError where the operators cannot take the decoder's shape."""
+        if self.spec.head_dim % 16:
             raise CheckpointError(
-                f"the decoder's heads are {spec.head_dim} wide; ONNX Runtime's GroupQueryAttention wants a multiple "
-                "of 16: train the model with such heads"
+                f"the decoder's heads are {self.spec.head_dim} wide; ONNX Runtime's GroupQueryAttention wants a "
+                "multiple of 16: train the model with such heads"
             )
-        super().__init__(path, spec, weights)
+        super().write()
 
     def begin(self) -> str:
         """Rotary tables stand by token index, one row a cached token."""
@@ -104,8 +129,9 @@ class GroupQueryDecoder(DecoderWriter):
         """One GroupQueryAttention."""
         past_key, key = self.state(f"key_{layer}")
         past_value, value = self.state(f"value_{layer}")
+        projections = self.split(qkv, layer) if self.spec.qk_norm else [qkv, "", ""]
         return self.graph.ops(
-            "GroupQueryAttention", qkv, "", "", past_key, past_value, "last", "total", "cos", "sin",
+            "GroupQueryAttention", *projections, past_key, past_value, "last", "total", "cos", "sin",
             names=(key, value), domain=MICROSOFT, num_heads=self.spec.heads, kv_num_heads=self.spec.kv_heads,
             do_rotary=1, rotary_interleaved=0, scale=self.spec.head_dim**-0.5,
         )[0]
@@ -143,8 +169,7 @@ class StandardDecoder(DecoderWriter):
     def attention(self, qkv: str, layer: int) -> str:
         """RotaryEmbedding, TensorScatter, Attention."""
         graph, spec = self.graph, self.spec
-        widths = graph.ints(spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim)
-        query, key, value = graph.ops("Split", qkv, widths, count=3, axis=-1)
+        query, key, value = self.split(qkv, layer)
         heads = [self._heads(query, spec.heads), self._heads(key, spec.kv_heads), self._heads(value, spec.kv_heads)]
         query, key = (graph.op("RotaryEmbedding", part, "cos", "sin") for part in heads[:2])
         updates = zip(self._caches[layer], (key, heads[2]), strict=True)
@@ -160,8 +185,11 @@ class StandardDecoder(DecoderWriter):
         return self.graph.op("Transpose", split, perm=[0, 2, 1, 3])
 
 
-def write_decoder(path: Path, spec: TextSpec, weights: Weights, lowering: Lowering = "gqa") -> None:
-    """Write the decoder graph in one of its forms."""
+def write_decoder(
+    path: Path, spec: TextSpec, weights: Weights, lowering: Lowering = "gqa", *, form: Form = "fp32",
+    head: Form | None = None, progress: Progress = silent,
+) -> None:
+    """Write the decoder graph in one of its lowerings, its weights stored as `form`, the head's as `head`."""
     writer = GroupQueryDecoder if lowering == "gqa" else StandardDecoder
-    writer(path, spec, weights).write()
+    writer(path, spec, weights, form=form, head=head, progress=progress).write()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import onnx
@@ -12,15 +12,26 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from gog_edge.engines.base import Array
+from gog_edge.errors import CheckpointError
+from gog_edge.exporting.quantise import quantise
+from gog_edge.policy.manifest import Blocks
 
 OPSET = 24
 MICROSOFT = "com.microsoft"
 FLOAT, INT32, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
-# Protocol buffers stop at 2 GiB; what has more weights keeps them in a file beside the graph.
-EMBEDDED_BYTES = 2**30
+# Small graphs are one file; the weights of larger ones lie beside, where they can be mapped (and may pass 2 GiB).
+EMBEDDED_BYTES = 2**26
+WHOLE_NUMBERS = 4  # MatMulNBits' accuracy level: activations become 8-bit numbers too, which is twice as fast
 ALIGNMENT = 4096  # bytes: weights begin on a page, so that they can be mapped; smaller ones stay in the graph
 
 Shape = Sequence[int | str]
+Form: TypeAlias = Literal["fp32", "fp16"] | Blocks
+Progress: TypeAlias = Callable[[range, str], Iterable[int]]  # layers, and what they are of -> the same layers
+
+
+def silent(layers: range, _: str) -> Iterable[int]:
+    """A `Progress` that shows nothing."""
+    return layers
 
 
 class GraphBuilder:
@@ -29,7 +40,9 @@ class GraphBuilder:
     Weights go to `<path>.data` as they come: a model is never held whole. What an earlier export left there goes.
     """
 
-    def __init__(self, name: str, path: Path) -> None:
+    def __init__(self, name: str, path: Path, form: Form = "fp32") -> None:
+        """`form` is how the weights of `linear` are stored; everything is computed in float32."""
+        self.form: Form = form
         self._name, self._path, self._data = name, path, path.with_name(f"{path.name}.data")
         self._data.unlink(missing_ok=True)
         self._nodes: list[onnx.NodeProto] = []
@@ -97,10 +110,29 @@ class GraphBuilder:
         """Add a node with one output."""
         return self.ops(kind, *inputs, domain=domain, **attributes)[0]
 
-    def linear(self, value: str, weight: Array, bias: Array | None = None, *, name: str = "weight") -> str:
-        """value @ weight.T + bias, weight [out, in] as PyTorch keeps it."""
-        product = self.op("MatMul", value, self.weight(weight.T, name))
+    def linear(
+        self, value: str, weight: Array, bias: Array | None = None, *, name: str = "weight", form: Form | None = None
+    ) -> str:
+        """value @ weight.T + bias, weight [out, in] as PyTorch keeps it; `form` other than the graph's own."""
+        form = form or self.form
+        if isinstance(form, Blocks):
+            return self._blocked(value, weight, bias, name, form)
+        if form == "fp16":  # halves the file; the engine widens it once, at load
+            stored = self.op("Cast", self.weight(_half(weight.T, name), name), to=FLOAT)
+        else:
+            stored = self.weight(weight.T, name)
+        product = self.op("MatMul", value, stored)
         return product if bias is None else self.op("Add", product, self.weight(bias, f"{name}_bias"))
+
+    def _blocked(self, value: str, weight: Array, bias: Array | None, name: str, blocks: Blocks) -> str:
+        packed, scales = quantise(weight, blocks)
+        inputs = [value, self.weight(packed, name), self.weight(scales, f"{name}_scales")]
+        if bias is not None:
+            inputs += ["", "", self.weight(bias, f"{name}_bias")]
+        return self.op(
+            "MatMulNBits", *inputs, domain=MICROSOFT, K=weight.shape[1], N=weight.shape[0], bits=blocks.bits,
+            block_size=blocks.size, accuracy_level=WHOLE_NUMBERS,
+        )
 
     def swiglu(self, value: str, gate: tuple[Array, Array | None], up: tuple[Array, Array | None]) -> str:
         """silu(gate(value)) * up(value), both projections in one product; each is (weight, bias)."""
@@ -127,3 +159,9 @@ class GraphBuilder:
                 tensor.ClearField("external_data")
                 tensor.ClearField("data_location")
         self._data.unlink(missing_ok=True)
+
+
+def _half(weight: Array, name: str) -> Array:
+    if np.abs(weight).max(initial=0) > np.finfo(np.float16).max:
+        raise CheckpointError(f"a weight of '{name}' is too large for float16; export in another precision")
+    return weight.astype(np.float16)

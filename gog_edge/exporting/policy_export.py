@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
-from importlib import resources
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from gog_edge.engines.base import Array
 from gog_edge.errors import BackendError, CheckpointError
 from gog_edge.exporting.chat_format import extract_chat_format
 from gog_edge.exporting.checkpoint import Checkpoint
 from gog_edge.exporting.decoder_graph import write_decoder
+from gog_edge.exporting.graph import Form, Progress, silent
 from gog_edge.exporting.parity import ParityEpisode, check_passed, measure_parity
+from gog_edge.exporting.quantise import quantise
 from gog_edge.exporting.vision_graph import write_vision
 from gog_edge.files import describe_files, read_json, write_json
-from gog_edge.policy.dialect import Dialect, load_dialect
+from gog_edge.policy.chat import ChatFormat
+from gog_edge.policy.dialect import Dialect, copy_dialect
 from gog_edge.policy.manifest import (
     CHAT_TEMPLATE,
     DECODER_GRAPH,
     DIALECT,
+    EMBEDDING_SCALES,
     EMBEDDINGS,
     MANIFEST,
     TOKENIZER,
     VISION_GRAPH,
+    Blocks,
     PolicyManifest,
+    WeightForms,
 )
 
-AVAILABLE = {"ort": ("fp32",)}  # engine -> precisions
+AVAILABLE = {"ort": ("fp32", "fp16", "int4")}  # engine -> precisions
+BLOCK_SIZES = (32, 64, 128, 256)
+DEFAULT_BLOCK = 128
 DEFAULT_CONTEXT = 4096
 DEFAULT_DIALECT = "gog"
 LOWERING = (
@@ -43,41 +52,108 @@ def export_policy(
     source: Path,
     out: Path,
     *,
+    adapter: Path | None = None,
     engine: str = "ort",
     precision: str = "fp32",
+    block: int = DEFAULT_BLOCK,
     name: str | None = None,
     context: int = DEFAULT_CONTEXT,
     dialect: str | Path | None = None,
     episodes: Sequence[ParityEpisode] | None = None,
     parity: bool = True,
+    progress: Progress = silent,
 ) -> PolicyManifest:
-    """Export a Qwen2.5-VL checkpoint folder to a policy folder and return its manifest.
+    """Export a Qwen2.5-VL or Qwen3-VL checkpoint folder to a policy folder and return its manifest.
 
-    `context`: tokens of one conversation, at most what the checkpoint was made for. `dialect`: a file, or the
-    name of one of the package's; by default the checkpoint's own dialect.toml, else 'gog'. `episodes`: conversations
-    for the parity check; random ones by default.
+    `adapter`: a PEFT folder of LoRA weights to merge. `block`: weights that share a scale in int4. `context`: tokens
+    of one conversation, at most what the checkpoint was made for. `dialect`: a file, or the name of one of the
+    package's; by default the checkpoint's own dialect.toml, else 'gog'. `episodes`: conversations for the parity
+    check; random ones by default.
     Raises BackendError for an engine or precision that is not to be had, CheckpointError for a checkpoint that
-    cannot be exported or graphs that miss the parity limit. `out` is replaced only when all went well.
+    cannot be exported, graphs that miss the parity limit, or a machine without the room. `out` is replaced only
+    when all went well.
     """
     check_available(engine, precision)
-    checkpoint = Checkpoint.open(source)
+    forms = weight_forms(precision, block)
+    checkpoint = Checkpoint.open(source, adapter)
     if out.exists() and not _is_policy(out):
         raise CheckpointError(f"'{out}' exists and is no policy folder; name another one or remove it")
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        manifest = _write(checkpoint, part, engine, precision, name or source.resolve().name, context, dialect)
+    with _clear_failures(part):
+        part.mkdir(parents=True)
+        _check_room(checkpoint, part, precision)
+        chat, spoken = _write_texts(checkpoint, part, dialect)  # what may be missing is found before the long work
+        _write_weights(checkpoint, part, precision, forms, progress)
+        manifest = PolicyManifest(
+            name=name or source.resolve().name,
+            architecture=checkpoint.config["architectures"][0],
+            engine=engine,
+            precision=precision,
+            weights=forms,
+            lowering=LOWERING,
+            vision=checkpoint.vision,
+            text=checkpoint.text,
+            chat=chat,
+            image_token=checkpoint.image_token,
+            eos=checkpoint.eos,
+            box_frame=spoken.box_frame,
+            max_context=min(context, checkpoint.max_positions),
+            generation=checkpoint.generation,
+            source_sha256=checkpoint.sha256,
+            files=tuple(describe_files(part, [path.name for path in part.iterdir()])),
+        )
+        write_json(part / MANIFEST, manifest.to_json())
         if parity:
-            report = measure_parity(part, source, episodes)
+            report = measure_parity(part, checkpoint, episodes)
             check_passed(report)
             manifest = dataclasses.replace(manifest, parity=report.to_json())
             write_json(part / MANIFEST, manifest.to_json())
         shutil.rmtree(out, ignore_errors=True)
         part.rename(out)
+    return manifest
+
+
+def weight_forms(precision: str, block: int = DEFAULT_BLOCK) -> WeightForms:
+    """How each part's weights are stored in a precision.
+
+    In int4 the tables at both ends and the vision tower take 8 bits: they are a fifth of the bytes and most of the
+    error. CheckpointError for a block size that the operators do not take.
+    """
+    if block not in BLOCK_SIZES:
+        raise CheckpointError(f"blocks of {block} weights are not to be had; take one of {BLOCK_SIZES}")
+    if precision != "int4":
+        return WeightForms()
+    wide = Blocks(8, block)
+    return WeightForms(decoder=Blocks(4, block), head=wide, embeddings=wide, vision=wide)
+
+
+@contextmanager
+def _clear_failures(part: Path) -> Iterator[None]:
+    """A full disk and a lack of memory become errors that say so; nothing half-written stays."""
+    try:
+        yield
+    except OSError as exc:
+        raise CheckpointError(f"'{part}' cannot be written ({exc.strerror or exc}); nothing was kept") from exc
+    except MemoryError as exc:
+        raise CheckpointError(
+            "this machine has too little memory to export the checkpoint; nothing was kept: close other programs, "
+            "leave out the parity check (--no-parity), or export on a larger machine"
+        ) from exc
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return manifest
+
+
+BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int4": 0.8}  # int4: with scales, and the parts that take 8 bits
+
+
+def _check_room(checkpoint: Checkpoint, folder: Path, precision: str) -> None:
+    needed = int(checkpoint.parameters * BYTES_A_WEIGHT[precision])
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"'{folder.parent}' has {free / 1e9:.1f} GB free, the policy takes about {needed / 1e9:.1f} GB; make room"
+        )
 
 
 def check_available(engine: str, precision: str) -> None:
@@ -87,45 +163,38 @@ def check_available(engine: str, precision: str) -> None:
         raise BackendError(f"cannot export for engine '{engine}' in precision '{precision}' yet; available: {have}")
 
 
-def _write(
-    checkpoint: Checkpoint,
-    folder: Path,
-    engine: str,
-    precision: str,
-    name: str,
-    context: int,
-    dialect: str | Path | None,
-) -> PolicyManifest:
-    weights = checkpoint.decoder_weights()
-    write_vision(folder / VISION_GRAPH, checkpoint.vision, checkpoint.vision_weights())
-    write_decoder(folder / DECODER_GRAPH, checkpoint.text, weights, "gqa")
-    np.save(folder / EMBEDDINGS, weights("embed_tokens.weight"), allow_pickle=False)
-    shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / TOKENIZER)
+def _write_texts(checkpoint: Checkpoint, folder: Path, dialect: str | Path | None) -> tuple[ChatFormat, Dialect]:
+    """Tokenizer, chat template and dialect; CheckpointError or DialectError where they cannot be used."""
+    image_token, eos = (_token(checkpoint, token) for token in (checkpoint.image_token, checkpoint.eos[0]))
+    shutil.copyfile(checkpoint.folder / TOKENIZER, folder / TOKENIZER)
     (folder / CHAT_TEMPLATE).write_text(checkpoint.chat_template, encoding="utf-8")
-    spoken = _copy_dialect(checkpoint.folder, folder / DIALECT, dialect)
-    manifest = PolicyManifest(
-        name=name,
-        architecture=checkpoint.config["architectures"][0],
-        engine=engine,
-        precision=precision,
-        lowering=LOWERING,
-        vision=checkpoint.vision,
-        text=checkpoint.text,
-        chat=extract_chat_format(
-            checkpoint.chat_template,
-            image_token=_token(checkpoint, checkpoint.image_token),
-            eos=_token(checkpoint, checkpoint.eos[0]),
-        ),
-        image_token=checkpoint.image_token,
-        eos=checkpoint.eos,
-        box_frame=spoken.box_frame,
-        max_context=min(context, checkpoint.max_positions),
-        generation=checkpoint.generation,
-        source_sha256=checkpoint.sha256,
-        files=tuple(describe_files(folder, [path.name for path in folder.iterdir()])),
+    spoken = _copy_dialect(checkpoint, folder, dialect)
+    return extract_chat_format(checkpoint.chat_template, image_token=image_token, eos=eos), spoken
+
+
+def _write_weights(
+    checkpoint: Checkpoint, folder: Path, precision: str, forms: WeightForms, progress: Progress
+) -> None:
+    """Both graphs and the embedding table."""
+    plain: Form = "fp16" if precision == "fp16" else "fp32"
+    tower, decoder = checkpoint.vision_weights(), checkpoint.decoder_weights()
+    write_vision(folder / VISION_GRAPH, checkpoint.vision, tower, forms.vision or plain, progress)
+    write_decoder(
+        folder / DECODER_GRAPH, checkpoint.text, decoder, "gqa", form=forms.decoder or plain,
+        head=forms.head or plain, progress=progress,
     )
-    write_json(folder / MANIFEST, manifest.to_json())
-    return manifest
+    _write_embeddings(folder, decoder("embed_tokens.weight"), forms.embeddings or plain)
+    if checkpoint.adapter is not None:
+        checkpoint.adapter.check_used()
+
+
+def _write_embeddings(folder: Path, table: Array, form: Form) -> None:
+    if isinstance(form, Blocks):
+        packed, scales = quantise(table, form)
+        np.save(folder / EMBEDDINGS, packed.reshape(len(packed), -1), allow_pickle=False)
+        np.save(folder / EMBEDDING_SCALES, scales, allow_pickle=False)
+    else:
+        np.save(folder / EMBEDDINGS, table.astype(np.float16 if form == "fp16" else np.float32), allow_pickle=False)
 
 
 def _token(checkpoint: Checkpoint, token: int) -> str:
@@ -135,17 +204,15 @@ def _token(checkpoint: Checkpoint, token: int) -> str:
     return str(text)
 
 
-def _copy_dialect(source: Path, target: Path, chosen: str | Path | None) -> Dialect:
-    """Put the dialect into the policy folder: the one chosen, else the checkpoint's own, else the package's."""
-    own = source / DIALECT
+def _copy_dialect(checkpoint: Checkpoint, folder: Path, chosen: str | Path | None) -> Dialect:
+    """Put the dialect into the policy folder: the one chosen, else the checkpoint's own, else the package's.
+
+    The package's default says boxes as the architecture was taught to: its frame is replaced by the backbone's.
+    """
+    own = checkpoint.folder / DIALECT
     wanted: str | Path = chosen or (own if own.is_file() else DEFAULT_DIALECT)
-    dialect = load_dialect(wanted)
-    text = (
-        wanted.read_bytes()
-        if isinstance(wanted, Path)
-        else (resources.files("gog_edge.policy") / "dialects" / f"{wanted}.toml").read_bytes()
-    )
-    target.write_bytes(text)
+    replaced = wanted == DEFAULT_DIALECT and not chosen and checkpoint.is_qwen3
+    dialect, _ = copy_dialect(wanted, folder, "rel1000" if replaced else None)
     return dialect
 
 

@@ -16,6 +16,7 @@ MANIFEST = "manifest.json"
 VISION_GRAPH = "vision.onnx"
 DECODER_GRAPH = "decoder.onnx"
 EMBEDDINGS = "embed_tokens.npy"
+EMBEDDING_SCALES = "embed_tokens_scales.npy"  # beside 8-bit embeddings
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 DIALECT = "dialect.toml"
@@ -33,8 +34,8 @@ class VisionSpec:
     patch: int  # pixels a side
     merge: int  # patches a side that become one token
     temporal: int  # copies of a still picture in one patch
-    window: int  # pixels a side of a local-attention window
-    full_attention: tuple[int, ...]  # blocks that see the whole picture
+    window: int  # pixels a side of a local-attention window; 0: every block sees the whole picture
+    full_attention: tuple[int, ...]  # blocks that see the whole picture where there are windows
     rope_theta: float
     norm_eps: float
     mean: tuple[float, float, float]  # of pixels scaled to 0..1
@@ -42,6 +43,8 @@ class VisionSpec:
     min_pixels: int
     max_pixels: int
     crop_max_pixels: int  # of what a gaze shows again
+    position_side: int = 0  # the learned table of positions is so many places a side; 0: there is none
+    deepstack: tuple[int, ...] = ()  # blocks whose features also enter the decoder, after its first layers
 
     @property
     def factor(self) -> int:
@@ -73,6 +76,10 @@ class TextSpec:
     norm_eps: float
     rope_theta: float
     mrope_section: tuple[int, ...]  # rotary pairs that turn with time, height, width; sums to head_dim / 2
+    mrope_interleaved: bool  # the pairs of the three axes alternate (Qwen3-VL), or stand in blocks (Qwen2.5-VL)
+    qkv_bias: bool
+    qk_norm: bool  # each head's query and key are normalised before they are turned
+    deepstack: int  # layers whose output gets a picture's features added
     tied: bool  # the head is the embedding table
 
 
@@ -82,7 +89,26 @@ class GenerationDefaults:
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0  # 0 keeps all
     repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Whole numbers of `bits`, a float32 scale for each `size` of them along the input; no zero point."""
+
+    bits: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightForms:
+    """How the weights of each part are stored; None is floating point of the manifest's precision."""
+
+    decoder: Blocks | None = None
+    head: Blocks | None = None
+    embeddings: Blocks | None = None
+    vision: Blocks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +118,8 @@ class PolicyManifest:
     name: str
     architecture: str  # as the checkpoint's config.json names it
     engine: str  # "ort"
-    precision: str  # "fp32"
+    precision: str  # "fp32", "fp16" or "int4"
+    weights: WeightForms
     lowering: str  # which decoder form was written, and why
     vision: VisionSpec
     text: TextSpec
@@ -126,6 +153,7 @@ class PolicyManifest:
                 text=TextSpec(**text),
                 chat=ChatFormat(**_tuples(fields.pop("chat"))),
                 eos=tuple(fields.pop("eos")),
+                weights=WeightForms(**{k: v and Blocks(**v) for k, v in fields.pop("weights").items()}),
                 generation=GenerationDefaults(**fields.pop("generation")),
                 files=tuple(FileEntry(**entry) for entry in fields.pop("files")),
                 **fields,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from gog_edge.engines.ort import OrtDecoder, OrtGraph, physical_cores
-from gog_edge.errors import ArtifactError, BackendError
+from gog_edge.engines.packed import CACHE, WORTH_BYTES, cache_key, packed_graph
+from gog_edge.errors import BackendError
+from gog_edge.policy.embeddings import EmbeddingTable
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
-    EMBEDDINGS,
     TOKENIZER,
     VISION_GRAPH,
     PolicyManifest,
@@ -32,6 +33,7 @@ class PolicyModel:
     manifest: PolicyManifest
     vision: VisionEncoder
     decoder: Decoder
+    cache: Path  # folder for what was worked out for this model on this machine; need not be there
 
     @classmethod
     def open(cls, folder: Path, *, threads: int | None = None, context: int | None = None) -> Self:
@@ -45,23 +47,38 @@ class PolicyModel:
         if manifest.engine != "ort":
             raise BackendError(f"'{folder}' was exported for engine '{manifest.engine}'; this version runs 'ort'")
         capacity = min(context or manifest.max_context, manifest.max_context)
-        table = np.load(folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
-        if table.shape != (manifest.text.vocab, manifest.text.hidden):
-            raise ArtifactError(f"'{folder / EMBEDDINGS}' has shape {table.shape}, not the manifest's; export again")
-        decoder = Decoder(
-            OrtDecoder(folder / DECODER_GRAPH, capacity=capacity, threads=_decoder_threads(folder, threads)),
-            manifest,
-            table,
-            Tokenizer.from_file(str(folder / TOKENIZER)),
-        )
-        return cls(manifest, VisionEncoder(OrtGraph(folder / VISION_GRAPH, threads=threads), manifest.vision), decoder)
+        cache = folder / CACHE / cache_key(manifest.files)
+        with ThreadPoolExecutor(1) as beside:  # both graphs load at the same time
+            tower = beside.submit(_open_vision, folder, cache, manifest, threads)
+            path, optimised = _form_here(folder / DECODER_GRAPH, cache)
+            engine = OrtDecoder(
+                path, capacity=capacity, threads=_decoder_threads(folder, threads), optimised=optimised
+            )
+            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+            decoder = Decoder(engine, manifest, EmbeddingTable.open(folder, manifest), tokenizer)
+            return cls(manifest, tower.result(), decoder, cache)
 
     def new_session(self) -> Session:
         """An empty conversation with a cache of its own."""
         return Session(self.decoder, self.decoder.engine.new_cache())
 
 
+def graph_bytes(graph: Path) -> int:
+    """A graph's file and its weights."""
+    return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
+
+
+def _open_vision(folder: Path, cache: Path, manifest: PolicyManifest, threads: int | None) -> VisionEncoder:
+    path, optimised = _form_here(folder / VISION_GRAPH, cache)
+    return VisionEncoder(OrtGraph(path, threads=threads, optimised=optimised), manifest.vision)
+
+
+def _form_here(graph: Path, cache: Path) -> tuple[Path, bool]:
+    """The graph to load on this machine, and whether it is optimised already."""
+    path = packed_graph(graph, cache) if graph_bytes(graph) >= WORTH_BYTES else graph
+    return path, path != graph
+
+
 def _decoder_threads(folder: Path, most: int | None) -> int:
     # Where a step takes a millisecond, threads wait for each other longer than they work, more so on a busy machine.
-    size = sum(path.stat().st_size for path in folder.glob(f"{DECODER_GRAPH}*"))
-    return min(most or physical_cores(), 1 + size // BYTES_A_THREAD)
+    return min(most or physical_cores(), 1 + graph_bytes(folder / DECODER_GRAPH) // BYTES_A_THREAD)

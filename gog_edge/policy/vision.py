@@ -1,6 +1,6 @@
-"""From pixels to the decoder's embeddings: resize, patches, window order, rotary angles.
+"""From pixels to the decoder's embeddings: resize, patches, windows, rotary angles, positions.
 
-All numpy and Pillow, and number for number what Qwen2.5-VL's own image processor gives.
+All numpy and Pillow, and number for number what the image processor of Qwen2.5-VL and Qwen3-VL gives.
 """
 
 from __future__ import annotations
@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from gog_edge.engines.base import Floats, GraphEngine
+from gog_edge.engines.base import Array, Floats, GraphEngine
 from gog_edge.errors import PictureError
 from gog_edge.policy.manifest import VisionSpec
 from gog_edge.types import Pixels, Size
@@ -33,18 +34,6 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class GridPlan:
-    """What depends on the grid alone; M patches, M / merge² tokens."""
-
-    patch_order: NDArray[np.int64]  # [M] raster-of-blocks patch index for each place in window order
-    token_place: NDArray[np.int64]  # [tokens] place in window order of each token in reading order
-    window_ids: NDArray[np.int32]  # [M] in window order
-    segment_ids: NDArray[np.int32]  # [M] zeros: one picture
-    cos: Floats  # [1, M, head_dim / 2] in window order
-    sin: Floats
-
-
-@dataclass(frozen=True, slots=True)
 class ImageTokens:
     """One picture as the decoder takes it."""
 
@@ -52,9 +41,26 @@ class ImageTokens:
     rows: int  # tokens
     columns: int
     resized: Size  # pixels the tower saw; boxes may be said in them
+    deepstack: Floats | None = None  # [layers, rows * columns, hidden]: what the decoder's first layers add
 
 
-def smart_resize(size: Size, spec: VisionSpec, max_pixels: int | None = None) -> Size:
+class PixelBudget(Protocol):
+    """What decides the size of a resized picture."""
+
+    @property
+    def factor(self) -> int:
+        """Sides are multiples of it."""
+
+    @property
+    def min_pixels(self) -> int:
+        """Smaller pictures are enlarged."""
+
+    @property
+    def max_pixels(self) -> int:
+        """Larger pictures are made smaller."""
+
+
+def smart_resize(size: Size, spec: PixelBudget, max_pixels: int | None = None) -> Size:
     """The size to resize to: sides multiples of `spec.factor`, area within the pixel budget, aspect nearly kept.
 
     `max_pixels` replaces the spec's. Raises PictureError for strips more than 200 times as long as wide.
@@ -104,42 +110,77 @@ def flatten(image: Floats, spec: VisionSpec) -> tuple[Floats, Grid]:
     return np.ascontiguousarray(repeated).reshape(grid.rows * grid.columns, spec.patch_dim), grid
 
 
-def window_order(grid: Grid, spec: VisionSpec) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """(token index for each place in window order, window id of each place), both [tokens]."""
+def window_feeds(grid: Grid, spec: VisionSpec) -> dict[str, Array]:
+    """Windows as slots: the patch in each of W * S places, the place of each patch, who is there to be seen.
+
+    `window_slots` [W, S] int64 (0 where a place is empty), `patch_places` [M] int64, `window_mask` [W, 1, S, S] bool.
+    """
     rows, columns = grid.rows // spec.merge, grid.columns // spec.merge
-    side = spec.window // spec.factor
+    side, unit = spec.window // spec.factor, spec.merge**2
     row, column = np.divmod(np.arange(rows * columns), columns)
     window = (row // side) * math.ceil(columns / side) + column // side
-    order = np.argsort(window, kind="stable")
-    return order, window[order].astype(np.int32)
+    within = (row % side) * side + column % side
+    token_places = window * side**2 + within
+    patch_places = (token_places[:, None] * unit + np.arange(unit)).reshape(-1)
+    count, slots = int(window.max()) + 1, side**2 * unit
+    patches = np.full(count * slots, -1, np.int64)
+    patches[patch_places] = np.arange(len(patch_places))
+    held = (patches >= 0).reshape(count, 1, 1, slots)
+    return {
+        "window_slots": np.maximum(patches, 0).reshape(count, slots),
+        "patch_places": patch_places,
+        "window_mask": np.ascontiguousarray(np.broadcast_to(held, (count, 1, slots, slots))),
+    }
+
+
+def position_feeds(grid: Grid, spec: VisionSpec) -> dict[str, Array]:
+    """Each patch's four nearest places in the learned table and their shares, patches in the order of `flatten`.
+
+    The picture's corners fall on the table's corners; between its places it is mixed bilinearly.
+    """
+    side = spec.position_side
+    axes = []
+    for count in (grid.rows, grid.columns):
+        at = np.arange(count, dtype=np.float32) * np.float32(side - 1) / np.float32(max(count - 1, 1))
+        low = np.floor(at).astype(np.int64)
+        share = at - low.astype(np.float32)
+        axes.append((np.stack([low, np.minimum(low + 1, side - 1)]), np.stack([1 - share, share])))
+    (row, row_share), (column, column_share) = axes
+    row_of, column_of = blockwise(np.indices((grid.rows, grid.columns)), grid, spec.merge).astype(np.int64)
+    places = row[:, None, row_of] * side + column[None, :, column_of]  # [2, 2, M]
+    shares = row_share[:, None, row_of] * column_share[None, :, column_of]
+    return {
+        "position_places": np.ascontiguousarray(places.reshape(4, -1).T),
+        "position_shares": np.ascontiguousarray(shares.reshape(4, -1).T, np.float32),
+    }
+
+
+def blockwise(places: Array, grid: Grid, merge: int) -> Array:
+    """[n, rows, columns] -> [n, M] with the patches of one token side by side, tokens in reading order."""
+    blocks = places.reshape(len(places), grid.rows // merge, merge, grid.columns // merge, merge)
+    return blocks.transpose(0, 1, 3, 2, 4).reshape(len(places), -1)
 
 
 def rotary_angles(grid: Grid, spec: VisionSpec) -> Floats:
     """[M, head_dim / 2] radians, rows then columns, patches in the order of `flatten`."""
-    merge, quarter = spec.merge, spec.head_dim // 4
-    places = np.indices((grid.rows, grid.columns), np.float32)
-    blocks = places.reshape(2, grid.rows // merge, merge, grid.columns // merge, merge).transpose(0, 1, 3, 2, 4)
+    quarter = spec.head_dim // 4
+    places = blockwise(np.indices((grid.rows, grid.columns), np.float32), grid, spec.merge)
     exponent = np.arange(0, 2 * quarter, 2, dtype=np.float32) / np.float32(2 * quarter)
     frequencies = (np.float32(1) / np.power(np.float32(spec.rope_theta), exponent)).astype(np.float32)
-    angles = blocks.reshape(2, -1, 1) * frequencies  # [2, M, head_dim / 4]
+    angles = places[:, :, None] * frequencies  # [2, M, head_dim / 4]
     return np.concatenate([angles[0], angles[1]], axis=-1)
 
 
 @lru_cache(maxsize=64)
-def plan_grid(grid: Grid, spec: VisionSpec) -> GridPlan:
+def grid_feeds(grid: Grid, spec: VisionSpec) -> Mapping[str, Array]:
     """All that the graph needs beside the patches; cached, since few grids come back often."""
-    order, window = window_order(grid, spec)
-    unit = spec.merge**2
-    patch_order = (order[:, None] * unit + np.arange(unit)).reshape(-1)
-    angles = rotary_angles(grid, spec)[patch_order]
-    return GridPlan(
-        patch_order=patch_order,
-        token_place=np.argsort(order),
-        window_ids=np.repeat(window, unit),
-        segment_ids=np.zeros(len(patch_order), np.int32),
-        cos=np.cos(angles)[None],
-        sin=np.sin(angles)[None],
-    )
+    angles = rotary_angles(grid, spec)[None]
+    feeds: dict[str, Array] = {"cos": np.cos(angles), "sin": np.sin(angles)}
+    if spec.window:
+        feeds |= window_feeds(grid, spec)
+    if spec.position_side:
+        feeds |= position_feeds(grid, spec)
+    return feeds
 
 
 class VisionEncoder:
@@ -156,6 +197,10 @@ class VisionEncoder:
     def resized(self, size: Size) -> Size:
         """The size in which the tower sees a picture of `size`."""
         return smart_resize(size, self.spec)
+
+    def resized_crop(self, size: Size) -> Size:
+        """The size in which the tower sees a crop of `size`."""
+        return smart_resize(size, self.spec, self.spec.crop_max_pixels)
 
     def encode(self, pixels: Pixels, max_pixels: int | None = None) -> ImageTokens:
         """Pixels [height, width, 3] uint8 RGB -> embeddings; pictures seen lately come from memory.
@@ -178,14 +223,7 @@ class VisionEncoder:
 
     def _encode(self, pixels: Pixels, size: Size) -> ImageTokens:
         patches, grid = flatten(normalise(resize(pixels, size), self.spec), self.spec)
-        plan = plan_grid(grid, self.spec)
-        feeds = {
-            "patches": patches[plan.patch_order],
-            "cos": plan.cos,
-            "sin": plan.sin,
-            "segment_ids": plan.segment_ids,
-            "window_ids": plan.window_ids,
-        }
-        embeds = self._graph.run(feeds)["tokens"][plan.token_place]
+        said = self._graph.run({"patches": patches, **grid_feeds(grid, self.spec)})
         self.encoded += 1
-        return ImageTokens(embeds, grid.rows // self.spec.merge, grid.columns // self.spec.merge, size)
+        rows, columns = grid.rows // self.spec.merge, grid.columns // self.spec.merge
+        return ImageTokens(said["tokens"], rows, columns, size, said.get("deepstack"))

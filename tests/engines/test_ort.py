@@ -90,7 +90,8 @@ def test_the_portable_form_says_the_same(decoder, checkpoints, tmp_path):
     for count in (10, 1, 4):
         rows = slice(past, past + count)
         feeds = {"inputs_embeds": embeds[None, rows], "cos": cos[None, rows], "sin": sin[None, rows]}
-        feeds |= {"past": np.array([past])} | {f"past_{name}": state for name, state in states.items()}
+        feeds |= {"past": np.array([past]), "keep": np.ones(1, np.int64)}
+        feeds |= {f"past_{name}": state for name, state in states.items()}
         outputs = graph.run(feeds)
         states = {name: outputs[f"present_{name}"] for name in names}
         expected = decoder.step(cache, embeds[rows], cos[rows], sin[rows], past)
@@ -108,3 +109,15 @@ def test_heads_that_the_kernel_cannot_take_are_refused_at_export(checkpoints, tm
 
 def test_there_is_at_least_one_core():
     assert physical_cores() >= 1
+
+
+def test_logits_of_the_last_positions_are_those_of_single_steps(decoder):
+    embeds, cos, sin = tokens(decoder, 12)
+    cache, single = decoder.new_cache(), decoder.new_cache()
+    decoder.step(cache, embeds[:6], cos[:6], sin[:6], 0)
+    kept = decoder.step(cache, embeds[6:], cos[6:], sin[6:], 6, keep=4)
+    assert kept.shape == (4, decoder.vocab)
+    decoder.step(single, embeds[:8], cos[:8], sin[:8], 0)
+    for row, at in enumerate(range(8, 12)):
+        alone = decoder.step(single, embeds[at : at + 1], cos[at : at + 1], sin[at : at + 1], at)
+        assert np.abs(kept[row] - alone[0]).max() < 1e-4

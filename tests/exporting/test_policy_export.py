@@ -1,5 +1,8 @@
 import json
+import resource
 import shutil
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from gog_edge.errors import ArtifactError, BackendError, CheckpointError
 from gog_edge.exporting.chat_format import extract_chat_format
 from gog_edge.exporting.checkpoint import Checkpoint
 from gog_edge.exporting.parity import ParityEpisode, measure_parity
-from gog_edge.exporting.policy_export import export_policy
+from gog_edge.exporting.policy_export import export_policy, weight_forms
 from gog_edge.policy import session
 from gog_edge.policy.manifest import read_manifest
 from gog_edge.policy.model import PolicyModel
@@ -30,17 +33,62 @@ def altered(checkpoint, folder, name="config.json", **changes):
 def test_an_export_says_what_transformers_says(policies, tied):
     manifest = read_manifest(policies[tied], full=True)
     parity = manifest.parity
-    assert parity["passed"] and parity["greedy_differ"] == 0
-    assert parity["logits_max_abs"] < 1e-4 and parity["vision_max_abs"] < 1e-4
+    assert parity["passed"] and parity["graphs"]["greedy_differ"] == 0
+    assert parity["graphs"]["logits_max_abs"] < 1e-4 and parity["graphs"]["vision_max_abs"] < 1e-4
     assert parity["greedy_tokens"] > 50 and parity["pictures"] >= 6
     assert manifest.text.tied is tied
     assert manifest.vision.full_attention == (1,) and manifest.vision.depth == 3
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_qwen3_says_what_transformers_says(qwen3_checkpoints, tmp_path, tied):
+    manifest = export_policy(qwen3_checkpoints[tied], tmp_path / "out", context=512)
+    assert manifest.parity["passed"] and manifest.parity["pictures"] >= 6
+    assert manifest.parity["graphs"]["logits_max_abs"] < 1e-4 and manifest.parity["graphs"]["vision_max_abs"] < 1e-4
+    assert manifest.text.deepstack == 2 and manifest.text.qk_norm and manifest.text.mrope_interleaved
+    assert manifest.box_frame == "rel1000"
+
+
+def test_features_left_out_of_the_first_layers_fail_the_gate(qwen3_checkpoints, tmp_path):
+    shutil.copytree(qwen3_checkpoints[False], tmp_path / "without")
+    path = tmp_path / "without" / "model.safetensors"
+    tensors = load_file(path)
+    last = [name for name in tensors if "deepstack_merger_list" in name and "linear_fc2" in name]
+    assert len(last) == 4
+    save_file(tensors | {name: np.zeros_like(tensors[name]) for name in last}, path)
+    export_policy(tmp_path / "without", tmp_path / "out", context=512, parity=False)
+    report = measure_parity(tmp_path / "out", Checkpoint.open(qwen3_checkpoints[False]))
+    assert not report.passed and report.graphs.logits_max_abs > 1e-2
+
+
+@pytest.mark.parametrize("precision, bytes_a_weight", [("fp16", 2.1), ("int4", 1.2)])
+@pytest.mark.parametrize("qwen3", [False, True])
+def test_rounded_weights_say_what_transformers_says_with_them(checkpoints, qwen3_checkpoints, tmp_path, precision,
+                                                              bytes_a_weight, qwen3):
+    source = (qwen3_checkpoints if qwen3 else checkpoints)[True]
+    manifest = export_policy(source, tmp_path / "out", precision=precision, block=32, context=512)
+    graphs, rounding = manifest.parity["graphs"], manifest.parity["rounding"]
+    assert manifest.parity["passed"] and manifest.precision == precision
+    assert graphs["logits_min_cosine"] > rounding["logits_min_cosine"]
+    assert graphs["logits_max_abs"] < (1e-4 if precision == "fp16" else 1.0)
+    assert PolicyModel.open(tmp_path / "out").manifest.weights == weight_forms(precision, 32)
+    stored = sum((tmp_path / "out" / name).stat().st_size for name in ("decoder.onnx", "vision.onnx"))
+    assert stored < 60_000 + bytes_a_weight * Checkpoint.open(source).parameters
+
+
+def test_weights_rounded_otherwise_than_the_manifest_says_fail_the_gate(checkpoints, tmp_path):
+    export_policy(checkpoints[True], tmp_path / "out", precision="int4", block=32, context=512, parity=False)
+    path = tmp_path / "out" / "manifest.json"
+    value = json.loads(path.read_text())
+    value["weights"]["decoder"] = {"bits": 4, "size": 64}
+    path.write_text(json.dumps(value))
+    assert not measure_parity(tmp_path / "out", Checkpoint.open(checkpoints[True])).passed
+
+
 def test_given_episodes_are_held(policies, checkpoints):
     pixels = np.random.default_rng(3).integers(0, 256, (150, 260, 3), np.uint8)
     episode = ParityEpisode("You look.", ((pixels, "Which flag is it?"), ("Found: ", pixels[20:90, 30:99], "Peru.")), 5)
-    report = measure_parity(policies[True], checkpoints[True], [episode], threads=1)
+    report = measure_parity(policies[True], Checkpoint.open(checkpoints[True]), [episode], threads=1)
     assert report.passed and report.episodes == 1 and report.pictures == 2
 
 
@@ -49,8 +97,8 @@ def test_wrong_positions_are_noticed(policies, checkpoints, monkeypatch):
         return session.text_positions(start, rows * columns) * 0 + start
 
     monkeypatch.setattr(session, "image_positions", transposed)
-    report = measure_parity(policies[True], checkpoints[True], threads=1)
-    assert not report.passed and report.logits_max_abs > 1e-2
+    report = measure_parity(policies[True], Checkpoint.open(checkpoints[True]), threads=1)
+    assert not report.passed and report.graphs.logits_max_abs > 1e-2
 
 
 def test_an_export_that_misses_the_limit_writes_nothing(checkpoints, tmp_path, monkeypatch):
@@ -92,11 +140,65 @@ def test_a_missing_tensor_is_named(checkpoints, tmp_path):
         export_policy(tmp_path / "less", tmp_path / "out")
 
 
+def test_an_incomplete_copy_is_refused(checkpoints, tmp_path):
+    shutil.copytree(checkpoints[True], tmp_path / "copy")
+    weights = tmp_path / "copy" / "model.safetensors"
+    index = {"weight_map": {"lm_head.extra": "model-00002.safetensors"}}
+    (tmp_path / "copy" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"incomplete.*model-00002\.safetensors"):
+        export_policy(tmp_path / "copy", tmp_path / "out")
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="copy it again"):
+        export_policy(tmp_path / "copy", tmp_path / "out")
+
+
+def test_weights_that_are_no_floats_are_refused(checkpoints, tmp_path):
+    quantised = altered(checkpoints[True], tmp_path / "awq", quantization_config={"quant_method": "awq"})
+    with pytest.raises(CheckpointError, match="awq"):
+        export_policy(quantised, tmp_path / "out")
+    shutil.copytree(checkpoints[True], tmp_path / "bytes")
+    path = tmp_path / "bytes" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("layers.0.mlp.up_proj.weight"))
+    save_file(tensors | {name: tensors[name].astype(np.int8)}, path)
+    with pytest.raises(CheckpointError, match="is I8, not one of F32, F16, BF16"):
+        export_policy(tmp_path / "bytes", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize("name, message", [("tokenizer.json", "no tokenizer.json"),
+                                           ("chat_template.jinja", "no chat_template.jinja")])
+def test_a_missing_text_is_named_and_nothing_is_written(checkpoints, tmp_path, name, message):
+    shutil.copytree(checkpoints[True], tmp_path / "less")
+    (tmp_path / "less" / name).unlink()
+    with pytest.raises(CheckpointError, match=message):
+        export_policy(tmp_path / "less", tmp_path / "out", parity=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["less"]
+
+
+def test_a_full_disk_leaves_the_older_policy(checkpoints, policies, tmp_path):
+    shutil.copytree(policies[True], tmp_path / "policy")
+    before = (tmp_path / "policy" / "manifest.json").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # as a disk that takes no more
+    try:
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            export_policy(checkpoints[True], tmp_path / "policy", parity=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "policy" / "manifest.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
 def test_an_engine_or_precision_not_to_be_had_is_refused(checkpoints, tmp_path):
     with pytest.raises(BackendError, match="--engine ort with --precision fp32"):
         export_policy(checkpoints[True], tmp_path / "out", engine="tensorrt")
-    with pytest.raises(BackendError, match="int4"):
-        export_policy(checkpoints[True], tmp_path / "out", precision="int4")
+    with pytest.raises(BackendError, match="int2"):
+        export_policy(checkpoints[True], tmp_path / "out", precision="int2")
+    with pytest.raises(CheckpointError, match="blocks of 48"):
+        export_policy(checkpoints[True], tmp_path / "out", precision="int4", block=48)
 
 
 def test_a_folder_that_is_no_policy_is_not_replaced(checkpoints, tmp_path):
@@ -140,12 +242,26 @@ def test_a_template_that_rewrites_what_was_said_is_refused(checkpoints):
         extract_chat_format(template, image_token="<img>", eos="<|im_end|>")
 
 
+def test_a_thinking_template_opens_the_thought(checkpoints):
+    template = (checkpoints[True] / "chat_template.jinja").read_text()
+    assert template.count("<|im_start|>assistant\\n' }}") == 1
+    thinking = template.replace("<|im_start|>assistant\\n' }}", "<|im_start|>assistant\\n<think>\\n' }}")
+    thinking = thinking.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1].lstrip('\\n') }}")
+    chat = extract_chat_format(thinking, image_token="<|image_pad|>", eos="<|im_end|>")
+    plain = extract_chat_format(template, image_token="<|image_pad|>", eos="<|im_end|>")
+    assert chat.assistant_open == "<|im_start|>assistant\n<think>\n"
+    assert replace(chat, assistant_open=plain.assistant_open) == plain
+    other = thinking.replace("'<|im_start|>assistant\\n<think>", "'<|im_start|>model\\n<think>")
+    with pytest.raises(CheckpointError, match="tells it later"):
+        extract_chat_format(other, image_token="<|image_pad|>", eos="<|im_end|>")
+
+
 def test_the_commands_end_with_a_line_of_json(checkpoints, tmp_path, capsys):
     out = tmp_path / "policy"
     assert export_command.main([str(checkpoints[True]), str(out), "--context", "512"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["parity"]["passed"] is True
     assert check_parity.main([str(out), "--checkpoint", str(checkpoints[True]), "--episodes", "1"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["greedy_differ"] == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["graphs"]["greedy_differ"] == 0
     assert check_parity.main([str(out), "--checkpoint", str(checkpoints[False])]) == 1
     assert "was not exported from" in capsys.readouterr().err
     assert export_command.main([str(checkpoints[True]), str(out), "--engine", "tensorrt-rtx"]) == 1

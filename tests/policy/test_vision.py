@@ -3,16 +3,17 @@ import pytest
 
 from gog_edge.errors import PictureError
 from gog_edge.exporting.torchvision_operators import import_torchvision
+from gog_edge.policy.manifest import read_manifest
 from gog_edge.policy.vision import (
     Grid,
     VisionEncoder,
     flatten,
     normalise,
-    plan_grid,
+    position_feeds,
     resize,
     rotary_angles,
     smart_resize,
-    window_order,
+    window_feeds,
 )
 from gog_edge.types import Size
 
@@ -50,9 +51,12 @@ def test_windows_and_rotary_are_those_of_transformers(tiny_model, rows, columns)
     spec, grid = tiny_model.manifest.vision, Grid(rows, columns)
     thw = torch.tensor([[1, rows, columns]])
     index, bounds = get_vision_window_index(thw, spec.merge, spec.window, spec.patch)
-    order, window = window_order(grid, spec)
-    assert order.tolist() == index.tolist()
-    assert np.bincount(window).tolist() == (np.diff(bounds.numpy()) // spec.merge**2).tolist()
+    feeds = window_feeds(grid, spec)
+    held = feeds["window_mask"][:, 0, 0]
+    assert np.array_equal(feeds["window_mask"], np.broadcast_to(held[:, None, None], feeds["window_mask"].shape))
+    assert (feeds["window_slots"][held][:: spec.merge**2] // spec.merge**2).tolist() == index.tolist()
+    assert held.sum(axis=1).tolist() == np.diff(bounds.numpy()).tolist()
+    assert np.array_equal(feeds["window_slots"].reshape(-1)[feeds["patch_places"]], np.arange(rows * columns))
     positions = get_vision_position_ids(thw, spec.merge).numpy()
     quarter = spec.head_dim // 4
     frequencies = spec.rope_theta ** (-np.arange(quarter) / quarter)
@@ -60,10 +64,20 @@ def test_windows_and_rotary_are_those_of_transformers(tiny_model, rows, columns)
     assert np.allclose(rotary_angles(grid, spec), expected, atol=1e-6)
 
 
-def test_window_order_is_undone(tiny_model):
-    plan = plan_grid(Grid(20, 34), tiny_model.manifest.vision)
-    tokens = plan.patch_order[::4] // 4
-    assert np.array_equal(tokens[plan.token_place], np.arange(20 * 34 // 4))
+@pytest.mark.parametrize("rows, columns", [(14, 18), (6, 6), (4, 2), (20, 34)])
+def test_positions_are_mixed_as_transformers_does(qwen3_policy, rows, columns):
+    import torch
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    spec = read_manifest(qwen3_policy).vision
+    places, shares = get_vision_interpolation_indices_and_weights(
+        torch.tensor([[1, rows, columns]]), spec.position_side, align_corners=True, spatial_merge_size=spec.merge
+    )
+    feeds = position_feeds(Grid(rows, columns), spec)
+    table = np.random.default_rng(0).normal(size=(spec.position_side**2, 3))
+    expected = (table[places.numpy()] * shares.numpy()[:, :, None]).sum(axis=1)
+    mixed = (table[feeds["position_places"]] * feeds["position_shares"][:, :, None]).sum(axis=1)
+    assert np.allclose(mixed, expected, atol=1e-5)
 
 
 def test_a_crop_may_have_a_smaller_budget(tiny_model):

@@ -1,0 +1,117 @@
+"""What a bundle will take of the memory, reckoned before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Self
+
+from gog_edge.bundle import Bundle
+from gog_edge.errors import NotEnoughMemory
+from gog_edge.policy.manifest import DECODER_GRAPH, VISION_GRAPH, PolicyManifest, TextSpec, VisionSpec, read_manifest
+from gog_edge.policy.session import CHUNK
+from gog_edge.retrieval.pack import read_manifest as read_pack
+
+FLOAT_BYTES = 4
+PROGRAM_BYTES = 120 * 2**20  # Python, ONNX Runtime, FAISS and the server with nothing loaded
+MEMINFO = Path("/proc/meminfo")
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes by purpose. Mapped files count in full: a box that cannot hold them reads them again at every step."""
+
+    weights: int
+    conversations: int  # keys and values of every conversation at its longest, and of the prompt
+    pictures: int  # scratch memory of the vision tower for the largest picture
+    prefill: int  # scratch memory of one prefill step
+    index: int  # packs' indexes, and the encoder; texts are read as they are asked for
+    program: int = PROGRAM_BYTES
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{field.name} {_size(getattr(self, field.name))}" for field in fields(self))
+        return f"{_size(self.total)}: {parts}"
+
+    def check(self, free: int | None) -> Self:
+        """NotEnoughMemory, with advice, when this is more than `free` bytes; None is not known."""
+        if free is not None and self.total > free:
+            raise NotEnoughMemory(f"the bundle takes {self}; {_size(free)} are free: {self._advice(free)}")
+        return self
+
+    def _advice(self, free: int) -> str:
+        most = max(("weights", "conversations", "pictures", "index"), key=lambda name: int(getattr(self, name)))
+        if self.total - int(getattr(self, most)) > free:
+            return "close other programs, or take a smaller model"
+        return {
+            "weights": "export the policy with --precision int4, or a smaller checkpoint",
+            "conversations": "export it with a smaller --context, or answer fewer questions at a time ([limits] "
+            "concurrent in bundle.toml)",
+            "pictures": "set a smaller max_pixels in the checkpoint's preprocessor_config.json and export it again",
+            "index": "leave out a pack, or build it with a smaller index",
+        }[most]
+
+
+def plan_memory(bundle: Bundle) -> MemoryPlan:
+    """What an opened bundle takes at most. Raises ArtifactError where a part cannot be read."""
+    index = _bytes(bundle.encoder) + sum((pack / read_pack(pack).index.path).stat().st_size for pack in bundle.packs)
+    if not isinstance(bundle.policy, Path):
+        return MemoryPlan(0, 0, 0, 0, index)  # another server holds the policy
+    manifest = read_manifest(bundle.policy)
+    conversations = 1 + bundle.limits.concurrent  # each forks from the prompt's own
+    return MemoryPlan(
+        weights=_weights(bundle.policy, manifest),
+        conversations=conversations * manifest.max_context * kv_bytes(manifest.text),
+        pictures=vision_bytes(manifest.vision),
+        prefill=prefill_bytes(manifest.text),
+        index=index,
+    )
+
+
+def kv_bytes(spec: TextSpec) -> int:
+    """Bytes of keys and values that one token takes."""
+    return 2 * spec.layers * spec.kv_heads * spec.head_dim * FLOAT_BYTES
+
+
+def vision_bytes(spec: VisionSpec) -> int:
+    """Scratch memory for the largest picture: the widest layer's values, and several of the stream's width."""
+    return spec.max_pixels // spec.patch**2 * (4 * spec.intermediate + 10 * spec.hidden) * FLOAT_BYTES
+
+
+def prefill_bytes(spec: TextSpec) -> int:
+    """Scratch memory of one chunk through the decoder."""
+    return CHUNK * (5 * spec.intermediate + 12 * spec.hidden) * FLOAT_BYTES
+
+
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping, within this process's control group; None where nobody says."""
+    try:
+        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines() if ":" in line)
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
+
+
+def _weights(folder: Path, manifest: PolicyManifest) -> int:
+    widened = 2 if manifest.precision == "fp16" else 1  # stored in halves, computed in float32
+    graphs = (path for name in (DECODER_GRAPH, VISION_GRAPH) for path in folder.glob(f"{name}*"))
+    return widened * sum(path.stat().st_size for path in graphs)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
