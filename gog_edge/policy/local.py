@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Self
 
-from gog_edge.errors import BudgetExceeded, GogEdgeError, MalformedAction
+from gog_edge.errors import BudgetExceeded, GogEdgeError
 from gog_edge.picture import Picture
 from gog_edge.policy.chat import ChatFormat
-from gog_edge.policy.decode import Sampling
+from gog_edge.policy.decode import Constraint, Sampling, Unconstrained
 from gog_edge.policy.dialect import Dialect, Frame, Segment, load_dialect
+from gog_edge.policy.dialect_rules import LoopRules
+from gog_edge.policy.drafts import DraftConfig
+from gog_edge.policy.grammar import Grammar, ThinkBudget
+from gog_edge.policy.kept import prefill_kept
+from gog_edge.policy.listener import Listener
 from gog_edge.policy.manifest import DIALECT
 from gog_edge.policy.model import PolicyModel
 from gog_edge.policy.session import Session
 from gog_edge.types import Action, Observation, Utterance
 
 ANSWER_ROOM = 96  # tokens of the context that only a forced answer may use
+_DRAFTS = DraftConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +39,12 @@ class Markup:
 class LocalConversation:
     """One question's dialogue; turns are appended to the session and computed when the policy speaks next."""
 
-    def __init__(self, policy: LocalPolicy, session: Session, frame: Frame) -> None:
+    def __init__(self, policy: LocalPolicy, session: Session, frame: Frame, question: str) -> None:
         self._policy = policy
         self._chat: ChatFormat = policy.model.manifest.chat
         self._session = session
         self._frame = frame
+        self._question = question
         self._queued: list[Segment | Markup] = []  # said to the policy, not yet appended
         self._pixel_budget = policy.model.manifest.vision.max_pixels  # of the next picture: the first is the whole one
         self._closed = False
@@ -46,7 +54,8 @@ class LocalConversation:
         self._queued.extend(segments)
 
     def generate(self, *, max_tokens: int, deadline: float | None, force_answer: bool = False,
-                 on_text: Callable[[str], None] | None = None) -> Utterance:
+                 on_text: Callable[[str], None] | None = None,
+                 on_action: Callable[[Action], None] | None = None) -> Utterance:
         """Let the policy speak one turn; see `Conversation.generate`.
 
         BudgetExceeded when what was queued does not fit: it is dropped, and room is left to force an answer.
@@ -56,22 +65,32 @@ class LocalConversation:
         reserve = 0 if force_answer else ANSWER_ROOM
         self._append([*self._queued, Markup(self._chat.assistant_open), opening], reserve)
         max_tokens = min(max_tokens, self._session.room - reserve)
-        if opening and on_text is not None:
-            on_text(opening)
+        listener = Listener(self._policy.dialect, self._frame, on_text, on_action)
+        listener.hear(opening)
         appended = time.monotonic()
         said = self._session.generate(
-            max_tokens=max_tokens, sampling=self._policy.sampling, deadline=deadline, on_text=on_text
+            max_tokens=max_tokens,
+            sampling=self._policy.sampling,
+            constraint=self._policy.constraint(force_answer=force_answer),
+            drafts=self._policy.drafts,
+            deadline=deadline,
+            on_text=listener.hear,
         )
         self._queued.append(Markup(self._chat.assistant_close))
-        text = opening + said.text
-        action, reason = self._parse(text)
+        action, reason = listener.understood()
         prefill_ms = said.prefill_ms + 1e3 * (appended - started)
-        return Utterance(text, action, reason, said.prefilled, len(said.tokens), prefill_ms, said.decode_ms)
+        return Utterance(listener.text, action, reason, said.prefilled, len(said.tokens), prefill_ms, said.decode_ms)
 
     def observe(self, observation: Observation) -> None:
         """Queue a turn that shows what an action brought back."""
-        segments = self._policy.dialect.render_observation(observation)
-        self.say(Markup(self._chat.user_open), *segments, Markup(self._chat.user_close))
+        dialect, vision = self._policy.dialect, self._policy.model.vision
+        segments = dialect.render_observation(observation, self._question)
+        self._frame = dialect.frame_after(self._frame, observation, vision.resized_crop)
+        opening: Segment | Markup = Markup(self._chat.user_open)
+        if observation.notice is not None and any(not isinstance(waits, Markup) for waits in self._queued):
+            self._queued.pop()  # the end of the turn that waits
+            opening = "\n"
+        self.say(opening, *segments, Markup(self._chat.user_close))
 
     def close(self) -> None:
         """Give the cache back; the conversation cannot go on."""
@@ -107,20 +126,19 @@ class LocalConversation:
             self._pixel_budget = self._policy.model.manifest.vision.crop_max_pixels
             self._session.append_markup(self._chat.image_close)
 
-    def _parse(self, text: str) -> tuple[Action | None, str]:
-        try:
-            return self._policy.dialect.parse(text, self._frame), ""
-        except MalformedAction as exc:
-            return None, str(exc)
-
 
 class LocalPolicy:
     """A policy folder on this box. Several conversations may go on at once, one thread each."""
 
-    def __init__(self, model: PolicyModel, dialect: Dialect, sampling: Sampling) -> None:
+    def __init__(self, model: PolicyModel, dialect: Dialect, sampling: Sampling, *, grammar: bool = True,
+                 drafts: DraftConfig | None = _DRAFTS) -> None:
+        """`grammar`: turns are held to the dialect. `drafts`: None computes one token a step."""
         self.model = model
-        self.dialect = dialect
+        self.dialect = dialect.after(model.manifest.chat.assistant_open)
         self.sampling = sampling
+        self.drafts = drafts
+        # A real vocabulary takes most of a second: the prompt and the first picture are computed meanwhile.
+        self._grammar = _beside(self._read_grammar) if grammar else None
         self._idle: list[Session] = []
         self._lock = Lock()
         chat = model.manifest.chat
@@ -129,7 +147,7 @@ class LocalPolicy:
         self._prefix.append_text(dialect.system_prompt)
         self._prefix.append_markup(chat.system_close)
         self._prefix.append_markup(chat.user_open)
-        self._prefix.prefill()
+        prefill_kept(self._prefix, model.cache)
 
     @classmethod
     def open(cls, folder: Path, threads: int | None = None, *, context: int | None = None,
@@ -141,7 +159,7 @@ class LocalPolicy:
         """
         model = PolicyModel.open(folder, threads=threads, context=context)
         defaults = model.manifest.generation
-        chosen = sampling or Sampling(defaults.temperature, defaults.top_p, defaults.repetition_penalty)
+        chosen = sampling or Sampling(**asdict(defaults))
         return cls(model, load_dialect(folder / DIALECT), chosen)
 
     @property
@@ -149,13 +167,30 @@ class LocalPolicy:
         """Name for traces and /v1/models."""
         return self.model.manifest.name
 
+    @property
+    def rules(self) -> LoopRules:
+        """The dialect's."""
+        return self.dialect.loop_rules
+
     def begin(self, picture: Picture, question: str) -> LocalConversation:
         """Open a dialogue about a picture; picture and question are computed at the first `generate`."""
         frame = Frame(given=picture.size, resized=self.model.vision.resized(picture.size))
-        conversation = LocalConversation(self, self._take(), frame)
+        conversation = LocalConversation(self, self._take(), frame, question)
         opening = self.dialect.render_question(picture.pixels, question)
         conversation.say(*opening, Markup(self.model.manifest.chat.user_close))
         return conversation
+
+    def constraint(self, *, force_answer: bool) -> Constraint:
+        """What the next turn may say; a forced answer has been opened."""
+        grammar = self._grammar.result() if self._grammar else None
+        if force_answer:
+            return grammar.answer() if grammar else Unconstrained()
+        turn = grammar.turn() if grammar else Unconstrained()
+        return ThinkBudget(turn, self.dialect, self.model.decoder.tokenizer) if self.dialect.thinking.open else turn
+
+    def _read_grammar(self) -> Grammar:
+        decoder = self.model.decoder
+        return Grammar(self.dialect, decoder.tokenizer, self.model.manifest.text.vocab, decoder.eos)
 
     def give_back(self, session: Session) -> None:
         """Keep a session's cache for the next conversation."""
@@ -168,3 +203,11 @@ class LocalPolicy:
         session = session or self.model.new_session()
         session.fork_from(self._prefix)
         return session
+
+
+def _beside(work: Callable[[], Grammar]) -> Future[Grammar]:
+    """Work begun in a thread of its own."""
+    threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+    begun = threads.submit(work)
+    threads.shutdown(wait=False)
+    return begun

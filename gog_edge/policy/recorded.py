@@ -7,15 +7,16 @@ from collections.abc import Callable
 from gog_edge.picture import Picture
 from gog_edge.policy.base import Conversation, Policy
 from gog_edge.policy.dialect import Dialect, Segment
-from gog_edge.types import Observation, Utterance
+from gog_edge.policy.dialect_rules import LoopRules
+from gog_edge.types import Action, Observation, Utterance
 
 
 class RecordedConversation:
     """Passes everything on, and keeps the segments of each user turn."""
 
-    def __init__(self, inner: Conversation, dialect: Dialect, opening: tuple[Segment, ...]) -> None:
-        self._inner, self._dialect = inner, dialect
-        self.turns: list[tuple[Segment, ...]] = [opening]
+    def __init__(self, inner: Conversation, dialect: Dialect, picture: Picture, question: str) -> None:
+        self._inner, self._dialect, self._question = inner, dialect, question
+        self.turns: list[tuple[Segment, ...]] = [dialect.render_question(picture.pixels, question)]
 
     def generate(
         self,
@@ -24,15 +25,16 @@ class RecordedConversation:
         deadline: float | None,
         force_answer: bool = False,
         on_text: Callable[[str], None] | None = None,
+        on_action: Callable[[Action], None] | None = None,
     ) -> Utterance:
         """See `Conversation.generate`."""
         return self._inner.generate(
-            max_tokens=max_tokens, deadline=deadline, force_answer=force_answer, on_text=on_text
+            max_tokens=max_tokens, deadline=deadline, force_answer=force_answer, on_text=on_text, on_action=on_action
         )
 
     def observe(self, observation: Observation) -> None:
         """See `Conversation.observe`."""
-        self.turns.append(self._dialect.render_observation(observation))
+        self.turns.append(self._dialect.render_observation(observation, self._question))
         self._inner.observe(observation)
 
     def close(self) -> None:
@@ -52,8 +54,13 @@ class RecordedPolicy:
         """The wrapped policy's."""
         return self._inner.name
 
+    @property
+    def rules(self) -> LoopRules:
+        """The wrapped policy's."""
+        return self._inner.rules
+
     def begin(self, picture: Picture, question: str) -> RecordedConversation:
         """See `Policy.begin`."""
-        opening = self._dialect.render_question(picture.pixels, question)
-        self.conversations.append(RecordedConversation(self._inner.begin(picture, question), self._dialect, opening))
+        inner = self._inner.begin(picture, question)
+        self.conversations.append(RecordedConversation(inner, self._dialect, picture, question))
         return self.conversations[-1]

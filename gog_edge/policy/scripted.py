@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from gog_edge.errors import GogEdgeError, MalformedAction
+from gog_edge.errors import GogEdgeError
 from gog_edge.picture import Picture
 from gog_edge.policy.dialect import Dialect, Frame, load_dialect
+from gog_edge.policy.dialect_rules import LoopRules
+from gog_edge.policy.listener import Listener
 from gog_edge.types import Action, Observation, Size, Utterance
 
 TOKEN_CHARS = 4  # a script has no tokenizer; its tokens are this many characters
@@ -29,7 +31,8 @@ class ScriptedConversation:
     _said: int = 0
 
     def generate(self, *, max_tokens: int, deadline: float | None, force_answer: bool = False,
-                 on_text: Callable[[str], None] | None = None) -> Utterance:
+                 on_text: Callable[[str], None] | None = None,
+                 on_action: Callable[[Action], None] | None = None) -> Utterance:
         """The next text, or the forced one, cut to `max_tokens`; GogEdgeError when the script is over."""
         started = time.monotonic()
         if not force_answer and self._said >= len(self.texts):
@@ -38,26 +41,21 @@ class ScriptedConversation:
         self._said += not force_answer
         text = text[: max_tokens * TOKEN_CHARS]
         self._wait(deadline)
+        listener = Listener(self.dialect, self.frame, on_text, on_action)
         for start in range(0, len(text), TOKEN_CHARS):
-            if on_text is not None:
-                on_text(text[start : start + TOKEN_CHARS])
-        action, reason = self._parse(text)
+            listener.hear(text[start : start + TOKEN_CHARS])
+        action, reason = listener.understood()
         tokens = -(-len(text) // TOKEN_CHARS)
         return Utterance(text, action, reason, 0, tokens, 0.0, (time.monotonic() - started) * 1000)
 
     def observe(self, observation: Observation) -> None:
         """Keep it for the test to read."""
         self.observations.append(observation)
+        self.frame = self.dialect.frame_after(self.frame, observation, lambda size: size)
 
     def close(self) -> None:
         """Nothing to give back."""
         self.closed = True
-
-    def _parse(self, text: str) -> tuple[Action | None, str]:
-        try:
-            return self.dialect.parse(text, self.frame), ""
-        except MalformedAction as exc:
-            return None, str(exc)
 
     def _wait(self, deadline: float | None) -> None:
         left = self.pause_s if deadline is None else min(self.pause_s, deadline - time.monotonic())
@@ -78,6 +76,11 @@ class ScriptedPolicy:
         self.texts, self.dialect, self.forced = tuple(texts), dialect or load_dialect("gog"), forced
         self.resized, self.pause_s = resized, pause_s
         self.conversations: list[ScriptedConversation] = []
+
+    @property
+    def rules(self) -> LoopRules:
+        """The dialect's."""
+        return self.dialect.loop_rules
 
     def begin(self, picture: Picture, question: str) -> ScriptedConversation:
         """Open a conversation; it stays readable in `conversations`."""

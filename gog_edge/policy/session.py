@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from gog_edge.engines.base import DecoderEngine, Floats, KvCache
+from gog_edge.engines.base import DecoderEngine, Floats, KvCache, Snapshot
 from gog_edge.errors import BudgetExceeded, InputError
-from gog_edge.policy.decode import Sampler, Sampling, TextStream
-from gog_edge.policy.manifest import PolicyManifest
+from gog_edge.policy.decode import Chooser, Constraint, Sampler, Sampling, Speech, TextStream, Unconstrained
+from gog_edge.policy.drafts import DraftConfig, Drafter, Memory
+from gog_edge.policy.embeddings import EmbeddingTable
+from gog_edge.policy.manifest import PolicyManifest, TextSpec
 from gog_edge.policy.vision import ImageTokens
 
 CHUNK = 512  # tokens a prefill step: bounds its scratch memory, costs nothing in speed
@@ -34,6 +36,9 @@ class Generated:
     prefilled: int  # tokens computed before the first new one
     prefill_ms: float
     decode_ms: float
+    forced: int = 0  # of the tokens: those that the grammar left no choice about
+    drafted: int = 0  # guesses that were computed
+    accepted: int = 0  # guesses that came true
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,45 +57,49 @@ class _Piece:
 
     embeds: Floats  # [T, hidden]
     positions: Positions  # [3, T]
+    deepstack: Floats | None = None  # [layers, T, hidden]; None adds nothing
 
-    def after(self, count: int) -> _Piece:
-        return _Piece(self.embeds[count:], self.positions[:, count:])
+    def cut(self, start: int, stop: int | None = None) -> _Piece:
+        """Some of its tokens."""
+        deepstack = None if self.deepstack is None else self.deepstack[:, start:stop]
+        return _Piece(self.embeds[start:stop], self.positions[:, start:stop], deepstack)
 
 
 @dataclass(slots=True)
-class _Speech:
-    """What is being said, passed on as whole characters."""
+class _Rows:
+    """Logits behind the last token said and behind each guess, of use as long as the guesses come true."""
 
-    stream: TextStream
-    listener: Callable[[str], None] | None
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
+    logits: Floats  # [guesses + 1, vocab]
+    guesses: list[int]
+    true: int = 0  # guesses that came true
 
-    def add(self, token: int) -> None:
-        self.tokens.append(token)
-        self._tell(self.stream.push(token))
+    @property
+    def now(self) -> Floats:
+        """Logits [vocab] of what comes next."""
+        logits: Floats = self.logits[self.true]
+        return logits
 
-    def finish(self) -> str:
-        self._tell(self.stream.finish())
-        return self.text
-
-    def _tell(self, piece: str) -> None:
-        self.text += piece
-        if piece and self.listener is not None:
-            self.listener(piece)
+    def guessed(self, token: int) -> bool:
+        """Whether `token` was the next guess: it is then computed already."""
+        right = self.true < len(self.guesses) and self.guesses[self.true] == token
+        self.true += right
+        return right
 
 
 class Decoder:
     """A decoder with its embedding table, rotary angles and tokenizer; shared by all sessions."""
 
-    def __init__(self, engine: DecoderEngine, manifest: PolicyManifest, table: Floats, tokenizer: Tokenizer) -> None:
-        """`table` [vocab, hidden], usually a memory map; `tokenizer` is from now on this decoder's own."""
+    def __init__(
+        self, engine: DecoderEngine, manifest: PolicyManifest, table: EmbeddingTable, tokenizer: Tokenizer
+    ) -> None:
+        """`tokenizer` is from now on this decoder's own."""
         self.engine = engine
         self.manifest = manifest
         self.table = table
         self.tokenizer = tokenizer
         self.eos = frozenset(manifest.eos)
         self.image_token = manifest.image_token
+        self.never_drafted = self.eos | {self.image_token}
         # Special tokens come from the chat format's strings only: in what people or articles say they are plain text.
         tokenizer.encode_special_tokens = False
         self.markup = {text: self.encode(text) for text in asdict(manifest.chat).values()}
@@ -99,7 +108,7 @@ class Decoder:
         half = spec.head_dim // 2
         exponent = np.arange(0, 2 * half, 2, dtype=np.float32) / np.float32(2 * half)
         self._frequencies: Floats = (np.float32(1) / np.power(np.float32(spec.rope_theta), exponent)).astype(np.float32)
-        self._axes = np.repeat(np.arange(len(spec.mrope_section)), spec.mrope_section)  # [half]: 0 time, 1 row, 2 col
+        self._axes = rotary_axes(spec)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text."""
@@ -107,12 +116,25 @@ class Decoder:
 
     def embed(self, ids: Sequence[int]) -> Floats:
         """Ids [T] -> embeddings [T, hidden] float32."""
-        return np.asarray(self.table[np.asarray(ids, np.int64)], np.float32)
+        return self.table.take(np.asarray(ids, np.int64), self.manifest.text.hidden)
 
     def rotary(self, positions: Positions) -> tuple[Floats, Floats]:
         """Positions [3, T] -> cos, sin [T, head_dim / 2]."""
         angles = positions[self._axes].T.astype(np.float32) * self._frequencies
         return np.cos(angles), np.sin(angles)
+
+
+def rotary_axes(spec: TextSpec) -> NDArray[np.int64]:
+    """[head_dim / 2]: the axis that turns each rotary pair, 0 time, 1 row, 2 column.
+
+    In blocks one after the other, or, interleaved, in turns as far as rows and columns reach, the rest time.
+    """
+    if not spec.mrope_interleaved:
+        return np.repeat(np.arange(len(spec.mrope_section)), spec.mrope_section)
+    axes = np.zeros(spec.head_dim // 2, np.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * spec.mrope_section[axis] : 3] = axis
+    return axes
 
 
 def text_positions(start: int, count: int) -> Positions:
@@ -137,11 +159,22 @@ class Session:
         self._position = 0  # next rotary position
         self._cached = 0  # tokens in the cache; the rest of `tokens` waits
         self._waiting: list[_Piece] = []
+        self._memory: Memory | None = None  # of the tokens, for drafts; made when they are first asked for
 
     @property
     def capacity(self) -> int:
         """Tokens one conversation may hold."""
         return self._decoder.engine.capacity
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """Tokens that end a turn."""
+        return self._decoder.eos
+
+    @property
+    def image_token(self) -> int:
+        """Stands for each image embedding."""
+        return self._decoder.image_token
 
     @property
     def computed(self) -> int:
@@ -167,45 +200,71 @@ class Session:
         """Append ids. BudgetExceeded, with nothing appended, when they do not fit."""
         if ids:
             positions = text_positions(self._position, len(ids))
-            self._append(ids, self._decoder.embed(ids), positions, self._position + len(ids))
+            self._append(ids, _Piece(self._decoder.embed(ids), positions), self._position + len(ids))
 
     def append_image(self, image: ImageTokens) -> None:
         """Append a picture's embeddings. BudgetExceeded, with nothing appended, when they do not fit."""
         positions = image_positions(self._position, image.rows, image.columns)
         following = self._position + max(image.rows, image.columns)
-        self._append([self._decoder.image_token] * len(image.embeds), image.embeds, positions, following)
+        piece = _Piece(image.embeds, positions, image.deepstack)
+        self._append([self._decoder.image_token] * len(image.embeds), piece, following)
 
-    def _append(self, ids: Sequence[int], embeds: Floats, positions: Positions, following: int) -> None:
+    def _append(self, ids: Sequence[int], piece: _Piece, following: int) -> None:
         if len(ids) > self.room:
             raise BudgetExceeded(
                 f"the conversation is full: {len(self.tokens)} tokens said, {len(ids)} more do not fit "
                 f"{self.capacity}; answer now, or open the policy with a larger context"
             )
         self.tokens.extend(ids)
-        self._waiting.append(_Piece(embeds, positions))
+        self._waiting.append(piece)
         self._position = following
 
     def prefill(self) -> Floats | None:
         """Compute what waits, in chunks; the last token's logits [vocab], or None when nothing waited."""
-        logits = None
-        waiting = _join(self._waiting)
+        return self.look_ahead([])[-1] if self._waiting else None
+
+    def look_ahead(self, guesses: Sequence[int]) -> Floats:
+        """Compute what waits and guesses of what follows -> logits [guesses + 1, vocab].
+
+        The guesses are not said: what the cache holds of them counts once they are (see `take_guess`).
+        """
+        waiting = _join([*self._waiting, *self._pieces(guesses)])
         self._waiting = []
-        while waiting is not None and len(waiting.embeds):
-            count = min(CHUNK, len(waiting.embeds))
-            logits = self._step(waiting.embeds[:count], waiting.positions[:, :count])
-            waiting = waiting.after(count)
+        keep = 1 + len(guesses)
+        chunk = max(CHUNK, keep)
+        while len(waiting.embeds) > chunk:
+            count = min(chunk, len(waiting.embeds) - keep)  # the last chunk holds all that is kept
+            self._step(waiting.cut(0, count), 1)
+            waiting = waiting.cut(count)
+        logits = self._step(waiting, keep)
+        self._cached -= len(guesses)
         return logits
 
-    def _step(self, embeds: Floats, positions: Positions) -> Floats:
-        cos, sin = self._decoder.rotary(positions)
-        logits = self._decoder.engine.step(self._cache, embeds, cos, sin, self._cached)
-        self._cached += len(embeds)
-        self.prefilled += len(embeds)
+    def _step(self, piece: _Piece, keep: int) -> Floats:
+        cos, sin = self._decoder.rotary(piece.positions)
+        logits = self._decoder.engine.step(
+            self._cache, piece.embeds, cos, sin, self._cached, deepstack=piece.deepstack, keep=keep
+        )
+        self._cached += len(piece.embeds)
+        self.prefilled += len(piece.embeds)
         return logits
 
-    def generate(self, *, max_tokens: int, sampling: Sampling = GREEDY, deadline: float | None = None,
-                 on_text: Callable[[str], None] | None = None) -> Generated:
-        """Speak until an end token, `max_tokens`, a full cache or `deadline` (`time.monotonic()`).
+    def _pieces(self, ids: Sequence[int]) -> list[_Piece]:
+        return [_Piece(self._decoder.embed(ids), text_positions(self._position, len(ids)))] if ids else []
+
+    def take_guess(self, token: int) -> None:
+        """Say the next guess of those that were computed last."""
+        self.tokens.append(token)
+        self._cached += 1
+        self._position += 1
+
+    def generate(self, *, max_tokens: int, sampling: Sampling = GREEDY, chooser: Chooser | None = None,
+                 constraint: Constraint | None = None, drafts: DraftConfig | None = None,
+                 deadline: float | None = None, on_text: Callable[[str], None] | None = None) -> Generated:
+        """Speak until an end token, the constraint's end, `max_tokens`, a full cache or a `time.monotonic()` deadline.
+
+        `chooser` is asked instead of a sampler of `sampling`. What the constraint forces is said without asking.
+        `drafts` has what probably follows computed along with what was said: the same tokens, sooner.
 
         An end token is not appended: what closes a turn is the caller's to say. The last token said is computed
         when something follows it. BudgetExceeded when nothing waits to be answered, or not one token fits.
@@ -215,29 +274,16 @@ class Session:
                 f"nothing to go on from: {len(self.tokens)} of {self.capacity} tokens said and "
                 f"{len(self.tokens) - self._cached} waiting; append a turn or answer now"
             )
-        started = time.monotonic()
-        prefilled = len(self.tokens) - self._cached
-        logits = self.prefill()
-        ready = time.monotonic()
-        speech = _Speech(TextStream(self._decoder.tokenizer), on_text)
-        stopped: Stop = "tokens"
-        sampler = Sampler(sampling)
+        speech = Speech(TextStream(self._decoder.tokenizer), on_text)
+        drafter = Drafter(drafts, self._remembered()) if drafts else None
         most = min(max_tokens, self.room)
-        while logits is not None and len(speech.tokens) < most:
-            if deadline is not None and time.monotonic() >= deadline:
-                stopped = "deadline"
-                break
-            logits[self._decoder.image_token] = -np.inf  # only a picture may stand there
-            token = sampler.choose(logits, self.tokens)
-            if token in self._decoder.eos:
-                stopped = "end"
-                break
-            self.append_tokens([token])
-            speech.add(token)
-            logits = self.prefill() if len(speech.tokens) < most else None
-        text = speech.finish()
-        decode_ms = 1e3 * (time.monotonic() - ready)
-        return Generated(tuple(speech.tokens), text, stopped, prefilled, 1e3 * (ready - started), decode_ms)
+        turn = _Turn(self, speech, chooser or Sampler(sampling), constraint or Unconstrained(), drafter, most)
+        return turn.speak(deadline)
+
+    def _remembered(self) -> Memory:
+        if self._memory is None:
+            self._memory = Memory(self._decoder.never_drafted)
+        return self._memory
 
     def mark(self) -> Mark:
         """A place to roll back to; costs nothing."""
@@ -254,16 +300,27 @@ class Session:
                 f"the mark stands at token {mark.tokens}, this session has said {len(self.tokens)}; "
                 "roll back to a mark of its own past"
             )
-        waiting = _join(list(mark.waiting))
+        waiting = _join(list(mark.waiting)) if mark.waiting else None
         computed = 0
         if waiting is not None:
             # Tokens that waited at the mark may have been computed since: the cache still holds them.
             computed = min(self._cached, mark.tokens - 1) - mark.cached
-            waiting = waiting.after(computed)
+            waiting = waiting.cut(computed)
         self._waiting = [] if waiting is None else [waiting]
         self._cached = mark.cached + computed
         self._position = mark.position
         del self.tokens[mark.tokens :]
+        if self._memory is not None:
+            self._memory.forget(mark.tokens)
+
+    def snapshot(self) -> Snapshot:
+        """What is computed, to be kept in files."""
+        return self._cache.snapshot(self._cached)
+
+    def adopt(self, kept: Snapshot) -> None:
+        """Take a snapshot of the very tokens that wait for what they would be computed to."""
+        self._cache.restore(kept)
+        self._cached, self._waiting = len(self.tokens), []
 
     def fork_from(self, other: Session) -> None:
         """Become a copy of another session of the same decoder; what it has computed is copied, not computed."""
@@ -271,11 +328,110 @@ class Session:
         self.tokens = list(other.tokens)
         self._position, self._cached = other._position, other._cached
         self._waiting = list(other._waiting)
+        self._memory = None
         self.prefilled = 0
 
 
-def _join(pieces: list[_Piece]) -> _Piece | None:
-    if len(pieces) < 2:
-        return pieces[0] if pieces else None
+class _Turn:
+    """One turn being said: forced tokens first, then guesses that come true, then one token at a time."""
+
+    def __init__(self, session: Session, speech: Speech, chooser: Chooser, constraint: Constraint,
+                 drafter: Drafter | None, most: int) -> None:
+        self._session, self._speech, self._most = session, speech, most
+        self._chooser, self._constraint, self._drafter = chooser, constraint, drafter
+        self._rows: _Rows | None = None
+        self._ended = False
+        self._forced = 0
+        self._ready: float | None = None  # when the first logits were there
+
+    def speak(self, deadline: float | None) -> Generated:
+        """Say it, to the end or as far as it may go."""
+        started = time.monotonic()
+        waiting = len(self._session.tokens) - self._session.computed
+        while (stopped := self._stopped(deadline)) is None:
+            for token in self._must_follow() or self._chosen():
+                self._say(token)
+        self._leave_rows()
+        text = self._speech.finish()
+        ended, ready = time.monotonic(), started if self._ready is None else self._ready
+        return Generated(
+            tokens=tuple(self._speech.tokens),
+            text=text,
+            stopped=stopped,
+            prefilled=0 if self._ready is None else waiting,
+            prefill_ms=1e3 * (ready - started),
+            decode_ms=1e3 * (ended - ready),
+            forced=self._forced,
+            drafted=self._drafter.drafted if self._drafter else 0,
+            accepted=self._drafter.accepted if self._drafter else 0,
+        )
+
+    @property
+    def _left(self) -> int:
+        return self._most - len(self._speech.tokens)
+
+    def _stopped(self, deadline: float | None) -> Stop | None:
+        if self._ended or self._constraint.done:
+            return "end"
+        if self._left <= 0:
+            return "tokens"
+        return "deadline" if deadline is not None and time.monotonic() >= deadline else None
+
+    def _must_follow(self) -> Sequence[int]:
+        tokens = self._constraint.forced()[: self._left]
+        self._forced += len(tokens)
+        return tokens
+
+    def _chosen(self) -> Sequence[int]:
+        """The chooser's token; none when it ends the turn."""
+        logits = self._logits()
+        logits[self._session.image_token] = -np.inf  # only a picture may stand there
+        token = self._chooser.choose(logits, self._session.tokens)
+        if not self._constraint.admits([token]):  # seldom: so nothing is masked before
+            self._constraint.mask(logits)
+            token = self._chooser.choose(logits, self._session.tokens)
+        self._ended = token in self._session.eos
+        return () if self._ended else (token,)
+
+    def _logits(self) -> Floats:
+        if self._rows is None:
+            guesses = self._guesses()
+            self._rows = _Rows(self._session.look_ahead(guesses), guesses)
+            if self._ready is None:
+                self._ready = time.monotonic()
+        return self._rows.now
+
+    def _guesses(self) -> list[int]:
+        if self._drafter is None:
+            return []
+        guesses = self._drafter.propose(self._session.tokens, self._left - 1)
+        return guesses[: self._constraint.admits(guesses)]
+
+    def _say(self, token: int) -> None:
+        if self._rows is not None and self._rows.guessed(token):
+            self._session.take_guess(token)
+        else:
+            self._leave_rows()
+            self._session.append_tokens([token])
+        self._constraint.accept(token)
+        self._speech.add(token)
+
+    def _leave_rows(self) -> None:
+        if self._rows is not None and self._drafter is not None:
+            self._drafter.learn(len(self._rows.guesses), self._rows.true)
+        self._rows = None
+
+
+def _join(pieces: list[_Piece]) -> _Piece:
+    if len(pieces) == 1:
+        return pieces[0]
     embeds = np.concatenate([piece.embeds for piece in pieces])
-    return _Piece(embeds, np.concatenate([piece.positions for piece in pieces], axis=1))
+    positions = np.concatenate([piece.positions for piece in pieces], axis=1)
+    deeper = next((piece.deepstack for piece in pieces if piece.deepstack is not None), None)
+    if deeper is None:
+        return _Piece(embeds, positions)
+    added = [
+        np.zeros((len(deeper), *piece.embeds.shape), np.float32) if piece.deepstack is None else piece.deepstack
+        for piece in pieces
+    ]
+    return _Piece(embeds, positions, np.concatenate(added, axis=1))

@@ -1,4 +1,5 @@
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,10 @@ import pytest
 from gog_edge.errors import BudgetExceeded, PictureError
 from gog_edge.picture import Picture
 from gog_edge.policy.base import Policy
+from gog_edge.policy.decode import Sampling
+from gog_edge.policy.dialect import load_dialect
 from gog_edge.policy.local import LocalPolicy
+from gog_edge.policy.session import Decoder
 from gog_edge.types import Answer, Evidence, Observation, SearchResult
 
 QUESTION = "Which country's flag is the second from the left?"
@@ -157,6 +161,19 @@ def test_when_the_context_is_full_an_answer_can_still_be_forced(policies):
     assert said.text.startswith("<answer>") and said.new_tokens > 0
 
 
+def test_a_notice_on_top_of_what_waits_belongs_to_its_turn(policy, conversation):
+    user = policy.model.manifest.chat.user_open
+    conversation.observe(Observation(notice="malformed", detail="one"))
+    generate(conversation)
+    conversation.observe(Observation(notice="malformed", detail="two"))
+    conversation.observe(Observation(notice="malformed", detail="three"))
+    generate(conversation)
+    text = policy.model.decoder.tokenizer.decode(conversation._session.tokens, skip_special_tokens=False)
+    asked, told = (turn.partition(policy.model.manifest.chat.user_close)[0] for turn in text.split(user)[1:])
+    assert QUESTION in asked and "one" in asked and "two" not in asked
+    assert told == "\n".join(policy.dialect.notices["malformed"].replace("{detail}", n) for n in ("two", "three"))
+
+
 def test_a_picture_that_cannot_be_looked_at_leaves_the_conversation_whole(conversation):
     first = generate(conversation)
     tokens = len(conversation._session.tokens)
@@ -165,3 +182,35 @@ def test_a_picture_that_cannot_be_looked_at_leaves_the_conversation_whole(conver
         generate(conversation)
     assert first.new_tokens and len(conversation._session.tokens) == tokens
     assert generate(conversation, force_answer=True).text.startswith("<answer>")
+
+
+def test_a_turn_with_room_enough_is_always_an_action(policies):
+    policy = LocalPolicy.open(policies[True], 1, sampling=Sampling(temperature=6.0, seed=2))
+    for seed in range(4):
+        conversation = policy.begin(picture(seed), QUESTION)
+        said = generate(conversation, max_tokens=400)
+        assert said.action is not None or said.new_tokens == 400
+
+
+def thinking(model, budget):
+    """The same policy behind a template that opens a thought."""
+    chat = replace(model.manifest.chat, assistant_open=model.manifest.chat.assistant_open + "<think>\n")
+    manifest = replace(model.manifest, chat=chat)
+    decoder = Decoder(model.decoder.engine, manifest, model.decoder.table, model.decoder.tokenizer)
+    dialect = load_dialect("gog")
+    dialect = replace(dialect, thinking=replace(dialect.thinking, open="<think>", budget=budget))
+    return LocalPolicy(replace(model, manifest=manifest, decoder=decoder), dialect, Sampling())
+
+
+def test_a_policy_that_never_stops_thinking_is_made_to_act(tiny_model):
+    conversation, pieces = thinking(tiny_model, 8).begin(picture(), QUESTION), []
+    said = generate(conversation, max_tokens=40, on_text=pieces.append)
+    thought, mark, rest = said.text.partition("\n</think>\n\n")
+    assert thought and mark and "".join(pieces) == said.text
+    assert rest.lstrip().startswith("<"[: len(rest)])  # on to a tag
+
+
+def test_an_answer_forced_on_a_thinking_policy_closes_the_thought_first(tiny_model):
+    conversation = thinking(tiny_model, 8).begin(picture(), QUESTION)
+    said = generate(conversation, force_answer=True)
+    assert said.text.startswith("</think>\n\n<answer>") and isinstance(said.action, Answer)

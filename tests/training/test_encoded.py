@@ -88,9 +88,10 @@ def test_a_dialogue_is_tokenised_as_the_live_session_does_it(tiny_model, policie
     session = talk._session
     said = iter(say)
 
-    def speak(**_):
+    def speak(*, on_text, **_):
         text = next(said)
         session.append_text(text)
+        on_text(text)
         return Generated((), text, "end", 0, 0.0, 0.0)
 
     monkeypatch.setattr(session, "generate", speak)
