@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gog_edge.config import Limits
+from gog_edge.config import Limits, RemoteConfig
 from gog_edge.errors import BundleError
 from gog_edge.files import read_json, verify_files
 
 SCHEMA = 1
 FILE = "bundle.toml"
+LISTING = "samples.json"
 DEFAULT_BUNDLE = Path(__file__).parent / "data" / "atlas"
 _KEYS = {"schema", "name", "policy", "encoder", "packs", "limits", "samples"}
 _PART_KEYS = {"path"}
@@ -31,11 +32,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Where the parts lie. Each part checks its own files when it is opened."""
+    """Where the parts are. Each part checks its own files when it is opened."""
 
     root: Path
     name: str
-    policy: Path
+    policy: Path | RemoteConfig  # on this box, or run by another server
     encoder: Path
     packs: tuple[Path, ...]
     limits: Limits
@@ -43,8 +44,9 @@ class Bundle:
 
     @property
     def manifests(self) -> tuple[Path, ...]:
-        """The manifest of each part: policy, encoder, packs."""
-        return tuple(_manifest(part) for part in (self.policy, self.encoder, *self.packs))
+        """The manifest of each part that lies here: policy, encoder, packs."""
+        parts = (self.policy, self.encoder, *self.packs)
+        return tuple(_manifest(part) for part in parts if isinstance(part, Path))
 
     def verify(self, *, full: bool = True) -> None:
         """Check every file of every part against its manifest; BundleError names the first that differs.
@@ -76,7 +78,7 @@ def open_bundle(folder: Path) -> Bundle:
     bundle = Bundle(
         root=root,
         name=_text(table, "name", where, ""),
-        policy=_part(root, table.get("policy"), where, "[policy]"),
+        policy=_policy(root, table.get("policy"), where),
         encoder=_part(root, table.get("encoder"), where, "[encoder]"),
         packs=tuple(_part(root, pack, where, "[[packs]]") for pack in packs),
         limits=Limits.from_table(_table(table.get("limits", {}), where, "[limits]"), where=str(where)),
@@ -116,16 +118,35 @@ def _text(table: Mapping[str, Any], key: str, where: Path, section: str) -> str:
     return value
 
 
+def _policy(root: Path, value: Any, where: Path) -> Path | RemoteConfig:
+    """A folder of the bundle, or with `url` a server and the dialect that its model speaks."""
+    table = _table(value, where, "[policy]")
+    if "url" not in table:
+        return _part(root, table, where, "[policy]")
+    config = RemoteConfig.from_table(table, where=str(where))
+    if not str(config.dialect).endswith(".toml"):
+        return config
+    path = _inside(root, table, "dialect", where, "[policy]")
+    if not path.is_file():
+        raise BundleError(f"{where}: [policy] 'dialect' = '{config.dialect}' is no file in {root}")
+    return replace(config, dialect=path)
+
+
 def _part(root: Path, value: Any, where: Path, section: str) -> Path:
     """The folder that a table names, which must lie inside the bundle."""
     table = _table(value, where, section)
     _check_keys(table, _PART_KEYS, where, section + " ")
-    name = _text(table, "path", where, section + " ")
+    path = _inside(root, table, "path", where, section)
+    if not path.is_dir():
+        raise BundleError(f"{where}: {section} 'path' = '{table['path']}' is no folder in {root}")
+    return path
+
+
+def _inside(root: Path, table: Mapping[str, Any], key: str, where: Path, section: str) -> Path:
+    name = _text(table, key, where, section + " ")
     path = root / name
     if not path.resolve().is_relative_to(root.resolve()):
-        raise BundleError(f"{where}: {section} 'path' = '{name}' lies outside the bundle")
-    if not path.is_dir():
-        raise BundleError(f"{where}: {section} 'path' = '{name}' is no folder in {root}")
+        raise BundleError(f"{where}: {section} '{key}' = '{name}' lies outside the bundle")
     return path
 
 
@@ -138,18 +159,23 @@ def _manifest(part: Path) -> Path:
 def _samples(root: Path, value: Any, where: Path) -> tuple[Sample, ...]:
     if value is None:
         return ()
-    folder = _part(root, value, where, "[samples]")
+    return read_samples(_part(root, value, where, "[samples]"))
+
+
+def read_samples(folder: Path) -> tuple[Sample, ...]:
+    """The sample pictures of a folder with a samples.json. Raises BundleError."""
+    where = folder / LISTING
     try:
-        listing = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+        listing = json.loads(where.read_text(encoding="utf-8"))
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as exc:
-        raise BundleError(f"{folder / 'samples.json'}: cannot be read ({exc})") from exc
+        raise BundleError(f"{where}: cannot be read ({exc})") from exc
     if not isinstance(listing, list):
-        raise BundleError(f"{folder / 'samples.json'}: holds no list of samples")
+        raise BundleError(f"{where}: holds no list of samples")
     return tuple(_sample(folder, entry) for entry in listing)
 
 
 def _sample(folder: Path, entry: Any) -> Sample:
-    where = folder / "samples.json"
+    where = folder / LISTING
     table = _table(entry, where, "an entry")
     _check_keys(table, {"picture", "title", "questions"}, where, "")
     picture = folder / Path(_text(table, "picture", where, "")).name

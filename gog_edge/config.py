@@ -1,16 +1,19 @@
 """Every run-time limit with its default, in one place: each class adds what its layer owns.
 
 `Budget` is what a question may cost, `Limits` what a box accepts (the [limits] table of bundle.toml),
-`ServeConfig` how it listens.
+`RemoteConfig` where a policy is that another server runs ([policy] with `url`), `ServeConfig` how it listens.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from gog_edge.errors import BundleError, QuestionError
 from gog_edge.picture import PictureLimits
@@ -34,6 +37,7 @@ class GazeConfig:
     pad: float = 0.04  # share of each side that is added around a box
     min_side: int = 8  # pixels of the given picture; smaller boxes are grown about their centre
     same_iou: float = 0.9  # boxes that overlap this much are the same gaze
+    early: bool = True  # searches begin before the policy has ended its turn; results are the same
     # Other framings searched in the same call, as (scale, shift in x, shift in y) of the box: a box that is a little
     # too small, too large or beside the thing still finds it.
     framings: tuple[tuple[float, float, float], ...] = (
@@ -87,6 +91,103 @@ class Limits(Budget):
         if bad is not None:
             raise QuestionError(f"the question holds {bad!r}, which is no text; remove it")
         return text
+
+
+CONTINUES = ("vllm", "llamacpp", "none")
+PICTURE_FORMATS = ("png", "jpeg")
+REQUEST_FIELDS = ("model", "messages", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed",
+                  "continue_final_message", "add_generation_prompt")  # of a chat completion: ours to set
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteConfig:
+    """A policy that an OpenAI-compatible server runs: [policy] of bundle.toml with `url` in place of `path`."""
+
+    url: str  # what stands before /chat/completions, as http://127.0.0.1:8000/v1
+    model: str  # as the server names it
+    dialect: str | Path  # the name of one that ships with the package, or a .toml file of the bundle
+    key_env: str = ""  # environment variable that holds the server's API key; "" sends none
+    # How an answer is forced: "vllm" (SGLang too) and "llamacpp" go on from its opening mark, the first told by two
+    # fields of the request, the second by a last message of the assistant's; "none" can only be asked to answer.
+    continues: str = "none"
+    picture: str = "png"  # how pictures travel; "jpeg" is smaller and loses a little
+    factor: int = 28  # pixels; sides are multiples of it, as the server's own resizing keeps them (Qwen3-VL: 32)
+    min_pixels: int = 3_136
+    max_pixels: int = 1_003_520
+    crop_max_pixels: int = 1_003_520  # of what a gaze shows again
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    connect_s: float = 5.0
+    read_s: float = 60.0  # silence after which the server counts as gone; the first token needs the longest
+    retries: int = 2  # only before the first token
+    options: Mapping[str, Any] = field(default_factory=dict)  # further fields of the request, as the server takes them
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], *, where: str) -> Self:
+        """Read [policy]; BundleError names the first key that is missing, unknown or wrong."""
+        kinds = {each.name: str(each.type) for each in fields(cls)}
+        for key, value in table.items():
+            if key not in kinds:
+                raise BundleError(f"{where}: unknown key [policy] '{key}'; with 'url' known are {', '.join(kinds)}")
+            if not _is_kind(value, kinds[key]):
+                raise BundleError(f"{where}: [policy] '{key}' = {value!r} is of a wrong kind")
+        for key in ("url", "model", "dialect"):
+            if not table.get(key):
+                raise BundleError(f"{where}: [policy] '{key}' is missing; a policy with a url needs it")
+        config = cls(**table)
+        for key, right, needed in config._rules():
+            if not right:
+                raise BundleError(f"{where}: [policy] '{key}' = {table.get(key)!r}; {needed}")
+        return config
+
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Key, whether it is right, what it must be."""
+        address = "give http:// or https:// and a host, no user and no query; a key goes by 'key_env'"
+        yield "url", _is_address(self.url), address
+        yield "continues", self.continues in CONTINUES, f"it is one of {', '.join(CONTINUES)}"
+        yield "picture", self.picture in PICTURE_FORMATS, f"it is one of {', '.join(PICTURE_FORMATS)}"
+        yield "factor", self.factor >= 1, "it is at least 1"
+        yield "min_pixels", self.min_pixels >= 1, "it is at least 1"
+        for key in ("max_pixels", "crop_max_pixels"):
+            least = max(self.min_pixels, self.factor**2)
+            yield key, getattr(self, key) >= least, f"it is at least min_pixels and one square of factor: {least}"
+        yield "temperature", 0 <= self.temperature < math.inf, "it is 0 or more"
+        yield "top_p", 0 < self.top_p <= 1, "it is above 0 and at most 1"
+        for key in ("connect_s", "read_s"):
+            yield key, 0 < getattr(self, key) < math.inf, "it is a number of seconds above 0"
+        yield "retries", self.retries >= 0, "it is 0 or more"
+        ours = sorted(set(self.options) & set(REQUEST_FIELDS))
+        yield "options", not ours, f"{', '.join(ours)} cannot be set here"
+        yield "options", _is_json(self.options), "only what JSON can hold"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and not (
+            url.username or url.password or url.query or url.fragment)
+    except ValueError:
+        return False
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    match kind:
+        case "int":
+            return type(value) is int
+        case "float":
+            return type(value) in (int, float)
+        case "Mapping[str, Any]":
+            return isinstance(value, Mapping)
+    return isinstance(value, str | Path)
 
 
 @dataclass(frozen=True, slots=True)

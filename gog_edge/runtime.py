@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -12,10 +12,11 @@ import numpy as np
 from gog_edge.agent.events import Event, Workflow
 from gog_edge.agent.loop import Searcher, run_episode
 from gog_edge.agent.trace import TraceWriter
-from gog_edge.bundle import Sample, open_bundle
+from gog_edge.bundle import Bundle, Sample, open_bundle
 from gog_edge.config import Budget, Limits
-from gog_edge.errors import NotFound
+from gog_edge.errors import BackendError, NotFound
 from gog_edge.picture import Picture, decode_picture
+from gog_edge.planner import MemoryPlan, free_memory, plan_memory
 from gog_edge.policy.base import Policy
 from gog_edge.retrieval.store import StoredPicture
 from gog_edge.types import Query, SearchResult
@@ -85,15 +86,37 @@ class Runtime:
             pass
 
 
-def open_runtime(folder: Path, *, threads: int) -> Runtime:
-    """Open every part of a bundle. Raises ArtifactError or BackendError naming the part and what to do."""
-    from gog_edge.policy.local import LocalPolicy  # engines load here: a runtime around other parts needs none
-    from gog_edge.retrieval.encoder import Encoder
+def open_runtime(folder: Path, *, threads: int, on_plan: Callable[[MemoryPlan], None] | None = None) -> Runtime:
+    """Open every part of a bundle. Raises ArtifactError or BackendError naming the part and what to do.
+
+    `on_plan` is told what it will take of the memory before anything is loaded; NotEnoughMemory when that is not free.
+    """
+    from gog_edge.retrieval.encoder import Encoder  # engines load here: a runtime around other parts needs none
     from gog_edge.retrieval.pack import Pack
     from gog_edge.retrieval.retriever import Retriever
 
     bundle = open_bundle(folder)
+    plan = plan_memory(bundle)
+    if on_plan is not None:
+        on_plan(plan)
+    plan.check(free_memory())
     encoder = Encoder.open(bundle.encoder, threads=threads)
     retriever = Retriever(encoder, [Pack.open(pack, encoder) for pack in bundle.packs])
-    policy = LocalPolicy.open(bundle.policy, threads=threads)
+    policy = open_policy(bundle, threads=threads)
     return Runtime(bundle.name, policy, retriever, retriever.packs, bundle.limits, bundle.samples)
+
+
+def open_policy(bundle: Bundle, *, threads: int) -> Policy:
+    """The bundle's policy: its own folder, or the server that it names. Raises as `open_runtime` does."""
+    if isinstance(bundle.policy, Path):
+        from gog_edge.policy.local import LocalPolicy
+
+        return LocalPolicy.open(bundle.policy, threads=threads)
+    try:
+        import httpx  # noqa: F401  # only boxes that reach another server carry an HTTP client
+    except ModuleNotFoundError as exc:
+        raise BackendError(f"bundle '{bundle.name}' names a policy at {bundle.policy.url}, which needs httpx; "
+                           "pip install 'gog_edge[remote]'") from exc
+    from gog_edge.policy.remote import RemotePolicy
+
+    return RemotePolicy.open(bundle.policy)

@@ -178,8 +178,9 @@ class Observation:
 
     result: SearchResult | None = None
     crop: Pixels | None = None  # what was cut out, so that the policy can look at it again
-    notice: str | None = None  # key of a dialect text: "malformed", "box_refused", "action_refused"
+    notice: str | None = None  # key of a dialect text: "malformed", "box_refused", "action_refused", "give_up"
     detail: str = ""  # fills the notice: the reason, in words
+    crop_box: Box | None = None  # what the crop shows, in pixels of the given picture
 
 
 @dataclass(frozen=True, slots=True)

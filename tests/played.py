@@ -12,6 +12,7 @@ from PIL import Image
 
 from gog_edge.bundle import Sample
 from gog_edge.config import Limits
+from gog_edge.policy.dialect_rules import LoopRules
 from gog_edge.retrieval.store import StoredPicture
 from gog_edge.runtime import Runtime
 from gog_edge.types import (
@@ -108,6 +109,7 @@ class Player:
     gate: threading.Event | None = None  # held before each turn
     fault: Exception | None = None
     name: str = "player"
+    rules: LoopRules = LoopRules()
     opened: list["PlayerTalk"] = field(default_factory=list)
 
     def begin(self, picture: object, question: str) -> "PlayerTalk":
@@ -124,7 +126,8 @@ class PlayerTalk:
     closed: threading.Event = field(default_factory=threading.Event)
 
     def generate(self, *, max_tokens: int, deadline: float | None, force_answer: bool = False,
-                 on_text: Callable[[str], None] | None = None) -> Utterance:
+                 on_text: Callable[[str], None] | None = None,
+                 on_action: Callable[[Action], None] | None = None) -> Utterance:
         if self.player.fault is not None:
             raise self.player.fault
         if self.player.gate is not None:

@@ -1,11 +1,13 @@
 """A bundle opens when everything it names is there; otherwise the message names the file and the key."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
-from gog_edge.config import Budget, Limits
+from gog_edge.config import Budget, Limits, RemoteConfig
 from gog_edge.errors import BundleError, QuestionError
 from gog_edge.files import describe_files, write_json
 
@@ -58,6 +60,85 @@ def test_a_bundle_names_its_parts_and_limits(folder):
     assert [sample.title for sample in bundle.samples] == ["At the quay"]
     assert bundle.samples[0].picture.read_bytes() == b"picture"
     bundle.verify(full=True)
+
+
+REMOTE = TOML.replace('path = "policy"', """url = "http://10.0.0.2:8000/v1"
+model = "gog-7b"
+dialect = "gog"
+""")
+
+
+def test_a_policy_may_be_another_servers(folder):
+    (folder / "bundle.toml").write_text(REMOTE.replace('"gog"\n', '"gog"\ncontinues = "vllm"\nread_s = 20\n'))
+    bundle = open_bundle(folder)
+    assert bundle.policy == RemoteConfig("http://10.0.0.2:8000/v1", "gog-7b", "gog", continues="vllm", read_s=20)
+    assert [manifest.parent.name for manifest in bundle.manifests] == ["encoder", "ships"]
+    bundle.verify()
+
+
+def test_the_dialect_of_a_remote_policy_may_be_a_file_of_the_bundle(folder):
+    (folder / "bundle.toml").write_text(REMOTE.replace('"gog"', '"spoken.toml"'))
+    with pytest.raises(BundleError, match=r"'dialect' = 'spoken.toml' is no file"):
+        open_bundle(folder)
+    (folder / "spoken.toml").write_text("")
+    assert open_bundle(folder).policy.dialect == folder / "spoken.toml"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"http://10.0.0.2:8000/v1"', '"10.0.0.2:8000"', "'url' = '10.0.0.2:8000'; give http"),
+        ('"http://10.0.0.2:8000/v1"', '"file:///etc"', "'url' = 'file"),
+        ('"http://10.0.0.2:8000/v1"', '"http://me:key@host/v1"', "no user"),
+        ('"http://10.0.0.2:8000/v1"', '"http://host/v1?key=1"', "no query"),
+        ('"http://10.0.0.2:8000/v1"', '"http://host:99999/v1"', "'url'"),
+        ('"http://10.0.0.2:8000/v1"', '"http://[::1/v1"', "'url'"),
+        ('"http://10.0.0.2:8000/v1"', "8000", "'url' = 8000 is of a wrong kind"),
+        ('model = "gog-7b"', "", "'model' is missing"),
+        ('model = "gog-7b"', 'model = ""', "'model' is missing"),
+        ('dialect = "gog"', "", "'dialect' is missing"),
+        ('dialect = "gog"', 'dialect = "../gog.toml"', "outside the bundle"),
+        ('dialect = "gog"', 'dialect = "gog"\npath = "policy"', "unknown key .* 'path'; with 'url' known are url"),
+        ('dialect = "gog"', 'dialect = "gog"\ncontinues = "always"', "'continues' = 'always'; it is one of vllm"),
+        ('dialect = "gog"', 'dialect = "gog"\npicture = "gif"', "'picture' = 'gif'"),
+        ('dialect = "gog"', 'dialect = "gog"\nfactor = 0', "'factor' = 0"),
+        ('dialect = "gog"', 'dialect = "gog"\nmax_pixels = 3000', "'max_pixels' = 3000; it is at least .* 3136"),
+        ('dialect = "gog"', 'dialect = "gog"\nretries = true', "'retries' = True is of a wrong kind"),
+        ('dialect = "gog"', 'dialect = "gog"\nretries = -1', "'retries' = -1"),
+        ('dialect = "gog"', 'dialect = "gog"\nread_s = 0', "'read_s' = 0"),
+        ('dialect = "gog"', 'dialect = "gog"\nread_s = inf', "'read_s' = inf"),
+        ('dialect = "gog"', 'dialect = "gog"\ntemperature = -0.1', "'temperature' = -0.1"),
+        ('dialect = "gog"', 'dialect = "gog"\ntop_p = 0', "'top_p' = 0"),
+        ('dialect = "gog"', 'dialect = "gog"\noptions = 3', "'options' = 3"),
+        ('dialect = "gog"', 'dialect = "gog"\noptions = { messages = 1 }', "messages cannot be set here"),
+        ('dialect = "gog"', 'dialect = "gog"\noptions = { day = 2026-01-01 }', "only what JSON can hold"),
+    ],
+)
+def test_what_is_wrong_with_a_remote_policy_is_named(folder, old, new, words):
+    assert old in REMOTE
+    (folder / "bundle.toml").write_text(REMOTE.replace(old, new, 1))
+    with pytest.raises(BundleError, match=words) as caught:
+        open_bundle(folder)
+    assert "bundle.toml" in str(caught.value)
+
+
+def test_a_remote_policy_needs_the_http_client(folder):
+    (folder / "bundle.toml").write_text(REMOTE)
+    code = """if True:
+        import sys
+        from pathlib import Path
+        sys.modules["httpx"] = None
+        from gog_edge.bundle import open_bundle
+        from gog_edge.errors import BackendError
+        from gog_edge.runtime import open_policy
+        try:
+            open_policy(open_bundle(Path(sys.argv[1])), threads=1)
+        except BackendError as exc:
+            print(exc)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60)
+    assert "'harbour' names a policy at http://10.0.0.2:8000/v1" in done.stdout
+    assert "pip install 'gog_edge[remote]'" in done.stdout
 
 
 def test_limits_and_samples_may_be_left_out(folder):

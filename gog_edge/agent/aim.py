@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gog_edge.config import GazeConfig
 from gog_edge.errors import MalformedAction
 from gog_edge.picture import Picture
+from gog_edge.policy.dialect_rules import CropRules
 from gog_edge.types import Box, GazeSearch, ImageQuery, ImageSearch, Pixels, Query, Size, TextQuery, TextSearch
 
 
@@ -27,6 +28,13 @@ class Target:
     query: Query
     crop: Pixels | None = None  # shown to the policy beside the result
     note: str = ""  # what was mended
+    crop_box: Box | None = None  # what the crop shows, in pixels of the given picture
+
+
+def gaze_of(config: GazeConfig, rules: CropRules) -> GazeConfig:
+    """How crops are cut for a policy: as it asks where it asks for something."""
+    pad = config.pad if rules.pad is None else rules.pad
+    return replace(config, pad=pad, min_side=rules.min_side or config.min_side)
 
 
 def aim(action: TextSearch | ImageSearch | GazeSearch, picture: Picture, question: str, config: GazeConfig) -> Target:
@@ -39,7 +47,10 @@ def aim(action: TextSearch | ImageSearch | GazeSearch, picture: Picture, questio
         return Target(whole(picture.size), ImageQuery(picture.pixels, question))
     box, note = mend_box(action.box, picture.size, config.min_side)
     query = gaze_query(picture, box, question, config)
-    return Target(box, query, query.pixels, note)
+    shown = padded(box, config.pad, picture.size)
+    if box.iou(whole(picture.size)) >= config.same_iou:  # one search, whichever way it is asked for
+        return Target(whole(picture.size), ImageQuery(picture.pixels, question), query.pixels, note, shown)
+    return Target(box, query, query.pixels, note, shown)
 
 
 def gaze_query(picture: Picture, box: Box, question: str, config: GazeConfig) -> ImageQuery:

@@ -61,7 +61,8 @@ class Step:
     query: str | None = None
     note: str = ""  # what was mended, or why it was refused
     result: SearchResult | None = None
-    search_ms: float = 0.0
+    search_ms: float = 0.0  # waited for
+    hidden_ms: float = 0.0  # of the search, while the policy still spoke
 
     @property
     def ms(self) -> float:
@@ -93,6 +94,7 @@ class Step:
             "prefill_ms": round(spoken.prefill_ms, 2) if spoken else 0.0,
             "decode_ms": round(spoken.decode_ms, 2) if spoken else 0.0,
             "search_ms": round(self.search_ms, 2),
+            "hidden_ms": round(self.hidden_ms, 2),
             **self.to_json(),
         }
 
@@ -106,7 +108,7 @@ class AnswerRecord:
     citations: tuple[Citation, ...]
     steps: tuple[Step, ...]
     timings_ms: dict[str, float]  # prefill, decode, search, total
-    ended: str  # "answer", or what forced it: "turns", "tokens", "deadline", "context", or a notice
+    ended: str  # "answer", or what forced it: "turns", "tokens", "deadline", "searches", "context", or a notice
     trace: str | None = None  # path of the trace file
 
     def to_json(self) -> dict[str, Any]:

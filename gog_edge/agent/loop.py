@@ -7,8 +7,9 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from gog_edge.agent.aim import Refusal, Target, aim
-from gog_edge.agent.budget import Spending
+from gog_edge.agent.ahead import Ahead
+from gog_edge.agent.aim import Refusal, Target, aim, gaze_of
+from gog_edge.agent.budget import EpisodeBudget, Overdrawn, Spending
 from gog_edge.agent.citations import cite
 from gog_edge.agent.events import (
     Acted,
@@ -29,7 +30,7 @@ from gog_edge.config import Budget, GazeConfig
 from gog_edge.errors import BudgetExceeded
 from gog_edge.picture import Picture
 from gog_edge.policy.base import Policy
-from gog_edge.types import Answer, GazeSearch, ImageSearch, Observation, Query, SearchResult, Utterance
+from gog_edge.types import Action, Answer, GazeSearch, ImageSearch, Observation, Query, SearchResult, Utterance
 
 __all__ = ["Budget", "Event", "Searcher", "Workflow", "run_episode"]
 
@@ -57,6 +58,7 @@ def run_episode(
 ) -> Generator[Event, None, None]:
     """Answer a question about a picture, telling what happens as it happens.
 
+    `budget` and `gaze` hold as far as the policy has no rules of its own: no more than it allows, crops as it asks.
     The first event is `Started`, the last `Answered`: there is always an answer record, whatever the policy says.
     Errors of policy or retriever are raised, after the steps before them were written to the trace. Closing the
     iterator stops the policy and gives its cache back.
@@ -68,48 +70,71 @@ class _Episode:
     def __init__(self, picture: Picture, question: str, policy: Policy, retriever: Searcher, budget: Budget,
                  workflow: Workflow, trace: TraceWriter, gaze: GazeConfig) -> None:
         self.picture, self.question, self.workflow = picture, question, workflow
-        self.policy, self.retriever, self.trace, self.gaze = policy, retriever, trace, gaze
-        self.budget = budget
+        self.policy, self.retriever, self.trace = policy, retriever, trace
+        self.gaze = gaze_of(gaze, policy.rules.crop)
+        self.budget = EpisodeBudget.of(budget, policy.rules.budget)
+        self.last_notice = policy.rules.last_notice  # not yet shown
         self.memory = Memory(gaze.same_iou)
         self.steps: list[Step] = []
         self.faults: list[str] = []  # in a row
+        self.overdrawn = 0  # searches beyond their count since the last that was not: no faults, but no progress either
         self.full = False  # nothing more fits the policy's context
         self.record: AnswerRecord | None = None
+        self.ahead = Ahead(lambda query: retriever.search([query])[0])
 
     def run(self) -> Generator[Event, None, None]:
         self.spending = Spending(self.budget)
-        with self.trace:
-            self.trace.begin(self.picture, self.question, self.policy.name, self.workflow, self.budget, self.gaze)
-            yield Started(self.question, self.picture.size, self.workflow)
-            self.conversation = self.policy.begin(self.picture, self.question)
-            with Voice(self.conversation) as self.voice:
-                if self.workflow is Workflow.FULL_IMAGE:
-                    first = ImageSearch()
-                    target = aim(first, self.picture, self.question, self.gaze)
-                    yield from self._search(Step(0, None, name_of(first)), target)
-                while self.record is None:
-                    yield from self._turn()
-            self.trace.finish(self.record)
-        yield Answered(self.record)
+        with self.ahead:
+            with self.trace:
+                self.trace.begin(self.picture, self.question, self.policy.name, self.workflow, self.budget, self.gaze)
+                yield Started(self.question, self.picture.size, self.workflow)
+                self.conversation = self.policy.begin(self.picture, self.question)
+                with Voice(self.conversation) as self.voice:
+                    record = yield from self._turns()
+                self.trace.finish(record)
+            yield Answered(record)  # before `ahead` is left: no answer waits for a search that it did not need
+
+    def _turns(self) -> Generator[Event, None, AnswerRecord]:
+        """Until there is an answer."""
+        first = ImageSearch()
+        if self.workflow is Workflow.FULL_IMAGE:
+            target = aim(first, self.picture, self.question, self.gaze)
+            yield from self._search(Step(0, None, name_of(first)), target)
+        elif self.gaze.early and not self._forced_by():
+            self._foresee(first)  # beside the first prefill
+        while self.record is None:
+            yield from self._turn()
+        return self.record
 
     def _turn(self) -> Iterator[Event]:
         """One utterance and what follows from it."""
         forced_by = self._forced_by()
         forced = bool(forced_by)
+        asked = forced and self._ask_to_answer()
         try:
             utterance = yield from self.voice.speak(
                 len(self.steps),
                 max_tokens=self.spending.max_tokens(last=forced),
                 deadline=self.spending.deadline(last=forced),
                 force_answer=forced,
+                on_action=self._foresee if self.gaze.early and not forced else None,
             )
         except BudgetExceeded:
             self.full = True
+            if asked:
+                return  # the answer is forced again, without asking: that may fit
         else:
             self.spending.add(utterance)
             yield from self._follow(utterance, forced_by)
         if forced and self.record is None:
             self._finish("", forced_by)
+
+    def _ask_to_answer(self) -> bool:
+        """Tell a policy that wants to be told, once, that it must answer."""
+        notice, self.last_notice = self.last_notice, ""
+        if notice:
+            self._show(Observation(notice=notice, detail="nothing more can be searched"))
+        return bool(notice)
 
     def _follow(self, utterance: Utterance, forced_by: str) -> Iterator[Event]:
         """Do what was said."""
@@ -120,19 +145,30 @@ class _Episode:
             self._finish(utterance.action.text.strip(), forced_by or "answer")
             return
         try:
-            target = self._target(utterance, forced=bool(forced_by))
+            target = self._target(utterance.action, utterance.malformed, forced=bool(forced_by))
         except Refusal as refusal:
-            yield from self._refuse(step, refusal.notice, str(refusal))
+            yield from self._refuse(step, refusal)
         else:
             yield from self._search(step, target)
 
-    def _target(self, utterance: Utterance, *, forced: bool) -> Target:
-        action = utterance.action
+    def _foresee(self, action: Action) -> None:
+        """Begin what the policy is about to ask for, in its own thread, while it closes its turn."""
+        try:
+            target = self._target(action, "", forced=False)
+        except Refusal:
+            return
+        if self.memory.recall(target.key) is None:
+            self.ahead.begin(target)
+
+    def _target(self, action: Action | None, malformed: str, *, forced: bool) -> Target:
         if action is None or isinstance(action, Answer):
-            raise Refusal("malformed", utterance.malformed)
+            raise Refusal("malformed", malformed)
         if forced or (self.workflow is Workflow.FULL_IMAGE and isinstance(action, GazeSearch)):
             raise Refusal("action_refused", f"{name_of(action)} is not possible here")
-        return aim(action, self.picture, self.question, self.gaze)
+        target = aim(action, self.picture, self.question, self.gaze)
+        if self.memory.recall(target.key) is None:
+            self.spending.check_search(target.query)
+        return target
 
     def _forced_by(self) -> str:
         """Why the next turn must be an answer; "" when the policy is free."""
@@ -140,30 +176,41 @@ class _Episode:
             return "answer"
         if self.full:
             return "context"
-        return self.faults[-1] if len(self.faults) >= MAX_FAULTS else self.spending.spent
+        if len(self.faults) >= MAX_FAULTS:
+            return self.faults[-1]
+        return "searches" if self.overdrawn >= MAX_FAULTS else self.spending.spent
 
     def _search(self, step: Step, target: Target) -> Iterator[Event]:
         """Search, or remember; then show the policy what came back."""
         self.faults.clear()
+        self.overdrawn = 0
         box, words = (None, target.key) if isinstance(target.key, str) else (target.key, None)
         step = replace(step, box=box, query=words, note=target.note)
         yield Acted(step.index, step.action, box, words, target.note)
-        started = time.monotonic()
+        started, took = time.monotonic(), 0.0
         result = self.memory.recall(target.key)
         if result is None:
-            (result,) = self.retriever.search([target.query])
+            timed = self.ahead.take(target)
+            result, took = timed.result, timed.ms
+            self.spending.add_search(target.query)
             self.memory.keep(target.key, result)
-        step = replace(step, result=result, search_ms=(time.monotonic() - started) * 1000)
+        waited = (time.monotonic() - started) * 1000
+        step = replace(step, result=result, search_ms=waited, hidden_ms=max(0.0, took - waited))
         self._keep(step)
-        self._show(Observation(result=result, crop=None if result.cached else target.crop))
+        self._show(Observation(result, None if result.cached else target.crop, crop_box=target.crop_box))
         yield Found(step.index, result, step.search_ms)
 
-    def _refuse(self, step: Step, notice: str, reason: str) -> Iterator[Event]:
+    def _refuse(self, step: Step, refusal: Refusal) -> Iterator[Event]:
         """Tell the policy why nothing was done."""
-        self.faults.append(notice)
+        if isinstance(refusal, Overdrawn):
+            self.faults.clear()
+            self.overdrawn += 1
+        else:
+            self.faults.append(refusal.notice)
+        reason = str(refusal)
         yield Refused(step.index, reason)
         self._keep(replace(step, note=reason))
-        self._show(Observation(notice=notice, detail=reason))
+        self._show(Observation(notice=refusal.notice, detail=reason))
 
     def _show(self, observation: Observation) -> None:
         try:

@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
 
+from gog_edge.agent.budget import EpisodeBudget
 from gog_edge.agent.events import AnswerRecord, Step, Workflow
-from gog_edge.config import Budget, GazeConfig
+from gog_edge.config import GazeConfig
 from gog_edge.errors import ArtifactError
 from gog_edge.files import read_json, write_json
 from gog_edge.picture import Picture
@@ -37,15 +38,15 @@ class TraceWriter:
         if kind is not None:
             self._write(error={"type": kind.__name__, "message": str(exc)})
 
-    def begin(self, picture: Picture, question: str, policy: str, workflow: Workflow, budget: Budget,
+    def begin(self, picture: Picture, question: str, policy: str, workflow: Workflow, budget: EpisodeBudget,
               gaze: GazeConfig) -> None:
-        """Say what was asked, of whom, under which limits."""
+        """Say what was asked, of whom, and the limits in force."""
         self._write(
             picture={"sha256": picture.sha256, "width": picture.size.width, "height": picture.size.height},
             question=question,
             policy=policy,
             workflow=workflow.value,
-            budget=asdict(Budget(budget.turns, budget.tokens, budget.deadline_ms)),
+            budget=asdict(budget),
             gaze=asdict(gaze),
             steps=self._steps,
             record=None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Event
@@ -12,7 +12,7 @@ from typing import Self
 from gog_edge.agent.events import Spoke
 from gog_edge.errors import GogEdgeError
 from gog_edge.policy.base import Conversation
-from gog_edge.types import Utterance
+from gog_edge.types import Action, Utterance
 
 
 class EpisodeClosed(GogEdgeError):
@@ -33,11 +33,11 @@ class Voice:
         self._thread.shutdown()  # waits: a cache must not be given back while a turn writes to it
         self._conversation.close()
 
-    def speak(self, step: int, *, max_tokens: int, deadline: float, force_answer: bool
-              ) -> Generator[Spoke, None, Utterance]:
+    def speak(self, step: int, *, max_tokens: int, deadline: float, force_answer: bool,
+              on_action: Callable[[Action], None] | None = None) -> Generator[Spoke, None, Utterance]:
         """Yield the pieces of one turn as they come; the turn itself is the generator's value.
 
-        Closing the generator stops the policy at its next piece.
+        Closing the generator stops the policy at its next piece. `on_action` is called in the policy's thread.
         """
         pieces: SimpleQueue[str | None] = SimpleQueue()
         closed = Event()
@@ -48,7 +48,7 @@ class Voice:
             pieces.put(text)
 
         turn = self._thread.submit(self._conversation.generate, max_tokens=max_tokens, deadline=deadline,
-                                   force_answer=force_answer, on_text=hear)
+                                   force_answer=force_answer, on_text=hear, on_action=on_action)
         turn.add_done_callback(lambda _: pieces.put(None))
         try:
             for text in iter(pieces.get, None):

@@ -12,6 +12,7 @@ import uvicorn
 from gog_edge.agent.trace import TraceFolder
 from gog_edge.config import ServeConfig
 from gog_edge.errors import BackendError
+from gog_edge.planner import MemoryPlan
 from gog_edge.runtime import open_runtime
 from gog_edge.serve.app import create_app
 from gog_edge.serve.guard import LOOPBACK
@@ -20,13 +21,13 @@ GRACE = 5  # seconds that running questions get when the server is stopped
 
 
 def serve(bundle: Path, config: ServeConfig) -> None:
-    """Serve a bundle; says in one line where, once it answers. Returns when it was stopped.
+    """Serve a bundle; says in one line what it takes, and in one where it is, once it answers. Returns when stopped.
 
     Raises BackendError when the port is not to be had, ArtifactError when a part of the bundle is not.
     """
     with bind(config.host, config.port) as listener:
         traces = TraceFolder(config.traces) if config.traces else None
-        runtime = open_runtime(bundle, threads=config.cores)
+        runtime = open_runtime(bundle, threads=config.cores, on_plan=_say_plan)
         runtime.warm_up()
         url = url_of(listener, config.host)
         hosts = LOOPBACK if config.host in {*LOOPBACK, "::1"} else None
@@ -57,6 +58,10 @@ def url_of(listener: socket.socket, host: str) -> str:
     port = listener.getsockname()[1]
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{name}:{port}"
+
+
+def _say_plan(plan: MemoryPlan) -> None:
+    sys.stderr.write(f"gog_edge takes up to {plan}\n")
 
 
 class _Server(uvicorn.Server):

@@ -18,6 +18,17 @@ GAZE_GREEN = "<img_search>[120, 20, 180, 80]</img_search>"
 GAZE_INVENTED = "<img_search>[220, 20, 280, 80]</img_search>"
 
 
+def without_times(events):
+    """What two episodes must share to be the same."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items() if key not in ("ms", "timings_ms", "trace")}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return [plain(event.to_json()) for event in events]
+
+
 def answer(text):
     return f"<answer>{text}</answer>"
 

@@ -20,7 +20,8 @@ def test_a_trace_holds_what_a_replay_needs(tell, picture, tmp_path):
     assert trace["format"] == FORMAT
     assert trace["picture"] == {"sha256": picture.sha256, "width": 300, "height": 100}
     assert (trace["policy"], trace["workflow"]) == ("scripted", "gog")
-    assert trace["budget"] == {"turns": 6, "tokens": 512, "deadline_ms": 20_000}
+    assert trace["budget"] == {"turns": 6, "tokens": 512, "deadline_ms": 20_000, "image_searches": None,
+                               "text_searches": None}
     assert [step["text"] for step in trace["steps"]] == ["Hmm.", GAZE_RED, answer("rubel")]
     assert trace["steps"][0]["note"] == "there is no action in it"
     gaze = trace["steps"][1]

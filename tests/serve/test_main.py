@@ -4,42 +4,34 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 
 import httpx
 import pytest
 
+from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
 from gog_edge.errors import BackendError
+from gog_edge.planner import plan_memory
 from gog_edge.serve.__main__ import main
 from gog_edge.serve.server import bind, url_of
 
-PLAYED = """
-    import sys
-    from pathlib import Path
-    import gog_edge.serve.server as server
-    from gog_edge.serve.__main__ import main
-    from played import played_runtime
-    server.open_runtime = lambda folder, threads: played_runtime(Path(sys.argv[1]))
-    sys.exit(main(["--port", "0", *sys.argv[2:]]))
-"""
-
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_one_line_then_serves_then_stops(tmp_path, sign):
-    command = [sys.executable, "-c", textwrap.dedent(PLAYED), str(tmp_path)]
-    environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
+def test_says_what_it_takes_and_where_it_is_then_serves_then_stops(sign):
+    command = [sys.executable, "-m", "gog_edge.serve", "--port", "0", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         url = next(word for word in line.split() if word.startswith("http://127.0.0.1:"))
         assert not url.endswith(":0")
         assert httpx.get(url + "/readyz", timeout=60).status_code == 200
-        body = {"sample": "three flags.png", "question": "Which?"}
+        sample = open_bundle(DEFAULT_BUNDLE).samples[0]
+        body = {"sample": sample.picture.name, "question": sample.questions[0]}
         answer = httpx.post(url + "/v1/ask", json=body, timeout=60)
         assert answer.json()["answer"]
         process.send_signal(sign)
         assert process.wait(60) in (0, -sign)
-        assert process.stdout.read() == "" and process.stderr.read() == ""
+        assert process.stdout.read() == ""
+        (plan,) = process.stderr.read().splitlines()
+        assert plan == f"gog_edge takes up to {plan_memory(open_bundle(DEFAULT_BUNDLE))}"
 
 
 def test_port_in_use(tmp_path, capsys):
