@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", default="ort", help=f"available: {', '.join(AVAILABLE)}")
     parser.add_argument("--precision", default="fp32", help="fp32, fp16 (stored; computed in fp32) or int4")
     parser.add_argument("--block", type=int, default=DEFAULT_BLOCK, help="int4: weights that share a scale")
+    parser.add_argument("--no-prefill", action="store_true", help="int4: one decoder graph, half the prefill speed")
     parser.add_argument("--adapter", type=Path, help="PEFT folder of LoRA weights to merge into the checkpoint")
     parser.add_argument("--name", help="name of the policy (default: the checkpoint folder's)")
     parser.add_argument("--context", type=int, default=DEFAULT_CONTEXT, help="tokens of one conversation")
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.out,
             adapter=args.adapter,
             block=args.block,
+            prefill=not args.no_prefill,
             progress=_show,
             engine=args.engine,
             precision=args.precision,

@@ -8,7 +8,15 @@ from typing import Self
 
 from gog_edge.bundle import Bundle
 from gog_edge.errors import NotEnoughMemory
-from gog_edge.policy.manifest import DECODER_GRAPH, VISION_GRAPH, PolicyManifest, TextSpec, VisionSpec, read_manifest
+from gog_edge.policy.manifest import (
+    DECODER_GRAPH,
+    PREFILL_GRAPH,
+    VISION_GRAPH,
+    PolicyManifest,
+    TextSpec,
+    VisionSpec,
+    read_manifest,
+)
 from gog_edge.policy.session import CHUNK
 from gog_edge.retrieval.pack import read_manifest as read_pack
 
@@ -49,7 +57,7 @@ class MemoryPlan:
         if self.total - int(getattr(self, most)) > free:
             return "close other programs, or take a smaller model"
         return {
-            "weights": "export the policy with --precision int4, or a smaller checkpoint",
+            "weights": "export the policy with --precision int4 (and --no-prefill), or a smaller checkpoint",
             "conversations": "export it with a smaller --context, or answer fewer questions at a time ([limits] "
             "concurrent in bundle.toml)",
             "pictures": "set a smaller max_pixels in the checkpoint's preprocessor_config.json and export it again",
@@ -105,7 +113,7 @@ def free_memory() -> int | None:
 
 def _weights(folder: Path, manifest: PolicyManifest) -> int:
     widened = 2 if manifest.precision == "fp16" else 1  # stored in halves, computed in float32
-    graphs = (path for name in (DECODER_GRAPH, VISION_GRAPH) for path in folder.glob(f"{name}*"))
+    graphs = (path for name in (DECODER_GRAPH, PREFILL_GRAPH, VISION_GRAPH) for path in folder.glob(f"{name}*"))
     return widened * sum(path.stat().st_size for path in graphs)
 
 

@@ -1,4 +1,4 @@
-"""Tiny random Qwen2.5-VL and Qwen3-VL checkpoints and their exports, made once a run; conftest.py files import the fixtures."""
+"""Tiny random Qwen2.5-VL and Qwen3-VL checkpoints and their exports, made once a run; conftest files import them."""
 
 import json
 from functools import cache

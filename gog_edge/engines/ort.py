@@ -19,6 +19,7 @@ from gog_edge.errors import BackendError
 
 LOAD_ERRORS = (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoKernel, NoSuchFile)
 CPU = ("CPUExecutionProvider",)
+AHEAD = 32  # tokens from which the graph that only fills the cache is worth its run
 
 
 def physical_cores() -> int:
@@ -106,7 +107,8 @@ class OrtCache:
         self.keep = np.zeros(1, np.int64)  # rows of logits asked for
         self._logits: Floats = np.empty((1, decoder.vocab), np.float32)
         self._held: list[Any] = []
-        self._binding = self._bind(decoder)
+        self._binding = self._bind(decoder.session, decoder)
+        self.binding_ahead = self._bind(decoder.prefill, decoder) if decoder.prefill else None
 
     def bound(self, keep: int) -> tuple[Any, Floats]:
         """The binding of a step that gives `keep` rows of logits, and the buffer [keep, vocab] they come in."""
@@ -123,10 +125,12 @@ class OrtCache:
         self._held.append((array, value))
         return value
 
-    def _bind(self, decoder: OrtDecoder) -> Any:
-        binding = decoder.session.io_binding()
+    def _bind(self, session: ort.InferenceSession, decoder: OrtDecoder) -> Any:
+        binding = session.io_binding()
+        named = {item.name for item in session.get_inputs()}
         for name in ("cos", "sin", "last", "total", "keep"):
-            binding.bind_ortvalue_input(name, self._value(getattr(self, name)))
+            if name in named:
+                binding.bind_ortvalue_input(name, self._value(getattr(self, name)))
         for name, state in zip(decoder.states, self.states, strict=True):
             value = self._value(state)
             binding.bind_ortvalue_input(f"past_{name}", value)
@@ -162,9 +166,11 @@ class OrtDecoder:
 
     def __init__(
         self, path: Path, *, capacity: int, threads: int | None = None, providers: Sequence[str] = CPU,
-        optimised: bool = False,
+        optimised: bool = False, prefill: ort.InferenceSession | None = None,
     ) -> None:
+        """`prefill`: a graph over the same cache that only fills it, for many tokens at a time."""
         self.session = open_session(path, threads=threads, providers=providers, optimised=optimised)
+        self.prefill = prefill
         inputs = {item.name: item.shape for item in self.session.get_inputs()}
         self.states = [name.removeprefix("past_") for name in inputs if name.startswith("past_")]
         if not self.states or not {"cos", "keep"} <= inputs.keys():
@@ -197,12 +203,28 @@ class OrtDecoder:
         if past + count > cache.capacity:
             raise BackendError(f"{past} + {count} tokens do not fit a cache of {cache.capacity}; open a larger one")
         cache.cos[past : past + count], cache.sin[past : past + count] = cos, sin
-        cache.last[0] = past + count - 1
-        cache.total[...] = past + count
+        ahead = count - keep
+        if self.prefill is None or ahead < AHEAD:
+            ahead = 0
+        else:
+            self._run(self.prefill, cache.binding_ahead, cache, embeds[:ahead], past, _part(deepstack, 0, ahead))
         binding, logits = cache.bound(keep)
+        self._run(self.session, binding, cache, embeds[ahead:], past + ahead, _part(deepstack, ahead, count))
+        return logits
+
+    def _run(
+        self, session: ort.InferenceSession, binding: Any, cache: OrtCache, embeds: Floats, past: int,
+        deepstack: Floats | None,
+    ) -> None:
+        end = past + len(embeds)
+        cache.last[0], cache.total[...] = end - 1, end
         binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds[None], np.float32))
         if self.deepstack:
-            added = np.zeros((self.deepstack, count, self.hidden), np.float32) if deepstack is None else deepstack
-            binding.bind_cpu_input("deepstack", np.ascontiguousarray(added, np.float32))
-        self.session.run_with_iobinding(binding)
-        return logits
+            shape = (self.deepstack, *embeds.shape)
+            added = np.zeros(shape, np.float32) if deepstack is None else np.ascontiguousarray(deepstack, np.float32)
+            binding.bind_cpu_input("deepstack", added)
+        session.run_with_iobinding(binding)
+
+
+def _part(deepstack: Floats | None, start: int, stop: int) -> Floats | None:
+    return None if deepstack is None else deepstack[:, start:stop]

@@ -23,7 +23,7 @@ from gog_edge.files import FileEntry
 
 CACHE = "cache"  # folder within a model's own
 WORTH_BYTES = 64 * 2**20  # smaller graphs load in no time
-ALIGNED_BYTES = 2**20  # ONNX Runtime begins larger tensors on a page; smaller ones stay in the graph
+ALIGNED_BYTES = 2**16  # smaller tensors stay in the graph
 # Where arranged weights stand in the file. The kernels' layout counts from an aligned address: at another one the same
 # bytes are other numbers.
 _PLACE = re.compile(rb"prepacked_\d+[^|]{1,80}\|(\d+);\d+;\d+")
@@ -46,7 +46,7 @@ def packed_graph(graph: Path, cache: Path) -> Path:
     packed = cache / graph.name
     if packed.is_file():
         return packed
-    part = cache.with_name(f"{cache.name}.{os.getpid()}.part")
+    part = cache.with_name(f"{cache.name}.{graph.stem}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True, exist_ok=True)
         _pack(graph, part / graph.name)

@@ -13,12 +13,14 @@ from gog_edge.errors import CheckpointError
 from gog_edge.exporting.graph import FLOAT, INT32, INT64, MICROSOFT, Form, GraphBuilder, Progress, Shape, silent
 from gog_edge.policy.manifest import TextSpec
 
-Lowering = Literal["gqa", "standard"]
+Lowering = Literal["gqa", "gqa-prefill", "standard"]
 Weights = Callable[[str], Array]  # name within the decoder, such as "layers.0.mlp.up_proj.weight" -> float32
 
 
 class DecoderWriter:
     """Layers common to all lowerings; a lowering says how the norm after a sum and the attention are written."""
+
+    logits = True
 
     def __init__(
         self, path: Path, spec: TextSpec, weights: Weights, *, form: Form = "fp32", head: Form | None = None,
@@ -33,7 +35,8 @@ class DecoderWriter:
 
     def begin(self) -> str:
         """Declare the inputs; returns the embeddings [1, T, hidden]."""
-        self._keep = self.graph.input("keep", INT64, [1])
+        if self.logits:
+            self._keep = self.graph.input("keep", INT64, [1])
         if self.spec.deepstack:
             self._deepstack = self.graph.input("deepstack", FLOAT, [self.spec.deepstack, "tokens", self.spec.hidden])
         return self.graph.input("inputs_embeds", FLOAT, [1, "tokens", self.spec.hidden])
@@ -71,34 +74,42 @@ class DecoderWriter:
         return self.graph.input(f"past_{name}", FLOAT, shape), f"present_{name}"
 
     def write(self) -> None:
-        """Write the whole decoder: embeddings in, logits [keep, vocab] of the last positions out."""
-        graph, spec = self.graph, self.spec
+        """Write the whole decoder: embeddings in, logits [keep, vocab] of the last positions out, if there are any."""
         stream = self.begin()
         normed = self.norm(stream, "layers.0.input_layernorm.weight")
-        for layer in self._progress(range(spec.layers), "decoder"):
-            attended = self._self_attention(normed, layer)
-            stream, normed = self.add_norm(stream, attended, f"layers.{layer}.post_attention_layernorm.weight")
-            fed = self._feed_forward(normed, layer)
-            if layer < spec.deepstack:
-                fed = graph.op("Add", fed, graph.op("Gather", self._deepstack, graph.scalar(layer), axis=0))
-            last = layer + 1 == spec.layers
-            if last:  # only the newest tokens' logits are ever asked for
-                end = [graph.op("Neg", self._keep), graph.ints(np.iinfo(np.int64).max), graph.ints(1)]
-                stream, fed = graph.op("Slice", stream, *end), graph.op("Slice", fed, *end)
-            following = "norm.weight" if last else f"layers.{layer + 1}.input_layernorm.weight"
-            stream, normed = self.add_norm(stream, fed, following)
-        flat = graph.op("Reshape", normed, graph.ints(-1, spec.hidden))
-        head = self.weights("embed_tokens.weight" if spec.tied else "lm_head.weight")
-        logits = graph.linear(flat, head, name="head", form=self._head)
-        graph.output(logits, "logits", FLOAT, ["keep", spec.vocab])
-        graph.save()
+        for layer in self._progress(range(self.spec.layers), "decoder" if self.logits else "prefill"):
+            attended = self.attention(self._projected(normed, layer), layer)
+            if layer + 1 < self.spec.layers:
+                stream, normed = self._rest(stream, attended, layer, f"layers.{layer + 1}.input_layernorm.weight")
+            elif self.logits:
+                _, normed = self._rest(stream, attended, layer, "norm.weight")
+                self._head_of(normed)
+        self.graph.save()
 
-    def _self_attention(self, normed: str, layer: int) -> str:
+    def _projected(self, normed: str, layer: int) -> str:
         parts = [f"layers.{layer}.self_attn.{part}_proj" for part in "qkv"]
         weight = np.concatenate([self.weights(f"{part}.weight") for part in parts])
         bias = np.concatenate([self.weights(f"{part}.bias") for part in parts]) if self.spec.qkv_bias else None
-        attended = self.attention(self.graph.linear(normed, weight, bias, name="qkv"), layer)
-        return self.graph.linear(attended, self.weights(f"layers.{layer}.self_attn.o_proj.weight"), name="o")
+        return self.graph.linear(normed, weight, bias, name="qkv")
+
+    def _rest(self, stream: str, attended: str, layer: int, following: str) -> tuple[str, str]:
+        """A layer from its attention on; the stream, and its norm of the name `following`."""
+        graph = self.graph
+        attended = graph.linear(attended, self.weights(f"layers.{layer}.self_attn.o_proj.weight"), name="o")
+        stream, normed = self.add_norm(stream, attended, f"layers.{layer}.post_attention_layernorm.weight")
+        fed = self._feed_forward(normed, layer)
+        if layer < self.spec.deepstack:
+            fed = graph.op("Add", fed, graph.op("Gather", self._deepstack, graph.scalar(layer), axis=0))
+        if layer + 1 == self.spec.layers:  # only the newest tokens' logits are ever asked for
+            end = [graph.op("Neg", self._keep), graph.ints(np.iinfo(np.int64).max), graph.ints(1)]
+            stream, fed = graph.op("Slice", stream, *end), graph.op("Slice", fed, *end)
+        return self.add_norm(stream, fed, following)
+
+    def _head_of(self, normed: str) -> None:
+        flat = self.graph.op("Reshape", normed, self.graph.ints(-1, self.spec.hidden))
+        head = self.weights("embed_tokens.weight" if self.spec.tied else "lm_head.weight")
+        logits = self.graph.linear(flat, head, name="head", form=self._head)
+        self.graph.output(logits, "logits", FLOAT, ["keep", self.spec.vocab])
 
     def _feed_forward(self, normed: str, layer: int) -> str:
         gate, up, down = (self.weights(f"layers.{layer}.mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
@@ -147,6 +158,12 @@ class GroupQueryDecoder(DecoderWriter):
         return total, normed
 
 
+class PrefillDecoder(GroupQueryDecoder):
+    """Writes many tokens into the cache and says nothing: it ends where the last layer's keys and values are known."""
+
+    logits = False
+
+
 class StandardDecoder(DecoderWriter):
     """The portable form: TensorScatter into the cache, Attention over all of it under a mask."""
 
@@ -185,11 +202,15 @@ class StandardDecoder(DecoderWriter):
         return self.graph.op("Transpose", split, perm=[0, 2, 1, 3])
 
 
+_WRITERS: dict[Lowering, type[DecoderWriter]] = {
+    "gqa": GroupQueryDecoder, "gqa-prefill": PrefillDecoder, "standard": StandardDecoder
+}  # fmt: skip
+
+
 def write_decoder(
     path: Path, spec: TextSpec, weights: Weights, lowering: Lowering = "gqa", *, form: Form = "fp32",
     head: Form | None = None, progress: Progress = silent,
 ) -> None:
     """Write the decoder graph in one of its lowerings, its weights stored as `form`, the head's as `head`."""
-    writer = GroupQueryDecoder if lowering == "gqa" else StandardDecoder
-    writer(path, spec, weights, form=form, head=head, progress=progress).write()
+    _WRITERS[lowering](path, spec, weights, form=form, head=head, progress=progress).write()
 

@@ -22,6 +22,7 @@ FLOAT, INT32, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT32, TensorProto.IN
 # Small graphs are one file; the weights of larger ones lie beside, where they can be mapped (and may pass 2 GiB).
 EMBEDDED_BYTES = 2**26
 WHOLE_NUMBERS = 4  # MatMulNBits' accuracy level: activations become 8-bit numbers too, which is twice as fast
+MIDDLE = 128  # stands for zero among unsigned 8-bit numbers
 ALIGNMENT = 4096  # bytes: weights begin on a page, so that they can be mapped; smaller ones stay in the graph
 
 Shape = Sequence[int | str]
@@ -116,7 +117,7 @@ class GraphBuilder:
         """value @ weight.T + bias, weight [out, in] as PyTorch keeps it; `form` other than the graph's own."""
         form = form or self.form
         if isinstance(form, Blocks):
-            return self._blocked(value, weight, bias, name, form)
+            return (self._blocked if form.size else self._by_rows)(value, weight, bias, name, form)
         if form == "fp16":  # halves the file; the engine widens it once, at load
             stored = self.op("Cast", self.weight(_half(weight.T, name), name), to=FLOAT)
         else:
@@ -133,6 +134,28 @@ class GraphBuilder:
             "MatMulNBits", *inputs, domain=MICROSOFT, K=weight.shape[1], N=weight.shape[0], bits=blocks.bits,
             block_size=blocks.size, accuracy_level=WHOLE_NUMBERS,
         )
+
+    def _by_rows(self, value: str, weight: Array, bias: Array | None, name: str, blocks: Blocks) -> str:
+        """One scale for each row of both factors; the product of the whole numbers is exact."""
+        packed, scales = quantise(weight, blocks)
+        numbers = (packed[:, 0].astype(np.int16) - 2 ** (blocks.bits - 1)).astype(np.int8)
+        whole, row_scales = self._whole_rows(value)
+        product = self.op(
+            "MatMulIntegerToFloat", whole, self.weight(numbers.T, name), self.weight(np.ones((), np.float32)),
+            self.weight(scales[:, 0], f"{name}_scales"), self.weight(np.asarray(MIDDLE, np.uint8)), domain=MICROSOFT,
+        )
+        scaled = self.op("Mul", product, row_scales)
+        return scaled if bias is None else self.op("Add", scaled, self.weight(bias, f"{name}_bias"))
+
+    def _whole_rows(self, value: str) -> tuple[str, str]:
+        """[..., T, K] -> 8-bit numbers about 128, and the scale of each row [T, 1]."""
+        last = self.ints(-1)
+        ends = [self.op(kind, value, last, keepdims=0) for kind in ("ReduceMax", "ReduceMin")]
+        greatest = self.op("Max", ends[0], self.op("Neg", ends[1]), self.weight(np.asarray(1e-20, np.float32)))
+        flat = self.op("Reshape", greatest, last)
+        scales = self.op("Div", flat, self.weight(np.asarray(MIDDLE - 1, np.float32)))
+        middles = self.op("Expand", self.weight(np.asarray(MIDDLE, np.uint8)), self.op("Shape", scales))
+        return self.op("QuantizeLinear", value, scales, middles, axis=-2), self.op("Unsqueeze", scales, self.ints(1))
 
     def swiglu(self, value: str, gate: tuple[Array, Array | None], up: tuple[Array, Array | None]) -> str:
         """silu(gate(value)) * up(value), both projections in one product; each is (weight, bias)."""

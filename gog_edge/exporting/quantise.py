@@ -15,13 +15,15 @@ Packed: TypeAlias = NDArray[np.uint8]  # [rows, blocks, size * bits / 8]; two nu
 
 # Shares of a block's greatest value that scales are tried with: clipping a few large values often costs less than
 # the coarser grid that would hold them.
-CANDIDATES = {4: (1.0, 0.94, 0.88, 0.82, 0.76), 8: (1.0,)}
+CANDIDATES = {4: (1.0, 0.94, 0.88, 0.82, 0.76), 7: (1.0,), 8: (1.0,)}
 _NOTHING = 1e-35  # scales below it have no finite inverse: such weights are taken for zeros
 _ROWS = 512  # quantised at a time: bounds the scratch memory
 
 
 def quantise(weight: Floats, blocks: Blocks) -> tuple[Packed, Floats]:
     """(packed numbers, scales [rows, blocks]) of a weight [rows, columns]; a last short block is filled with zeros.
+
+    Numbers are told by how far they are from the lowest, so never negative.
 
     Of the candidate scales each block takes the one with the least squared error. The greatest value by magnitude
     goes to the end of the grid that reaches one step further, -2^(bits-1), whatever its sign.
@@ -43,9 +45,10 @@ def dequantise(packed: Packed, scales: Floats, blocks: Blocks, columns: int) -> 
 
 def _quantise_rows(weight: Floats, blocks: Blocks) -> tuple[Packed, Floats]:
     rows, columns = weight.shape
-    filled = np.zeros((rows, -(-columns // blocks.size) * blocks.size), np.float32)
+    size = blocks.size or columns
+    filled = np.zeros((rows, -(-columns // size) * size), np.float32)
     filled[:, :columns] = weight
-    values = filled.reshape(rows, -1, blocks.size)
+    values = filled.reshape(rows, -1, size)
     low, high = -(2 ** (blocks.bits - 1)), 2 ** (blocks.bits - 1) - 1
     greatest = np.take_along_axis(values, np.abs(values).argmax(axis=-1, keepdims=True), axis=-1)
     best_error = np.full(values.shape[:2] + (1,), np.inf, np.float32)

@@ -27,8 +27,9 @@ class EmbeddingTable:
         blocks = manifest.weights.embeddings
         scales = np.load(folder / EMBEDDING_SCALES, mmap_mode="r", allow_pickle=False) if blocks else None
         vocab, hidden = manifest.text.vocab, manifest.text.hidden
-        expected = (vocab, -(-hidden // blocks.size) * blocks.size) if blocks else (vocab, hidden)
-        if rows.shape != expected or (scales is not None and blocks and scales.shape[1] * blocks.size != expected[1]):
+        size = (blocks.size or hidden) if blocks else 1
+        expected = (vocab, -(-hidden // size) * size)
+        if rows.shape != expected or (scales is not None and scales.shape[1] * size != expected[1]):
             raise ArtifactError(
                 f"'{folder / EMBEDDINGS}' has shape {rows.shape}, the manifest wants {expected}; export again"
             )

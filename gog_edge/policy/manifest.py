@@ -15,6 +15,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 VISION_GRAPH = "vision.onnx"
 DECODER_GRAPH = "decoder.onnx"
+PREFILL_GRAPH = "prefill.onnx"  # fills the cache for many tokens; not in every policy
 EMBEDDINGS = "embed_tokens.npy"
 EMBEDDING_SCALES = "embed_tokens_scales.npy"  # beside 8-bit embeddings
 TOKENIZER = "tokenizer.json"
@@ -95,10 +96,14 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Whole numbers of `bits`, a float32 scale for each `size` of them along the input; no zero point."""
+    """Whole numbers of `bits`, a float32 scale for each `size` of them along the input; no zero point.
+
+    Without a size a whole row has one scale, and so has each row of what it is multiplied with, in 8 bits: products of
+    whole numbers.
+    """
 
     bits: int
-    size: int
+    size: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,7 @@ class WeightForms:
     """How the weights of each part are stored; None is floating point of the manifest's precision."""
 
     decoder: Blocks | None = None
+    prefill: Blocks | None = None  # of the decoder's other graph, for many tokens at a time; None: there is none
     head: Blocks | None = None
     embeddings: Blocks | None = None
     vision: Blocks | None = None

@@ -72,8 +72,50 @@ def test_rounded_weights_say_what_transformers_says_with_them(checkpoints, qwen3
     assert graphs["logits_min_cosine"] > rounding["logits_min_cosine"]
     assert graphs["logits_max_abs"] < (1e-4 if precision == "fp16" else 1.0)
     assert PolicyModel.open(tmp_path / "out").manifest.weights == weight_forms(precision, 32)
+    assert (tmp_path / "out" / "prefill.onnx").exists() == (precision == "int4")
+    assert manifest.parity["prefill_min_cosine"] == 1 if precision == "fp16" else 0.95 < manifest.parity[
+        "prefill_min_cosine"] < 1
     stored = sum((tmp_path / "out" / name).stat().st_size for name in ("decoder.onnx", "vision.onnx"))
     assert stored < 60_000 + bytes_a_weight * Checkpoint.open(source).parameters
+
+
+def test_the_graph_for_many_tokens_leaves_the_same_cache(qwen3_checkpoints, tmp_path):
+    export_policy(qwen3_checkpoints[True], tmp_path / "out", precision="int4", block=32, context=512, parity=False)
+    with_graph, without = (PolicyModel.open(tmp_path / "out", threads=1, prefill=use) for use in (True, False))
+    pixels = np.random.default_rng(5).integers(0, 256, (160, 192, 3), np.uint8)
+    states, logits = [], []
+    for model in (with_graph, without):
+        session = model.new_session()
+        session.append_text("Look at this: ")
+        session.append_image(model.vision.encode(pixels))
+        session.append_text(" and tell what it is, in a few words, please, and then some more.")
+        logits.append(session.prefill().copy())
+        states.append(session.snapshot().states.copy())
+    assert states[0].shape == states[1].shape and states[0].shape[2] > 60
+    assert not np.array_equal(*states)  # the graphs round differently
+    cosine = (states[0] * states[1]).sum() / np.linalg.norm(states[0]) / np.linalg.norm(states[1])
+    assert cosine > 0.97 and np.corrcoef(*logits)[0, 1] > 0.8
+    few = [model.new_session() for model in (with_graph, without)]
+    for session in few:
+        session.append_text("Short.")
+    assert np.array_equal(few[0].prefill(), few[1].prefill())  # few tokens go the same way
+
+
+def test_a_wrong_graph_for_many_tokens_fails_the_gate(checkpoints, tmp_path):
+    shutil.copytree(checkpoints[True], tmp_path / "other")
+    path = tmp_path / "other" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("layers.0.self_attn.o_proj.weight"))
+    save_file(tensors | {name: -tensors[name]}, path)
+    for source in ("other", "right"):
+        folder = tmp_path / "other" if source == "other" else checkpoints[True]
+        export_policy(folder, tmp_path / source / "policy", precision="int4", block=32, context=512, parity=False)
+    assert measure_parity(tmp_path / "right" / "policy", Checkpoint.open(checkpoints[True])).passed
+    shutil.copy(tmp_path / "other" / "policy" / "prefill.onnx", tmp_path / "right" / "policy" / "prefill.onnx")
+    manifest = json.loads((tmp_path / "right" / "policy" / "manifest.json").read_text())
+    manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != "prefill.onnx"]
+    (tmp_path / "right" / "policy" / "manifest.json").write_text(json.dumps(manifest))
+    assert not measure_parity(tmp_path / "right" / "policy", Checkpoint.open(checkpoints[True])).passed
 
 
 def test_weights_rounded_otherwise_than_the_manifest_says_fail_the_gate(checkpoints, tmp_path):

@@ -58,17 +58,19 @@ def test_no_draft_goes_across_a_barrier():
 
 
 def test_a_draft_is_as_long_as_pays():
-    config = DraftConfig(cost=0.2, most=16)
+    config = DraftConfig(setup=0.0, cost=0.2, most=16)
     assert config.length(0.0) == config.length(0.2) == 0  # 1.2 tokens for the time of 1.2
     lengths = [config.length(chance) for chance in (0.25, 0.5, 0.8, 0.95, 0.99999)]
     assert lengths == sorted(lengths) and lengths[0] == 1 and lengths[-1] == 16
-    assert DraftConfig(cost=0.0).length(0.5) == 16  # guesses that cost nothing are always worth a try
+    dear = DraftConfig(setup=0.5, cost=0.2, most=16)
+    assert dear.length(0.4) == 0 < config.length(0.4) and dear.length(0.9) >= config.length(0.9)
+    assert DraftConfig(setup=0.0, cost=0.0).length(0.5) == 8  # guesses that cost nothing are always worth a try
     assert DraftConfig(cost=5.0).length(0.99) == 0
 
 
 @pytest.mark.parametrize("wrong", [
     {"matches": ()}, {"matches": ((2, 0.5), (1, 0.5))}, {"matches": ((0, 0.5),)}, {"matches": ((1, 1.0),)},
-    {"matches": ((1, -0.1),)}, {"cost": -1.0}, {"most": 0}, {"weight": 0.0},
+    {"matches": ((1, -0.1),)}, {"cost": -1.0}, {"setup": -0.1}, {"most": 0}, {"weight": 0.0},
 ])  # fmt: skip
 def test_impossible_drafts_are_refused(wrong):
     with pytest.raises(InputError, match="makes no drafts"):
@@ -87,7 +89,7 @@ def test_guesses_that_come_true_make_longer_drafts_and_misses_make_none():
     for _ in range(20):
         good.learn(len(good.propose(said, 99)), len(good.propose(said, 99)))
         bad.learn(len(bad.propose(said, 99)), 0)
-    assert len(good.propose(said, 99)) == 16
+    assert len(first) < len(good.propose(said, 99)) == DraftConfig().most
     assert bad.propose(said, 99) == []
 
 

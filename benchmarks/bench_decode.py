@@ -1,0 +1,153 @@
+"""How fast are prefill, append and decoding, and how near the limit of the memory? Ours, and the peers that run here.
+
+    python -m benchmarks.bench_decode --peers all --peer-env llamacpp=/opt/llama.cpp/build/bin
+
+All engines have the same shape and the same random weights, four bits each (transformers: bfloat16). Each round, the
+engines take turns: a prompt of 512 tokens, then in a new conversation 300 tokens after 1,200, then an answer of 80
+tokens, of which three in four stand word for word in those 300. Random weights quote nothing, so which token our engine
+chooses is scripted, with drafts and without; looking up, verifying, rolling back and all matrix work are real. Peers
+say as many tokens of their own, one at a time. Figures are medians over the rounds; read the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.bandwidth import read_bandwidth
+from benchmarks.machine import machine_card
+from benchmarks.peers.base import Answer, Peer
+from benchmarks.peers.ours import bytes_a_token
+from benchmarks.picture import draw_bars
+from benchmarks.race import NOTE, OURS, PLAIN, Race, caption, open_race, race_parser
+from benchmarks.workload import Writer
+from gog_edge.errors import GogEdgeError
+from gog_edge.files import write_json
+
+MEASURES = {"prefill_tok_s": "prefill", "append_tok_s": "append", "decode_tok_s": "decode"}
+Figures = Mapping[str, Mapping[str, float]]  # engine -> measure -> tokens a second
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Token counts of one round."""
+
+    prefill: int = 512
+    before: int = 1200
+    append: int = 300
+    say: int = 80
+
+    def scaled(self, scale: float) -> Load:
+        """The same, smaller or larger; at least two tokens each."""
+        counts = (self.prefill, self.before, self.append, self.say)
+        return Load(*(max(2, round(scale * count)) for count in counts))
+
+    @property
+    def context(self) -> int:
+        """Tokens in the cache while decoding, on average."""
+        return self.before + self.append + self.say // 2
+
+
+def measure(engine: Peer, load: Load, writer: Writer) -> dict[str, float]:
+    """One engine's part in a round, in tokens a second."""
+    one = Answer((*writer.words(1),))
+    engine.reset()
+    prefill = engine.turn(writer.opening(load.prefill), one)
+    engine.reset()
+    engine.turn(writer.opening(load.before), one)
+    passage = writer.words(load.append)
+    turn = engine.turn(passage, writer.quoting(passage, load.say))
+    return {
+        "prefill_tok_s": load.prefill / prefill.prefill_s,
+        "append_tok_s": load.append / turn.prefill_s,
+        "decode_tok_s": turn.decode_tok_s,
+    }
+
+
+def run(race: Race, load: Load, repeats: int, threads: int) -> tuple[Figures, float]:
+    """Medians of each engine, and the memory's bytes a second at best."""
+    found: dict[str, list[dict[str, float]]] = {engine.name: [] for engine in race.engines}
+    bandwidth = read_bandwidth(threads)
+    for seed, engine in race.rounds(repeats):
+        found[engine.name].append(measure(engine, load, Writer(seed, race.vocab)))
+        bandwidth = max(bandwidth, read_bandwidth(threads, tries=1))
+    medians = {
+        name: {key: round(float(np.median([one[key] for one in parts])), 2) for key in MEASURES}
+        for name, parts in found.items()
+    }
+    return medians, bandwidth
+
+
+def ratios(figures: Figures, race: Race, load: Load, bandwidth: float) -> dict[str, object]:
+    """What the last line says of ours. Decoding is compared without drafts: all engines say one token a step."""
+    plain, quick = figures[PLAIN], figures[OURS]
+    size = bytes_a_token(race.policy, race.model, load.context)
+    limit = bandwidth / size
+    drafter = race.ours[0]
+    line: dict[str, object] = {
+        **plain,
+        "drafted_tok_s": quick["decode_tok_s"],
+        "drafted_ratio": round(quick["decode_tok_s"] / plain["decode_tok_s"], 3),
+        "accepted_share": round(drafter.accepted / drafter.drafted, 3) if drafter.drafted else 0.0,
+        "bandwidth_gb_s": round(bandwidth / 1e9, 2),
+        "bytes_a_token": size,
+        "limit_tok_s": round(limit, 2),
+        "decode_over_limit": round(plain["decode_tok_s"] / limit, 3),
+    }
+    for peer in race.peers:
+        for key, word in MEASURES.items():
+            line[f"{word}_over_{peer.name}"] = round(plain[key] / figures[peer.name][key], 3)
+    return line
+
+
+def as_table(figures: Figures, missing: Mapping[str, str]) -> Table:
+    """Engines as rows, each measure beside its ratio."""
+    table = Table("engine", title="tokens a second (ours, plain = 1.00)")
+    for word in MEASURES.values():
+        table.add_column(word, justify="right")
+    for name, parts in figures.items():
+        table.add_row(name, *(f"{parts[key]:.1f} ({parts[key] / figures[PLAIN][key]:.2f})" for key in MEASURES))
+    for name in missing:
+        table.add_row(name, *["missing"] * len(MEASURES))
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 1 when ours cannot run."""
+    args = race_parser(__doc__ or "").parse_args(argv)
+    try:
+        _race(args)
+    except GogEdgeError as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        return 1
+    return 0
+
+
+def _race(args: argparse.Namespace) -> None:
+    load = Load().scaled(args.scale)
+    with open_race(args, names=(OURS, PLAIN)) as race:
+        figures, bandwidth = run(race, load, args.repeats, args.threads)
+        line = ratios(figures, race, load, bandwidth)
+        about, missing, shape, busy = race.about(), race.missing, race.model.manifest.name, race.load
+    console = Console()
+    console.print(*(f"{key}: {value}" for key, value in (machine_card() | about).items()), sep="\n", highlight=False)
+    console.print(as_table(figures, missing), NOTE, sep="\n")
+    line |= {"shape": shape, "engines": figures, "about": about, "missing": missing, "repeats": args.repeats}
+    line |= {"note": NOTE, "load_before": busy, "machine": machine_card()}
+    name = f"decode-{shape}"
+    groups = {word: {name: parts[key] for name, parts in figures.items()} for key, word in MEASURES.items()}
+    title = f"{shape}: prefill, append, decode (longer is better)"
+    draw_bars(args.out / f"{name}.png", title, caption(args.threads), groups, "tok/s")
+    write_json(args.out / f"{name}.json", line)
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Other engines on the same shape and weights, each in a process of its own."""
