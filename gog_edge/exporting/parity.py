@@ -146,7 +146,8 @@ class Reference:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
         from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        quiet: Any = logging.disable_progress_bar
+        quiet()
         kind: Any = Qwen3VLForConditionalGeneration if checkpoint.is_qwen3 else Qwen2_5_VLForConditionalGeneration
         self._model: Any = kind.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
         if checkpoint.adapter is not None:

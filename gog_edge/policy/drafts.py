@@ -27,7 +27,8 @@ class DraftConfig:
     def __post_init__(self) -> None:
         lengths = [length for length, _ in self.matches]
         fits = bool(lengths) and lengths == sorted(set(lengths)) and lengths[0] >= 1 and self.most >= 1
-        if not fits or self.cost < 0 or self.setup < 0 or self.weight <= 0 or not all(0 <= chance < 1 for _, chance in self.matches):
+        times = self.cost >= 0 and self.setup >= 0 and self.weight > 0
+        if not fits or not times or not all(0 <= chance < 1 for _, chance in self.matches):
             raise InputError(
                 f"{self} makes no drafts; use matches of growing length from 1, with chances from 0 to below 1, "
                 "weight > 0, setup >= 0, cost >= 0, most >= 1"
