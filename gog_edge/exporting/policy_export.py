@@ -125,7 +125,7 @@ def weight_forms(precision: str, block: int = DEFAULT_BLOCK, *, prefill: bool = 
 
     In int4 the tables at both ends take 8 bits: they are few bytes and much of the error. Where many rows are
     multiplied at a time, in the vision tower and (with `prefill`) in a second graph of the decoder, the work counts and
-    not the bytes: whole numbers by rows are twice as fast there, and nearer to the checkpoint than 4 bits.
+    not the bytes: whole numbers by rows are twice as fast there.
     CheckpointError for a block size that the operators do not take.
     """
     if block not in BLOCK_SIZES:
