@@ -95,12 +95,16 @@ def _compile(lark: str, vocabulary: LLTokenizer) -> LLMatcher:
 class ThinkBudget:
     """Closes a thought that has gone on for too long; whatever else is said is the inner constraint's."""
 
-    def __init__(self, inner: Constraint, dialect: Dialect, tokenizer: Tokenizer) -> None:
+    def __init__(self, inner: Constraint, dialect: Dialect, tokenizer: Tokenizer, most: int | None = None
+                 ) -> None:
+        """`most`: tokens that this turn can spare for a thought and its end, whatever the dialect allows."""
         thinking, closing = dialect.thinking, dialect.syntax.skip_until
         self._inner = inner
         self._opening, self._closing = thinking.open, closing
         self._cut: list[int] = tokenizer.encode(f"\n{closing}\n\n", add_special_tokens=False).ids
         self._left = thinking.budget or THINK_BUDGET
+        if most is not None:
+            self._left = min(self._left, most - len(self._cut))
         self._stream = TextStream(tokenizer)
         self._text = thinking.open if thinking.prefilled else ""
 

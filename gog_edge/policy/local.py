@@ -25,6 +25,7 @@ from gog_edge.policy.model import PolicyModel
 from gog_edge.policy.session import Session
 from gog_edge.types import Action, Observation, Utterance
 
+ACTION_ROOM = 64  # tokens of a turn that a thought may not use
 ANSWER_ROOM = 96  # tokens of the context that only a forced answer may use
 _DRAFTS = DraftConfig()
 
@@ -71,7 +72,7 @@ class LocalConversation:
         said = self._session.generate(
             max_tokens=max_tokens,
             sampling=self._policy.sampling,
-            constraint=self._policy.constraint(force_answer=force_answer),
+            constraint=self._policy.constraint(max_tokens, force_answer=force_answer),
             drafts=self._policy.drafts,
             deadline=deadline,
             on_text=listener.hear,
@@ -180,13 +181,16 @@ class LocalPolicy:
         conversation.say(*opening, Markup(self.model.manifest.chat.user_close))
         return conversation
 
-    def constraint(self, *, force_answer: bool) -> Constraint:
-        """What the next turn may say; a forced answer has been opened."""
+    def constraint(self, max_tokens: int, *, force_answer: bool) -> Constraint:
+        """What the next turn may say; a forced answer has been opened. A thought leaves room for an action."""
         grammar = self._grammar.result() if self._grammar else None
         if force_answer:
             return grammar.answer() if grammar else Unconstrained()
         turn = grammar.turn() if grammar else Unconstrained()
-        return ThinkBudget(turn, self.dialect, self.model.decoder.tokenizer) if self.dialect.thinking.open else turn
+        if not self.dialect.thinking.open:
+            return turn
+        most = max(max_tokens - ACTION_ROOM, max_tokens // 2)
+        return ThinkBudget(turn, self.dialect, self.model.decoder.tokenizer, most)
 
     def _read_grammar(self) -> Grammar:
         decoder = self.model.decoder

@@ -317,6 +317,17 @@ def test_a_long_thought_is_closed(inner):
     assert constraint.admits([EOS["atlas"]]) and not constraint.done
 
 
+def test_a_turn_of_few_tokens_spares_fewer_for_a_thought():
+    thought = encode("One flag is Peru's.")
+    name = "qwen_agent prefilled"
+    cut = len(encode("\n</think>\n\n"))
+    constraint = ThinkBudget(GRAMMARS[name, "atlas"].turn(), DIALECTS[name], TOKENIZERS["atlas"], len(thought) + cut)
+    for token in thought:
+        assert not constraint.forced()
+        constraint.accept(token)
+    assert TOKENIZERS["atlas"].decode(list(constraint.forced())) == "\n</think>\n\n"
+
+
 def test_a_thought_that_ends_in_time_is_left_alone():
     constraint = thinker(50, prefilled=True)
     say(constraint, "It may be Peru.</think>\n\n")
