@@ -12,24 +12,18 @@ say as many tokens of their own, one at a time. Figures are medians over the rou
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bandwidth import read_bandwidth
-from benchmarks.machine import machine_card
 from benchmarks.peers.base import Answer, Peer
 from benchmarks.peers.ours import bytes_a_token
-from benchmarks.picture import draw_bars
-from benchmarks.race import NOTE, OURS, PLAIN, Race, caption, open_race, race_parser
+from benchmarks.race import OURS, PLAIN, Race, open_race, publish, run_race
 from benchmarks.workload import Writer
-from gog_edge.errors import GogEdgeError
-from gog_edge.files import write_json
 
 MEASURES = {"prefill_tok_s": "prefill", "append_tok_s": "append", "decode_tok_s": "decode"}
 Figures = Mapping[str, Mapping[str, float]]  # engine -> measure -> tokens a second
@@ -121,32 +115,17 @@ def as_table(figures: Figures, missing: Mapping[str, str]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 when ours cannot run."""
-    args = race_parser(__doc__ or "").parse_args(argv)
-    try:
-        _race(args)
-    except GogEdgeError as exc:
-        sys.stderr.write(f"error: {exc}\n")
-        return 1
-    return 0
+    return run_race(_race, __doc__ or "", argv)
 
 
 def _race(args: argparse.Namespace) -> None:
     load = Load().scaled(args.scale)
     with open_race(args, names=(OURS, PLAIN)) as race:
         figures, bandwidth = run(race, load, args.repeats, args.threads)
-        line = ratios(figures, race, load, bandwidth)
-        about, missing, shape, busy = race.about(), race.missing, race.model.manifest.name, race.load
-    console = Console()
-    console.print(*(f"{key}: {value}" for key, value in (machine_card() | about).items()), sep="\n", highlight=False)
-    console.print(as_table(figures, missing), NOTE, sep="\n")
-    line |= {"shape": shape, "engines": figures, "about": about, "missing": missing, "repeats": args.repeats}
-    line |= {"note": NOTE, "load_before": busy, "machine": machine_card()}
-    name = f"decode-{shape}"
+        line = ratios(figures, race, load, bandwidth) | {"engines": figures}
     groups = {word: {name: parts[key] for name, parts in figures.items()} for key, word in MEASURES.items()}
-    title = f"{shape}: prefill, append, decode (longer is better)"
-    draw_bars(args.out / f"{name}.png", title, caption(args.threads), groups, "tok/s")
-    write_json(args.out / f"{name}.json", line)
-    print(json.dumps(line))
+    title = "prefill, append, decode (longer is better)"
+    publish(race, args, "decode", line, as_table(figures, race.missing), title, groups, "tok/s")
 
 
 if __name__ == "__main__":

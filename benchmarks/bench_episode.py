@@ -14,23 +14,17 @@ so too; *ours, stateless* computes the whole conversation again each turn. Secon
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import machine_card
 from benchmarks.peers.base import Answer
-from benchmarks.picture import draw_bars
-from benchmarks.race import NOTE, OURS, PLAIN, STATELESS, Race, caption, open_race, race_parser
+from benchmarks.race import OURS, PLAIN, STATELESS, Race, open_race, publish, run_race
 from benchmarks.workload import Writer
-from gog_edge.errors import GogEdgeError
-from gog_edge.files import write_json
 
 Seconds = Mapping[str, Sequence[float]]  # engine -> of each turn
 
@@ -111,13 +105,7 @@ def as_table(seconds: Seconds, episode: Sequence[Step], missing: Mapping[str, st
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 when ours cannot run."""
-    args = race_parser(__doc__ or "").parse_args(argv)
-    try:
-        _race(args)
-    except GogEdgeError as exc:
-        sys.stderr.write(f"error: {exc}\n")
-        return 1
-    return 0
+    return run_race(_race, __doc__ or "", argv)
 
 
 def _race(args: argparse.Namespace) -> None:
@@ -125,22 +113,13 @@ def _race(args: argparse.Namespace) -> None:
     with open_race(args, names=(OURS, PLAIN, STATELESS)) as race:
         seconds = run(race, episode, args.repeats)
         line = ratios(seconds, race)
-        about, missing, shape, busy = race.about(), race.missing, race.model.manifest.name, race.load
-    console = Console()
-    console.print(*(f"{key}: {value}" for key, value in (machine_card() | about).items()), sep="\n", highlight=False)
-    console.print(as_table(seconds, episode, missing), NOTE, sep="\n")
-    rounded = {name: [round(part, 3) for part in parts] for name, parts in seconds.items()}
-    line |= {"shape": shape, "seconds": rounded, "about": about, "missing": missing, "repeats": args.repeats}
-    line |= {"note": NOTE, "load_before": busy, "machine": machine_card()}
+    line["seconds"] = {name: [round(part, 3) for part in parts] for name, parts in seconds.items()}
     groups = {
         f"turn {number}: {step.brings} of {step.tokens} tokens, {step.says} of {step.say}":
         {name: parts[number - 1] for name, parts in seconds.items()} for number, step in enumerate(episode, 1)
     }  # fmt: skip
-    name = f"episode-{shape}"
-    title = f"{shape}: seconds a turn (shorter is better)"
-    draw_bars(args.out / f"{name}.png", title, caption(args.threads), groups, "s")
-    write_json(args.out / f"{name}.json", line)
-    print(json.dumps(line))
+    table, title = as_table(seconds, episode, race.missing), "seconds a turn (shorter is better)"
+    publish(race, args, "episode", line, table, title, groups, "s")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,17 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from benchmarks.machine import machine_card
 from benchmarks.peers.base import Peer
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.registry import Workshop, open_peers, peer_names
+from benchmarks.picture import draw_bars
 from benchmarks.workload import FIRST
 from gog_edge.engines.ort import physical_cores
-from gog_edge.errors import ArtifactError, BackendError
+from gog_edge.errors import ArtifactError, BackendError, GogEdgeError
+from gog_edge.files import write_json
 from gog_edge.policy.manifest import MANIFEST
 from gog_edge.policy.model import PolicyModel
 
@@ -88,9 +92,30 @@ def race_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def caption(threads: int) -> str:
-    """What a picture says of the machine and the models."""
-    return f"{machine_card()['processor']}, {threads} threads; random weights, same shape; transformers in bfloat16"
+def run_race(race: Callable[[argparse.Namespace], None], description: str, argv: Sequence[str] | None) -> int:
+    """A race as a command; 1 when ours cannot run."""
+    args = race_parser(description).parse_args(argv)
+    try:
+        race(args)
+    except GogEdgeError as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        return 1
+    return 0
+
+
+def publish(race: Race, args: argparse.Namespace, kind: str, figures: Mapping[str, object], table: Table,
+            title: str, groups: Mapping[str, Mapping[str, float]], unit: str) -> None:
+    """Print card, table and a last line of JSON; keep the line and a picture of `groups` under `args.out`."""
+    card, about, shape = machine_card(), race.about(), race.model.manifest.name
+    console = Console()
+    console.print(*(f"{key}: {value}" for key, value in (card | about).items()), sep="\n", highlight=False)
+    console.print(table, NOTE, sep="\n")
+    line = {**figures, "shape": shape, "about": about, "missing": race.missing, "repeats": args.repeats}
+    line |= {"note": NOTE, "load_before": race.load, "machine": card}
+    caption = f"{card['processor']}, {args.threads} threads; random weights, same shape; transformers in bfloat16"
+    draw_bars(args.out / f"{kind}-{shape}.png", f"{shape}: {title}", caption, groups, unit)
+    write_json(args.out / f"{kind}-{shape}.json", line)
+    print(json.dumps(line))
 
 
 @contextmanager

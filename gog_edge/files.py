@@ -85,7 +85,7 @@ def read_json(path: Path, *, what: str, error: type[ArtifactError] = ArtifactErr
     """Read a JSON object; `error` when it is missing or not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise error(f"{what}: there is no '{path}'; is this the right folder?") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as exc:
         raise error(f"{what}: '{path}' is not JSON ({exc}); copy or build it again") from exc

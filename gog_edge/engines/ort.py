@@ -60,7 +60,8 @@ def open_session(
     try:
         session = ort.InferenceSession(str(path), options, providers=list(providers))
     except LOAD_ERRORS as exc:
-        raise BackendError(f"ONNX Runtime {ort.__version__} cannot load '{path}': {exc}; export it again") from exc
+        mend = f"remove the folder '{path.parent}', it is made anew" if optimised else "export it again"
+        raise BackendError(f"ONNX Runtime {ort.__version__} cannot load '{path}': {exc}; {mend}") from exc
     obtained = session.get_providers()
     if obtained[: len(providers)] != list(providers):
         raise BackendError(f"asked for {', '.join(providers)} for '{path}' and got {', '.join(obtained)}; see its log")

@@ -81,6 +81,8 @@ def export_policy(
     """
     check_available(engine, precision)
     forms = weight_forms(precision, block, prefill=prefill)
+    if context < 1:
+        raise CheckpointError(f"a conversation of {context} tokens holds nothing; give --context at least 1")
     checkpoint = Checkpoint.open(source, adapter)
     if out.exists() and not _is_policy(out):
         raise CheckpointError(f"'{out}' exists and is no policy folder; name another one or remove it")

@@ -23,10 +23,9 @@ _ROWS = 512  # quantised at a time: bounds the scratch memory
 def quantise(weight: Floats, blocks: Blocks) -> tuple[Packed, Floats]:
     """(packed numbers, scales [rows, blocks]) of a weight [rows, columns]; a last short block is filled with zeros.
 
-    Numbers are told by how far they are from the lowest, so never negative.
-
-    Of the candidate scales each block takes the one with the least squared error. The greatest value by magnitude
-    goes to the end of the grid that reaches one step further, -2^(bits-1), whatever its sign.
+    Numbers are told by how far they are from the lowest, so never negative. Of the candidate scales each block takes
+    the one with the least squared error. The greatest value by magnitude goes to the end of the grid that reaches one
+    step further, -2^(bits-1), whatever its sign.
     """
     chunks = [weight[start : start + _ROWS] for start in range(0, len(weight), _ROWS)]
     with ThreadPoolExecutor() as threads:

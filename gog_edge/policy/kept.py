@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from gog_edge.engines.base import Snapshot
+from gog_edge.errors import BackendError
 from gog_edge.policy.session import Session
 
+_ARRAYS = tuple(field.name for field in fields(Snapshot))
 _log = logging.getLogger(__name__)
 
 
@@ -26,14 +28,15 @@ def prefill_kept(session: Session, cache: Path) -> None:
     tokens = np.asarray(session.tokens, np.int64)
     folder = cache / f"prompt-{hashlib.sha256(tokens.tobytes()).hexdigest()[:16]}"
     if folder.is_dir():
-        session.adopt(Snapshot(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}))
-        return
+        try:
+            session.adopt(Snapshot(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}))
+            return
+        except (OSError, ValueError, BackendError) as exc:
+            _log.warning("the prompt kept in '%s' cannot be used (%s): it is computed again", folder, exc)
+            shutil.rmtree(folder, ignore_errors=True)
     session.prefill()
     if cache.is_dir():
         _keep(session.snapshot(), folder)
-
-
-_ARRAYS = tuple(field.name for field in fields(Snapshot))
 
 
 def _keep(snapshot: Snapshot, folder: Path) -> None:

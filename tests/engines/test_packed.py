@@ -5,6 +5,7 @@ import pytest
 
 from gog_edge.engines.ort import OrtGraph
 from gog_edge.engines.packed import cache_key, packed_graph
+from gog_edge.errors import BackendError
 from gog_edge.exporting.graph import FLOAT, GraphBuilder
 from gog_edge.exporting.policy_export import export_policy
 from gog_edge.files import FileEntry
@@ -89,6 +90,22 @@ def test_a_kept_prompt_goes_on_as_a_computed_one(large):
         said.append((session.prefill().copy(), session.prefilled))
     assert np.array_equal(said[0][0], said[1][0]) and said[0][1] == said[1][1]
     assert mapped._prefix.prefilled == 0 < computed._prefix.prefilled
+
+
+def test_a_broken_kept_prompt_is_computed_again(large, caplog):
+    expected = speak(large)
+    states = next((large / "cache").rglob("states.npy"))
+    states.write_bytes(states.read_bytes()[:200])
+    assert speak(large) == expected and "computed again" in caplog.text
+    assert states.stat().st_size > 200
+
+
+def test_broken_kept_weights_are_an_error_that_says_what_to_remove(large):
+    speak(large)
+    graph = next((large / "cache").rglob("decoder.onnx"))
+    graph.write_bytes(graph.read_bytes()[:200])
+    with pytest.raises(BackendError, match=f"remove the folder '{graph.parent}'"):
+        speak(large)
 
 
 def test_what_was_kept_for_another_processor_is_forgotten(large):
