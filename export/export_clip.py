@@ -2,9 +2,12 @@
 
     python -m export.export_clip ViT-B-32 out/encoder --weights vit_b_32.safetensors --tag laion2b_s34b_b79k
     python -m export.export_clip training/checkpoints/encoder gog_edge/data/atlas/encoder
+    python -m export.export_clip ViT-B-32 out/encoder --weights vit_b_32.safetensors --precision int8
 
 MODEL is a folder with open_clip_config.json and weights, or the name of a configuration that open_clip ships.
-Nothing is downloaded. The export fails where ONNX Runtime does not give what PyTorch gives.
+Nothing is downloaded. The export fails where ONNX Runtime does not give what PyTorch gives. int8 is for ViT models:
+matrix products of whole numbers, about three times as fast, for a quarter of the bytes. Its vectors are held to a
+cosine of 0.99 to PyTorch's, on real pictures too, so that packs built in either precision can be searched in the other.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gog_edge.errors import GogEdgeError
-from gog_edge.exporting.clip import export_clip, load_clip
+from gog_edge.exporting.clip import PRECISIONS, export_clip
+from gog_edge.exporting.clip_checkpoint import load_clip
+from gog_edge.exporting.clip_parity import SAMPLES
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -29,6 +34,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--weights", type=Path, help="local weights (needed with a name)")
     parser.add_argument("--tag", help="open_clip's tag of these weights: brings their preprocessing and activation")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="int8: whole numbers, for ViT models")
+    parser.add_argument("--pictures", type=Path, default=SAMPLES, help="folder of pictures that parity is measured on")
     return parser.parse_args(argv)
 
 
@@ -37,17 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     begin = time.perf_counter()
     try:
-        manifest = export_clip(load_clip(args.model, weights=args.weights, tag=args.tag), args.out)
+        checkpoint = load_clip(args.model, weights=args.weights, tag=args.tag)
+        manifest = export_clip(checkpoint, args.out, precision=args.precision, pictures=args.pictures)
     except GogEdgeError as exc:
         print(f"export_clip: {exc}", file=sys.stderr)
         return 1
-    table = Table("file", "MB", "max difference", "least cosine", title=f"{manifest['name']} -> {args.out}")
+    title = f"{manifest['name']}, {args.precision} -> {args.out}"
+    table = Table("file", "MB", "max difference", "least cosine", title=title)
     for entry in manifest["files"]:
         parity = manifest["parity"].get(entry["path"].removesuffix(".onnx"), {})
         shown = (f"{parity['max_abs']:.1e}", f"{parity['min_cosine']:.6f}") if parity else ("", "")
         table.add_row(entry["path"], f"{entry['size'] / 1e6:.2f}", *shown)
     Console().print(table)
-    keys = ("name", "dim", "weights_sha256", "preprocessing_sha256", "parity")
+    keys = ("name", "dim", "precision", "weights_sha256", "preprocessing_sha256", "parity")
     print(json.dumps({key: manifest[key] for key in keys} | {"seconds": round(time.perf_counter() - begin, 1)}))
     return 0
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gog_edge.config import Limits, RemoteConfig
+from gog_edge.config import Limits, MilvusConfig, RemoteConfig
 from gog_edge.errors import BundleError
 from gog_edge.files import read_json, verify_files
 
@@ -19,6 +19,9 @@ LISTING = "samples.json"
 DEFAULT_BUNDLE = Path(__file__).parent / "data" / "atlas"
 _KEYS = {"schema", "name", "policy", "encoder", "packs", "limits", "samples"}
 _PART_KEYS = {"path"}
+_SERVER_KEYS = {"path", "milvus", "key_env", "timeout_s"}
+# Files of a pack that a box needs only where it searches the vectors itself.
+VECTOR_FOLDERS = ("vectors/", "index/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Bundle:
     packs: tuple[Path, ...]
     limits: Limits
     samples: tuple[Sample, ...]
+    servers: Mapping[Path, MilvusConfig] = field(default_factory=dict)  # by pack: who searches its vectors, if not we
 
     @property
     def manifests(self) -> tuple[Path, ...]:
@@ -58,6 +62,8 @@ class Bundle:
             entries = read_json(manifest, what=what, error=BundleError).get("files")
             if not isinstance(entries, list):
                 raise BundleError(f"{what}: '{manifest}' has no list 'files'; build it again")
+            if manifest.parent in self.servers:
+                entries = [entry for entry in entries if not str(entry.get("path")).startswith(VECTOR_FOLDERS)]
             verify_files(manifest.parent, entries, what=what, error=BundleError, full=full)
 
 
@@ -75,12 +81,14 @@ def open_bundle(folder: Path) -> Bundle:
     packs = table.get("packs")
     if not isinstance(packs, list) or not packs:
         raise BundleError(f"{where}: [[packs]] is missing; name at least one pack with its path")
+    parts = [_pack(root, pack, where) for pack in packs]
     bundle = Bundle(
         root=root,
         name=_text(table, "name", where, ""),
         policy=_policy(root, table.get("policy"), where),
         encoder=_part(root, table.get("encoder"), where, "[encoder]"),
-        packs=tuple(_part(root, pack, where, "[[packs]]") for pack in packs),
+        packs=tuple(path for path, _ in parts),
+        servers={path: server for path, server in parts if server is not None},
         limits=Limits.from_table(_table(table.get("limits", {}), where, "[limits]"), where=str(where)),
         samples=_samples(root, table.get("samples"), where),
     )
@@ -130,6 +138,16 @@ def _policy(root: Path, value: Any, where: Path) -> Path | RemoteConfig:
     if not path.is_file():
         raise BundleError(f"{where}: [policy] 'dialect' = '{config.dialect}' is no file in {root}")
     return replace(config, dialect=path)
+
+
+def _pack(root: Path, value: Any, where: Path) -> tuple[Path, MilvusConfig | None]:
+    """A folder of the bundle, and with `milvus` the server that searches its vectors."""
+    table = _table(value, where, "[[packs]]")
+    if "milvus" not in table:
+        return _part(root, table, where, "[[packs]]"), None
+    _check_keys(table, _SERVER_KEYS, where, "[[packs]] ")
+    path = _part(root, {key: table[key] for key in table if key in _PART_KEYS}, where, "[[packs]]")
+    return path, MilvusConfig.from_table(table, root=root, where=str(where))
 
 
 def _part(root: Path, value: Any, where: Path, section: str) -> Path:

@@ -1,7 +1,8 @@
 """Every run-time limit with its default, in one place: each class adds what its layer owns.
 
 `Budget` is what a question may cost, `Limits` what a box accepts (the [limits] table of bundle.toml),
-`RemoteConfig` where a policy is that another server runs ([policy] with `url`), `ServeConfig` how it listens.
+`RemoteConfig` where a policy is that another server runs ([policy] with `url`), `MilvusConfig` where a pack's vectors
+are searched ([[packs]] with `milvus`), `ServeConfig` how it listens.
 """
 
 from __future__ import annotations
@@ -160,6 +161,31 @@ class RemoteConfig:
         ours = sorted(set(self.options) & set(REQUEST_FIELDS))
         yield "options", not ours, f"{', '.join(ours)} cannot be set here"
         yield "options", _is_json(self.options), "only what JSON can hold"
+
+
+@dataclass(frozen=True, slots=True)
+class MilvusConfig:
+    """A Milvus server that searches a pack's vectors: [[packs]] of bundle.toml with `milvus` beside `path`."""
+
+    uri: str  # as http://10.0.0.5:19530; or a file of milvus-lite, whose name ends in .db
+    key_env: str = ""  # environment variable that holds the server's token; "" sends none
+    timeout_s: float = 5.0  # of one call, in which it is tried again
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], *, root: Path, where: str) -> Self:
+        """Read the keys `milvus`, `key_env` and `timeout_s`; BundleError names the first that is wrong.
+
+        A file is looked for below `root`.
+        """
+        uri, key_env, timeout_s = table["milvus"], table.get("key_env", ""), table.get("timeout_s", 5.0)
+        if not isinstance(uri, str) or not (_is_address(uri) or ("://" not in uri and uri.endswith(".db"))):
+            raise BundleError(f"{where}: [[packs]] 'milvus' = {uri!r}; give http:// or https:// and a host, no user "
+                              "and no query, or a file of milvus-lite (.db); a key goes by 'key_env'")
+        if not isinstance(key_env, str):
+            raise BundleError(f"{where}: [[packs]] 'key_env' = {key_env!r} is no name of an environment variable")
+        if not _is_kind(timeout_s, "float") or not 0 < timeout_s < math.inf:
+            raise BundleError(f"{where}: [[packs]] 'timeout_s' = {timeout_s!r}; it is a number of seconds above 0")
+        return cls(uri if "://" in uri else str(root / uri), key_env, float(timeout_s))
 
 
 def _is_address(text: str) -> bool:

@@ -10,6 +10,7 @@
     ├── ArtifactError         what lies on disk: a bundle, a pack, an encoder, a policy, a trace
     │   ├── BundleError
     │   ├── PackError
+    │   ├── SourceError       a snapshot that cannot be read: truncated, corrupt, of no known kind
     │   └── CheckpointError   a checkpoint that cannot be exported
     ├── BackendError          an engine or provider that was asked for and is not to be had
     ├── NotEnoughMemory       a bundle that the free memory cannot hold: refused before it is loaded
@@ -60,6 +61,10 @@ class BundleError(ArtifactError):
 
 class PackError(ArtifactError):
     """A pack cannot be opened or does not belong to this encoder."""
+
+
+class SourceError(ArtifactError):
+    """A snapshot that a pack is to be built from cannot be read."""
 
 
 class CheckpointError(ArtifactError):

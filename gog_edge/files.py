@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gog_edge.errors import ArtifactError
 
 # Whole-file hashing at open is worth its time up to here; larger files are checked by size, and by `verify`.
 HASH_AT_OPEN_BYTES = 64 * 2**20
+BLOCK_BYTES = 2**20
+OnBytes: TypeAlias = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +37,15 @@ class FileEntry:
         return asdict(self)
 
 
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
+def sha256_of(path: Path, on_bytes: OnBytes | None = None) -> str:
+    """Hex sha256 of a file, read in pieces; `on_bytes` is told how long each is."""
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
+    return digest.hexdigest()
 
 
 def describe_files(root: Path, names: Iterable[str]) -> list[FileEntry]:
@@ -47,10 +60,11 @@ def verify_files(
     what: str,
     error: type[ArtifactError] = ArtifactError,
     full: bool = False,
+    on_bytes: OnBytes | None = None,
 ) -> None:
     """Raise `error` naming the first file that is missing or altered.
 
-    Files above `HASH_AT_OPEN_BYTES` are compared by size only, unless `full`.
+    Files above `HASH_AT_OPEN_BYTES` are compared by size only, unless `full`. `on_bytes` is told how much was hashed.
     """
     for raw in entries:
         entry = raw if isinstance(raw, FileEntry) else FileEntry(**raw)
@@ -62,7 +76,7 @@ def verify_files(
         size = path.stat().st_size
         if size != entry.size:
             raise error(f"{what}: '{path}' has {size} bytes, its manifest says {entry.size}; copy or build it again")
-        if (full or size <= HASH_AT_OPEN_BYTES) and sha256_of(path) != entry.sha256:
+        if (full or size <= HASH_AT_OPEN_BYTES) and sha256_of(path, on_bytes) != entry.sha256:
             raise error(f"{what}: '{path}' is altered (its sha256 is not the manifest's); copy or build it again")
 
 
@@ -74,6 +88,45 @@ def write_atomic(path: Path, data: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     beside.replace(path)
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """`write_atomic` of an array as numpy's own file, which can be mapped."""
+    beside = path.with_name(path.name + ".part")
+    with beside.open("wb") as stream:
+        # not np.save: it writes to files past Python, and does not say of a full disk that it is full
+        rows = np.ascontiguousarray(array)
+        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(rows))
+        stream.write(rows.data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(path)
+
+
+def full_disk(exc: BaseException) -> bool:
+    """Whether this error says that there is no room left, or that a file may not grow (on FAT32, beyond 4 GiB)."""
+    if isinstance(exc, sqlite3.Error):
+        return getattr(exc, "sqlite_errorcode", None) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
+    return isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def full_disk_said(where: Path, error: type[ArtifactError] = ArtifactError) -> Iterator[None]:
+    """Say of a full disk that it is full, as `error`; other errors pass."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as exc:
+        if full_disk(exc):
+            raise error(f"the disk of '{where}' is full ({exc}); make room and run the same command again: it goes on "
+                        "where it stopped") from exc
+        raise
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """Bring files to the disk before anything names them."""
+    for path in paths:
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -18,8 +19,12 @@ from gog_edge.errors import BackendError, NotFound
 from gog_edge.picture import Picture, decode_picture
 from gog_edge.planner import MemoryPlan, free_memory, plan_memory
 from gog_edge.policy.base import Policy
-from gog_edge.retrieval.store import StoredPicture
-from gog_edge.types import Query, SearchResult
+from gog_edge.retrieval.segment import StoredPicture
+from gog_edge.types import ImageQuery, PackState, Query, SearchResult, TextQuery
+
+if TYPE_CHECKING:
+    from gog_edge.retrieval.encoder import Encoder
+    from gog_edge.retrieval.pack import Pack
 
 
 class Album(Protocol):
@@ -29,14 +34,40 @@ class Album(Protocol):
         """The file of an image, or None where there is no such image."""
 
 
+class Library(Searcher, Protocol):
+    """Packs at one moment: searched together, and looked at by name."""
+
+    @property
+    def packs(self) -> Mapping[str, Album]:
+        """By name."""
+
+    def search_many(self, crops: Sequence[ImageQuery], texts: Sequence[TextQuery], k: int) -> SearchResult:
+        """One result of all queries, fused."""
+
+
+class Packs(Protocol):
+    """Where packs are borrowed from; `retrieval.shelf.Shelf` is one."""
+
+    def lease(self) -> AbstractContextManager[Library]:
+        """What is served now, unchanged until the end of the block."""
+
+    def states(self) -> Sequence[PackState]:
+        """Which generations are served."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Looks for new generations, until the end of the block."""
+
+    def wake(self) -> None:
+        """Look at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """Everything that answers a question: who decides, where it looks things up, and what it may cost."""
 
     name: str
     policy: Policy
-    retriever: Searcher
-    packs: Mapping[str, Album]  # by name
+    packs: Packs
     limits: Limits = field(default_factory=Limits)
     samples: tuple[Sample, ...] = ()
 
@@ -49,17 +80,21 @@ class Runtime:
         budget: Budget | None = None,
         trace: TraceWriter | None = None,
     ) -> Generator[Event, None, None]:
-        """Answer one question; the last event is Answered. Raises InputError before the first event."""
+        """Answer one question from the packs as they are now; the last event is Answered.
+
+        Raises InputError before the first event.
+        """
         text = self.limits.check_question(question)
-        yield from run_episode(
-            self.decode(picture),
-            text,
-            policy=self.policy,
-            retriever=self.retriever,
-            budget=budget or self.limits.budget,
-            workflow=workflow,
-            trace=trace,
-        )
+        with self.packs.lease() as library:
+            yield from run_episode(
+                self.decode(picture),
+                text,
+                policy=self.policy,
+                retriever=library,
+                budget=budget or self.limits.budget,
+                workflow=workflow,
+                trace=trace,
+            )
 
     def decode(self, picture: bytes) -> Picture:
         """The picture in a file's bytes, within this box's limits. Raises PictureError."""
@@ -67,23 +102,32 @@ class Runtime:
 
     def search(self, queries: Sequence[Query]) -> tuple[SearchResult, ...]:
         """Search the packs without a policy; one result for each query."""
-        return self.retriever.search(queries)
+        with self.packs.lease() as library:
+            return library.search(queries)
+
+    def search_many(self, crops: Sequence[ImageQuery], texts: Sequence[TextQuery], k: int) -> SearchResult:
+        """Search the packs without a policy; one fused result of at most k things for all queries."""
+        with self.packs.lease() as library:
+            return library.search_many(crops, texts, k)
 
     def picture(self, pack: str, image: int) -> StoredPicture:
         """An image of a pack, as a citation names it. Raises NotFound."""
-        album = self.packs.get(pack)
-        stored = album.picture(image) if album else None
-        if stored is None:
-            raise NotFound(f"there is no image {image} in a pack '{pack}'; packs here: {', '.join(self.packs)}")
-        return stored
+        with self.packs.lease() as library:
+            album = library.packs.get(pack)
+            stored = album.picture(image) if album else None
+            if stored is None:
+                here = ", ".join(library.packs)
+                raise NotFound(f"there is no image {image} in a pack '{pack}'; packs here: {here}")
+            return stored
 
     def warm_up(self) -> None:
         """Let every part work once, so that the first visitor does not wait for it."""
         picture = Picture(np.full((224, 224, 3), 255, np.uint8))
         budget = Budget(turns=1, tokens=4)
-        for _ in run_episode(picture, "?", policy=self.policy, retriever=self.retriever, budget=budget,
-                             workflow=Workflow.FULL_IMAGE):
-            pass
+        with self.packs.lease() as library:
+            for _ in run_episode(picture, "?", policy=self.policy, retriever=library, budget=budget,
+                                 workflow=Workflow.FULL_IMAGE):
+                pass
 
 
 def open_runtime(folder: Path, *, threads: int, on_plan: Callable[[MemoryPlan], None] | None = None) -> Runtime:
@@ -92,8 +136,7 @@ def open_runtime(folder: Path, *, threads: int, on_plan: Callable[[MemoryPlan], 
     `on_plan` is told what it will take of the memory before anything is loaded; NotEnoughMemory when that is not free.
     """
     from gog_edge.retrieval.encoder import Encoder  # engines load here: a runtime around other parts needs none
-    from gog_edge.retrieval.pack import Pack
-    from gog_edge.retrieval.retriever import Retriever
+    from gog_edge.retrieval.shelf import Shelf
 
     bundle = open_bundle(folder)
     plan = plan_memory(bundle)
@@ -101,9 +144,24 @@ def open_runtime(folder: Path, *, threads: int, on_plan: Callable[[MemoryPlan], 
         on_plan(plan)
     plan.check(free_memory())
     encoder = Encoder.open(bundle.encoder, threads=threads)
-    retriever = Retriever(encoder, [Pack.open(pack, encoder) for pack in bundle.packs])
+    shelf = Shelf(bundle.packs, encoder, pack_opener(bundle))
     policy = open_policy(bundle, threads=threads)
-    return Runtime(bundle.name, policy, retriever, retriever.packs, bundle.limits, bundle.samples)
+    return Runtime(bundle.name, policy, shelf, bundle.limits, bundle.samples)
+
+
+def pack_opener(bundle: Bundle) -> Callable[[Path, Encoder], Pack]:
+    """How the bundle's packs are opened: with their own vectors, or those that a Milvus server searches.
+
+    Raises BackendError where a server is named that cannot be reached.
+    """
+    from gog_edge.retrieval.pack import Pack
+
+    if not bundle.servers:
+        return Pack.open
+    from gog_edge.retrieval.server import MilvusServer
+
+    servers = {pack: MilvusServer.open(config) for pack, config in bundle.servers.items()}
+    return lambda pack, encoder: Pack.open(pack, encoder, servers[pack].index if pack in servers else None)
 
 
 def open_policy(bundle: Bundle, *, threads: int) -> Policy:

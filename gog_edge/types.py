@@ -105,6 +105,14 @@ class TextQuery:
 
 
 @dataclass(frozen=True, slots=True)
+class Region:
+    """Where the pixels of a query were cut from: what lies nearly there was embedded already, or will be once."""
+
+    picture: str  # hash of the whole picture
+    boxes: tuple[Box, ...]  # in its pixels: of the query's own pixels, then of its views
+
+
+@dataclass(frozen=True, slots=True)
 class ImageQuery:
     """Pixels to search for (whole picture or crop); `question` chooses paragraphs of what matches.
 
@@ -114,6 +122,7 @@ class ImageQuery:
     pixels: Pixels
     question: str = ""
     views: tuple[Pixels, ...] = ()
+    region: Region | None = None
 
 
 Query: TypeAlias = TextQuery | ImageQuery
@@ -129,6 +138,7 @@ class Passage:
     paragraph: int  # id within the pack, stable over generations
     text: str
     licence: str
+    span: tuple[int, int] = (0, 0)  # where it stands in the article's text, in characters, half-open
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +153,22 @@ class ImageRef:
 
 
 @dataclass(frozen=True, slots=True)
+class ChannelRank:
+    """How high one way of searching put a thing; channels are named in `retrieval.channels`."""
+
+    channel: str
+    rank: int  # from 1; the best of several queries
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """One thing found: the articles that share it (several territories may share a flag) and what they say."""
 
     titles: tuple[str, ...]  # best first; never empty
     passages: tuple[Passage, ...]  # best first; may be empty for lower ranks
     image: ImageRef | None
-    score: float  # cosine for image queries, fused rank score for text; comparable within one result only
+    score: float  # cosine where only pictures were compared, else fused rank score; comparable within one result only
+    ranks: tuple[ChannelRank, ...] = ()  # which channels found it
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,3 +213,14 @@ class Utterance:
     new_tokens: int  # tokens generated
     prefill_ms: float
     decode_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class PackState:
+    """What is served of a pack."""
+
+    name: str
+    generation: int
+    switches: int  # to other generations since it was opened
+    refusals: int
+    refused: str  # why what lies there now is not served; empty where it is

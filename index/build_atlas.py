@@ -23,7 +23,7 @@ from gog_edge.indexing.atlas.countries import from_geonames
 from gog_edge.indexing.atlas.flags import load_flag_icons
 from gog_edge.indexing.atlas_pack import SCENES, build_atlas
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.pack import Manifest
+from gog_edge.retrieval.manifest import Manifest
 
 INSTALLED = Path("node_modules/flag-icons")
 
@@ -41,14 +41,16 @@ def find_flags(named: Path | None) -> Path:
 def as_table(manifest: Manifest) -> Table:
     """What was built, for people."""
     table = Table("what", "value", title=f"pack '{manifest.name}', generation {manifest.generation}")
-    counts, index = manifest.counts, manifest.index
+    counts, index = manifest.counts, manifest.images.index
     table.add_row("articles, paragraphs, images", f"{counts.articles}, {counts.paragraphs}, {counts.images}")
-    table.add_row("encoder", f"{manifest.encoder.name}, {manifest.encoder.dim} values")
-    table.add_row("index", f"{index.factory}, recall@{index.recall_k} {index.recall:.3f}")
+    if manifest.encoder is not None:
+        table.add_row("encoder", f"{manifest.encoder.name}, {manifest.encoder.dim} values")
+    if index is not None:
+        table.add_row("index", f"{index.factory}, recall@{index.recall_k} {index.recall:.3f}")
     for name, one in (("pictures", manifest.image_calibration), ("words", manifest.text_calibration)):
         if one is not None:
             rates = f"accepts {one.true_accept:.3f} of the present, {one.false_accept:.3f} of the absent"
-            table.add_row(f"found, {name}", f"{rates} at {one.threshold:.3f}")
+            table.add_row(f"found, {name}", f"{rates} (held-out half)")
     table.add_row("size", f"{sum(entry.size for entry in manifest.files) / 2**20:.1f} MiB")
     return table
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gog_edge.indexing.pack_writer import ArticleDraft, ImageDraft, PackWriter, Snapshot
+from gog_edge.indexing.pack_writer import ArticleDraft, ImageDraft, PackOptions, PackWriter, Snapshot
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.pack import Manifest
+from gog_edge.retrieval.manifest import Manifest
 from gog_edge.types import Pixels
 
 SNAPSHOT = Snapshot("little world", "2026-01-01", "00000000-0000-0000-0000-000000000001", "ab" * 32, "CC0")
@@ -87,6 +87,6 @@ def images() -> list[ImageDraft]:
 
 def write_little_pack(folder: Path, encoder: Encoder, *, name: str = "little", **settings) -> Manifest:
     """Write the pack."""
-    with PackWriter(folder, name=name, snapshot=SNAPSHOT, encoder=encoder, **settings) as writer:
+    with PackWriter(folder, name=name, snapshot=SNAPSHOT, encoder=encoder, options=PackOptions(**settings)) as writer:
         writer.add(articles(), images())
         return writer.commit()

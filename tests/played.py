@@ -4,6 +4,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 from gog_edge.bundle import Sample
 from gog_edge.config import Limits
 from gog_edge.policy.dialect_rules import LoopRules
-from gog_edge.retrieval.store import StoredPicture
+from gog_edge.retrieval.segment import StoredPicture
 from gog_edge.runtime import Runtime
 from gog_edge.types import (
     Action,
@@ -69,10 +70,33 @@ def scene() -> Image.Image:
 
 
 @dataclass
+class Still:
+    """Packs that stay as they are."""
+
+    library: object
+
+    def lease(self):
+        return nullcontext(self.library)
+
+    def states(self):
+        return ()
+
+    def watching(self):
+        return nullcontext()
+
+    def wake(self) -> None:
+        pass
+
+
+@dataclass
 class Flags:
     """Finds the flag whose stripes are nearest in colour."""
 
     name: str = "flags"
+
+    @property
+    def packs(self) -> dict[str, "Flags"]:
+        return {self.name: self}
 
     def search(self, queries: Sequence[ImageQuery]) -> tuple[SearchResult, ...]:
         return tuple(self._one(query) for query in queries)
@@ -150,6 +174,5 @@ def played_runtime(folder: Path, policy: Player | None = None, **limits: int) ->
     """A runtime around a `Player`, its sample picture in `folder`; keyword arguments go to its Limits."""
     picture = folder / "three flags.png"
     scene().save(picture)
-    flags = Flags()
     sample = Sample(picture, "Three flags", (QUESTION, "Which country is on the left?"))
-    return Runtime("toy", policy or Player(), flags, {flags.name: flags}, Limits(**limits), (sample,))
+    return Runtime("toy", policy or Player(), Still(Flags()), Limits(**limits), (sample,))

@@ -20,7 +20,8 @@ def test_the_plan_counts_what_lies_there(atlas):
     assert plan.weights == graphs
     spec = read_manifest(atlas.policy).text
     assert kv_bytes(spec) == 2 * spec.layers * spec.kv_heads * spec.head_dim * 4
-    assert plan.total == sum((plan.weights, plan.conversations, plan.pictures, plan.prefill, plan.index, plan.program))
+    assert plan.total == sum((plan.weights, plan.conversations, plan.pictures, plan.prefill, plan.index, plan.switch,
+                              plan.program))
 
 
 def test_more_questions_at_a_time_take_more(atlas):

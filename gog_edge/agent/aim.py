@@ -9,7 +9,7 @@ from gog_edge.config import GazeConfig
 from gog_edge.errors import MalformedAction
 from gog_edge.picture import Picture
 from gog_edge.policy.dialect_rules import CropRules
-from gog_edge.types import Box, GazeSearch, ImageQuery, ImageSearch, Pixels, Query, Size, TextQuery, TextSearch
+from gog_edge.types import Box, GazeSearch, ImageQuery, ImageSearch, Pixels, Query, Region, Size, TextQuery, TextSearch
 
 
 class Refusal(MalformedAction):
@@ -44,25 +44,32 @@ def aim(action: TextSearch | ImageSearch | GazeSearch, picture: Picture, questio
             raise Refusal("malformed", "the query is empty")
         return Target(action.query, TextQuery(action.query, question))
     if isinstance(action, ImageSearch):
-        return Target(whole(picture.size), ImageQuery(picture.pixels, question))
+        return Target(whole(picture.size), picture_query(picture, question))
     box, note = mend_box(action.box, picture.size, config.min_side)
     query = gaze_query(picture, box, question, config)
     shown = padded(box, config.pad, picture.size)
     if box.iou(whole(picture.size)) >= config.same_iou:  # one search, whichever way it is asked for
-        return Target(whole(picture.size), ImageQuery(picture.pixels, question), query.pixels, note, shown)
+        return Target(whole(picture.size), picture_query(picture, question), query.pixels, note, shown)
     return Target(box, query, query.pixels, note, shown)
+
+
+def picture_query(picture: Picture, question: str, box: Box | None = None) -> ImageQuery:
+    """The pixels of a box, or of the whole picture."""
+    pixels = picture.crop(box) if box else picture.pixels
+    return ImageQuery(pixels, question, region=Region(picture.sha256, (box or whole(picture.size),)))
 
 
 def gaze_query(picture: Picture, box: Box, question: str, config: GazeConfig) -> ImageQuery:
     """The crop of a box, and its other framings."""
     center_x, center_y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
-    views = []
+    boxes = [padded(box, config.pad, picture.size)]
     for scale, shift_x, shift_y in config.framings:
         x, y = center_x + shift_x * box.width, center_y + shift_y * box.height
         half_w, half_h = scale * box.width / 2, scale * box.height / 2
         framed, _ = mend_box(Box(x - half_w, y - half_h, x + half_w, y + half_h), picture.size, config.min_side)
-        views.append(picture.crop(padded(framed, config.pad, picture.size)))
-    return ImageQuery(picture.crop(padded(box, config.pad, picture.size)), question, tuple(views))
+        boxes.append(padded(framed, config.pad, picture.size))
+    pixels, *views = (picture.crop(each) for each in boxes)
+    return ImageQuery(pixels, question, tuple(views), Region(picture.sha256, tuple(boxes)))
 
 
 def mend_box(box: Box, size: Size, min_side: int) -> tuple[Box, str]:

@@ -17,7 +17,7 @@ from gog_edge.exporting.checkpoint import Checkpoint
 from gog_edge.exporting.decoder_graph import write_decoder
 from gog_edge.exporting.graph import Form, Progress, silent
 from gog_edge.exporting.parity import ParityEpisode, check_passed, measure_parity
-from gog_edge.exporting.quantise import quantise
+from gog_edge.exporting.quantise import ROWS, quantise
 from gog_edge.exporting.vision_graph import write_vision
 from gog_edge.files import describe_files, read_json, write_json
 from gog_edge.policy.chat import ChatFormat
@@ -40,8 +40,6 @@ from gog_edge.policy.manifest import (
 AVAILABLE = {"ort": ("fp32", "fp16", "int4")}  # engine -> precisions
 BLOCK_SIZES = (32, 64, 128, 256)
 DEFAULT_BLOCK = 128
-# Seven bits: without the instructions for it, processors add pairs of products in 16 bits, which 8 bits overflow.
-ROWS = Blocks(7, None)
 DEFAULT_CONTEXT = 4096
 DEFAULT_DIALECT = "gog"
 LOWERING = (

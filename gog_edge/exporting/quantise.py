@@ -16,6 +16,9 @@ Packed: TypeAlias = NDArray[np.uint8]  # [rows, blocks, size * bits / 8]; two nu
 # Shares of a block's greatest value that scales are tried with: clipping a few large values often costs less than
 # the coarser grid that would hold them.
 CANDIDATES = {4: (1.0, 0.94, 0.88, 0.82, 0.76), 7: (1.0,), 8: (1.0,)}
+# A scale for each row of both factors. Seven bits: without the instructions for it, processors add pairs of products in
+# 16 bits, which 8 bits overflow.
+ROWS = Blocks(7, None)
 _NOTHING = 1e-35  # scales below it have no finite inverse: such weights are taken for zeros
 _ROWS = 512  # quantised at a time: bounds the scratch memory
 

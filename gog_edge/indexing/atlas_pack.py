@@ -18,17 +18,24 @@ from gog_edge.indexing.atlas.countries import ATTRIBUTION, COUNTRIES_FILE, Count
 from gog_edge.indexing.atlas.flags import FLAG_ATTRIBUTION, FLAG_LICENCE, invented_flag, png_pixels
 from gog_edge.indexing.atlas.scenes import draw_scene, make_spec
 from gog_edge.indexing.atlas.testset import look_alikes
-from gog_edge.indexing.calibrate import calibrate_images, calibrate_texts, write_calibration
+from gog_edge.indexing.calibrate import calibrate_looks, calibrate_texts, write_calibration
+from gog_edge.indexing.calibration_queries import HeldOut
 from gog_edge.indexing.pack_writer import ArticleDraft, ImageDraft, PackWriter, Snapshot
 from gog_edge.picture import Picture
+from gog_edge.retrieval.channels import Look
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.pack import Manifest, Pack, read_manifest
+from gog_edge.retrieval.fusion import Key
+from gog_edge.retrieval.manifest import Manifest, read_manifest
+from gog_edge.retrieval.pack import Pack
 from gog_edge.retrieval.retriever import Retriever
-from gog_edge.types import Box, ImageQuery, Pixels, Size
+from gog_edge.retrieval.words import name_key
+from gog_edge.types import Box, ImageQuery, Pixels
 
 NAME = "atlas"
 TEXT_LICENCE = "CC BY 4.0"
 SCENES = 240  # for the calibration of pictures
+BATCH = 64  # of them, embedded at a time
+FALSE_ACCEPT = 0.01  # drawn flags are told apart well: less may be taken for what it is not than elsewhere
 SCENE_WIDTH = 512
 SHAKE = 0.08  # standard deviation of a side's error, in sides: about what the policy does
 FIRST_SCENE_SEED = 9_000_000  # far from the seeds of training and test scenes
@@ -131,19 +138,41 @@ def _calibrate(
 ) -> None:
     pack = Pack.open(folder, encoder)
     try:
-        retriever = Retriever(encoder, [pack])
         pixels = {country.flag: png_pixels(flags[country.flag]) for country in countries}
         known, unknown = calibration_crops(pixels, scenes)
-        image = calibrate_images(retriever, known, unknown)
-        text = calibrate_texts(retriever, *calibration_texts(countries))
+        retriever = Retriever(encoder, [pack])
+        bearers = _bearers(pack, countries)
+        looks = HeldOut(
+            _looks(retriever, [query for _, query in known]), [bearers[key] for key, _ in known],
+            _looks(retriever, unknown),
+        )  # fmt: skip
+        image = calibrate_looks(looks, FALSE_ACCEPT)
+        text = calibrate_texts(pack, *calibration_texts(countries), target_false_accept=FALSE_ACCEPT)
     finally:
         pack.close()
     write_calibration(folder, image=image, text=text)
 
 
-def calibration_crops(flags: Mapping[str, Pixels], scenes: int) -> tuple[list[ImageQuery], list[ImageQuery]]:
-    """Looks as a policy takes them, none of them exact: at real flags; at invented ones, and at several at once."""
-    known: list[ImageQuery] = []
+def _looks(retriever: Retriever, queries: Sequence[ImageQuery]) -> list[Look]:
+    return [look for at in range(0, len(queries), BATCH) for look in retriever.look(queries[at : at + BATCH])]
+
+
+def _bearers(pack: Pack, countries: Sequence[Country]) -> dict[str, frozenset[Key]]:
+    """The articles of the countries that fly each flag."""
+    hits = pack.store.named([name_key(country.name) for country in countries])
+    articles = {hit.key: hit.article for hit in hits if not hit.redirect}
+    found: dict[str, frozenset[Key]] = {}
+    for country in countries:
+        key = pack.name, articles[name_key(country.name)]
+        found[country.flag] = found.get(country.flag, frozenset()) | {key}
+    return found
+
+
+def calibration_crops(
+    flags: Mapping[str, Pixels], scenes: int
+) -> tuple[list[tuple[str, ImageQuery]], list[ImageQuery]]:
+    """Looks as a policy takes them, none of them exact: at real flags, by key; at invented ones, and at several."""
+    known: list[tuple[str, ImageQuery]] = []
     unknown: list[ImageQuery] = []
     gaze = GazeConfig()
     keys = sorted(flags)
@@ -152,14 +181,19 @@ def calibration_crops(flags: Mapping[str, Pixels], scenes: int) -> tuple[list[Im
         shown = dict(_shown(rng, keys, flags))
         spec = make_spec(seed, list(shown))
         pixels = draw_scene(spec, shown, SCENE_WIDTH)
-        size = Size(pixels.shape[1], pixels.shape[0])
+        picture = Picture(pixels)
+        size = picture.size
         for index, key in enumerate(shown):
             box = spec.box(index, size)
             shake = rng.normal(0, SHAKE, 4) * [box.width, box.height, box.width, box.height]
             shaken, _ = mend_box(
                 Box(*(np.array([box.x0, box.y0, box.x1, box.y1]) + shake).tolist()), size, gaze.min_side
             )
-            (known if key in flags else unknown).append(gaze_query(Picture(pixels), shaken, "", gaze))
+            query = gaze_query(picture, shaken, "", gaze)
+            if key in flags:
+                known.append((key, query))
+            else:
+                unknown.append(query)
         if len(shown) > 2:
             unknown.append(ImageQuery(pixels))
     return known, unknown

@@ -1,59 +1,77 @@
-"""Chooses, builds and measures the FAISS index of a pack."""
+"""Builds the FAISS index of a space: the first plan, of those that fit the memory, that reaches the wanted recall.
+
+Nothing here grows with the number of vectors but the index itself: it is trained on a bounded sample, filled block by
+block, and compared with an exact search that holds one block at a time.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 
-from gog_edge.retrieval.index import Ids
-from gog_edge.retrieval.pack import IndexEntry
+from gog_edge.errors import PackError
+from gog_edge.files import sync_files
+from gog_edge.indexing.index_planner import EXACT_MS, Plan, plan_of, plans
+from gog_edge.indexing.index_tuning import OnProgress, Trial, fastest, make_trial, measured
+from gog_edge.retrieval.faiss_file import omp_threads
+from gog_edge.retrieval.index import IndexEntry, VectorIndex
+from gog_edge.retrieval.vectors import VectorShards
 from gog_edge.types import Vectors
 
-RECALL_K = 10
-RECALL_QUERIES = 1_000
-EXACT_ROWS = 10_000  # below, exact search costs less than any index
-GRAPH_ROWS = 1_000_000  # below, a graph over half-precision vectors fits a small box
-
-
-def choose_factory(rows: int) -> tuple[str, dict[str, int]]:
-    """FAISS factory string and search parameters for a number of images."""
-    if rows < EXACT_ROWS:
-        return "Flat", {}
-    if rows < GRAPH_ROWS:
-        return "HNSW32,SQfp16", {"efSearch": 64}
-    lists = 1 << round(np.log2(16 * np.sqrt(rows)))
-    return f"IVF{lists}_HNSW32,SQ8", {"nprobe": 64}
+POINTS = 32  # vectors for each centroid that is learnt
+TRAIN_ROWS = (32_768, 262_144)  # at least, where there are so many, and at most: half a gigabyte of 512 dimensions
+ROUNDS = 8  # of k-means; more gain nothing that was measured
+NO_IDS = np.empty(0, dtype=np.int64)
 
 
 def build_index(
-    root: Path, name: str, ids: Ids, vectors: Vectors, factory: str | None = None, params: dict[str, int] | None = None
+    folder: Path,
+    name: str,
+    shards: VectorShards,
+    queries: Vectors | None,
+    *,
+    memory: int | None = None,
+    recall: float = 0.95,
+    factory: str | None = None,
+    params: Mapping[str, int] | None = None,
+    threads: int | None = None,
+    on_progress: OnProgress | None = None,
 ) -> IndexEntry:
-    """Write `root / name` and measure its recall against exact search.
+    """Write `folder / name`, an index over all rows of `shards`, and say how it is best searched and what that gives.
 
-    `ids` [n] int64, `vectors` [n, dim] of unit length, n > 0. Without `factory` the size decides.
+    Args:
+        queries: [n, dim] vectors that are not stored, as like as can be to what will be asked; without them stored
+            vectors with noise stand in, and the entry says so.
+        memory: bytes that searching may take, or no bound.
+        recall: share of the ten nearest that must be found.
+        factory: build just this, of FAISS's index_factory (inverted lists, HNSW, flat codes).
+        params: search it just so, whatever recall that gives.
+        threads: of FAISS while building; all by default.
+
+    Raises:
+        PackError: nothing fits the memory or reaches the recall, or FAISS does not know the factory.
+        OSError: the disk is full.
     """
-    chosen, usual = choose_factory(len(ids)) if factory is None else (factory, {})
-    params = usual if params is None else params
-    # Inverted lists hold ids themselves; everything else gets an id map around it.
-    spec = chosen if chosen.startswith("IVF") or ",IVF" in chosen else f"IDMap2,{chosen}"
-    index = faiss.index_factory(vectors.shape[1], spec, faiss.METRIC_INNER_PRODUCT)
-    index.train(vectors)
-    index.add_with_ids(vectors, ids)
-    (root / name).parent.mkdir(parents=True, exist_ok=True)
-    faiss.write_index(index, str(root / name))
-    for key, value in params.items():
-        faiss.ParameterSpace().set_index_parameter(index, key, value)
-    k = min(RECALL_K, len(ids))
-    return IndexEntry(name, chosen, dict(params), k, round(_recall(index, ids, vectors, k), 4))
-
-
-def _recall(index: Any, ids: Ids, vectors: Vectors, k: int) -> float:
-    """Share of the k exactly nearest that the index finds, for stored vectors as queries."""
-    queries = vectors[np.linspace(0, len(ids) - 1, min(RECALL_QUERIES, len(ids))).astype(np.int64)]
-    exact = faiss.IndexIDMap2(faiss.IndexFlatIP(vectors.shape[1]))
-    exact.add_with_ids(vectors, ids)
-    wanted, found = (one.search(queries, k)[1] for one in (exact, index))
-    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(wanted, found, strict=True)]))
+    if not len(shards):
+        raise PackError("there are no vectors to make an index of; leave the index out")
+    chosen = plans(len(shards), shards.dim, memory) if factory is None else [plan_of(factory)]
+    with omp_threads(threads or faiss.omp_get_max_threads()):
+        trial = make_trial(shards, queries, on_progress)
+        best: IndexEntry | None = None
+        for plan in chosen:
+            entry = _build(folder, name, shards, plan, trial, recall, params, on_progress)
+            if _good(entry, plan, recall, alone=plan is chosen[-1] or params is not None):
+                return entry
+            best = entry if best is None or entry.recall > best.recall else best
+    (folder / name).unlink(missing_ok=True)
+    raise PackError(
+        f"no index over {len(shards)} vectors reached recall@{RECALL_SAID} {recall}; the best, "
+        f"'{best.factory if best else None}', reached {best.recall if best else 0}; allow more memory or a lower recall"
+    )

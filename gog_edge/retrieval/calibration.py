@@ -11,23 +11,36 @@ from numpy.typing import ArrayLike
 
 from gog_edge.errors import PackError
 
-IMAGE_FEATURES = ("score", "margin", "contrast")
+# score: the best cosine. margin: how far the next thing is behind it. contrast: how far the candidates' mean is.
+# agreement: one over the place that the captions' search gives the best thing, 0 where it does not find it.
+IMAGE_FEATURES = ("score", "margin", "contrast", "agreement")
 TEXT_FEATURES = ("coverage", "unknown", "rarity", "named")
+FOUND = 0.5  # chance from which a thing counts as found
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A logistic model and what it was measured to do on held-out queries."""
+    """A logistic model and what it was measured to do on queries that it was not fitted to.
+
+    Its bias is such that `FOUND` stands where the stated share of absent things passes.
+    """
 
     features: tuple[str, ...]
-    weights: tuple[float, ...]  # one per feature
+    weights: tuple[float, ...]  # one per feature; 0 where it did not earn its place
     bias: float
-    threshold: float  # chance from which a thing counts as found
     target_false_accept: float  # share of absent things that may count as found
-    false_accept: float  # measured at the threshold
+    false_accept: float  # measured at FOUND
     true_accept: float
-    present: int  # queries the fit saw
+    present: int  # queries; the model was fitted to one half of them and measured on the other
     absent: int
+    caption_weight: float = 0.0  # how much captions count beside pictures when things are ranked
+
+    @property
+    def asks_captions(self) -> bool:
+        """Whether captions must be searched for a picture."""
+        return self.caption_weight > 0 or any(
+            weight for name, weight in zip(self.features, self.weights, strict=True) if name == "agreement"
+        )
 
     def chance(self, features: ArrayLike) -> float:
         """Chance, 0..1, that what was searched for is in the snapshot; `features` as named."""

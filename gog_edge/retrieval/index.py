@@ -1,8 +1,16 @@
-"""Vectors of a pack and the nearest among them: append-only shards, one immutable FAISS index, a searched delta."""
+"""The nearest vectors of a space: an immutable FAISS index over its first rows, and the delta, searched exactly.
+
+FAISS numbers rows; ids stand in the shards. A compressed index only proposes candidates, which are then compared
+exactly with the stored vectors. Searching never uses OpenMP's threads: a team waits for its slowest member, which on a
+box whose cores also run the policy is the one that was preempted (one millisecond became twelve to fifty).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,160 +20,212 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gog_edge.errors import PackError
+from gog_edge.retrieval.faiss_file import omp_threads, read_index, search_params
+from gog_edge.retrieval.vectors import Ids, Rows, VectorShards
 from gog_edge.types import Vectors
 
-Ids = NDArray[np.int64]  # [n] int64, ids of image rows
-_faiss: Any = faiss  # its type stubs lack the search parameters
+_faiss: Any = faiss  # its type stubs lack some of what is used
 MAX_K = 1024  # a bound on what one query may ask for; FAISS on a GPU allows no more than 2048
+BATCH = 64  # queries that are compared exactly at once
+SLICE = 4  # queries from which another thread is worth its waking
+MAX_THREADS = 4
+THOROUGH = 32_768  # most candidates of a query, when many of the nearest are hidden or share their ids
+
+Scores = NDArray[np.float32]
+Found = tuple[Scores, Rows]  # [n, c] each; -inf and -1 where there is none
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """The FAISS file of a generation, and what was measured when it was built."""
+
+    path: str  # relative to the pack
+    factory: str  # as FAISS's index_factory reads it
+    params: dict[str, int]  # how it is searched: "nprobe" or "efSearch"
+    candidates: int  # rows that are compared exactly with stored vectors for each query; 0: its own scores are exact
+    rows: int  # rows it holds: the first of the space
+    recall_k: int
+    recall: float  # share of the recall_k exactly nearest that a search finds
+    p50_ms_1: float  # median of a search with one query, and with eight at once
+    p50_ms_8: float
+    queries: int  # that measured it
+    held_out: bool  # False: none were given, so these were stored vectors with noise
 
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """The nearest images of each query, best first."""
+    """The nearest of each query, best first, each id once."""
 
-    scores: NDArray[np.float32]  # [n, k] cosine; -inf where there is none
+    scores: Scores  # [n, k] cosine; -inf where there is none
     ids: Ids  # [n, k]; -1 where there is none
 
 
-class VectorShards:
-    """All vectors of a pack, memory-mapped, found by image id."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A FAISS index over consecutive rows."""
 
-    def __init__(self, parts: Sequence[tuple[Ids, NDArray[Any]]], dim: int) -> None:
-        """`parts` are (ids [n], vectors [n, dim] float16 or float32) of each shard, in the order they were written."""
-        self._dim = dim
-        self._parts = [vectors for _, vectors in parts]
-        ids = np.concatenate([ids for ids, _ in parts]) if parts else np.empty(0, dtype=np.int64)
-        self._starts = np.cumsum([0] + [len(vectors) for vectors in self._parts])
-        self._order = np.argsort(ids, kind="stable")
-        self.ids: Ids = ids[self._order]  # sorted
+    index: Any
+    first: int  # row of its number 0
+    params: Mapping[str, int]
+    candidates: int = 0
+    recall_k: int = 0
 
-    @classmethod
-    def open(cls, shards: Sequence[tuple[Path, Path]], dim: int) -> VectorShards:
-        """Map (vectors, ids) files.
+    def ask(self, k: int, crowd: float) -> float:
+        """How many rows to ask for, to know the nearest `k` ids well, `crowd` rows each on average."""
+        return self.candidates + 2 * max(0, k - self.recall_k) if self.candidates else k * crowd
 
-        Raises:
-            PackError: shapes or types are not what a shard holds, or an id stands twice.
-        """
-        opened = cls([_open_shard(vectors, ids, dim) for vectors, ids in shards], dim)
-        twice = opened.ids[1:][opened.ids[1:] == opened.ids[:-1]]
-        if len(twice):
-            raise PackError(f"pack: image {int(twice[0])} has two vectors; build the pack again")
-        return opened
+    def find(self, queries: Vectors, count: int, *, without: Rows | None = None, wider: int = 1) -> Found:
+        """Up to `count` rows of each query, by the index's own scores; never one of `without`."""
+        selector = None if without is None else self._selector(without)
+        params = search_params(self.index, self.params, selector=selector, wider=wider, count=count)
+        with omp_threads(1):
+            scores, rows = self.index.search(queries, min(count, self.index.ntotal), params=params)
+        missing = rows < 0
+        return np.where(missing, np.float32(-np.inf), scores), np.where(missing, -1, rows + self.first)
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, ids: Sequence[int] | Ids) -> Vectors:
-        """Vectors [n, dim] float32 of images that are known to be there."""
-        rows = self._order[np.searchsorted(self.ids, np.asarray(ids, dtype=np.int64))]
-        parts = np.searchsorted(self._starts, rows, side="right") - 1
-        found = np.empty((len(rows), self._dim), dtype=np.float32)
-        for part in np.unique(parts):
-            here = parts == part
-            found[here] = self._parts[part][rows[here] - self._starts[part]]
-        return found
+    def _selector(self, without: Rows) -> Any:
+        here = without[(without >= self.first) & (without < self.first + self.index.ntotal)] - self.first
+        bits = np.zeros(-(-self.index.ntotal // 8) * 8, dtype=bool)
+        bits[here] = True
+        return _faiss.IDSelectorNot(_faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little")))
 
 
-def _open_shard(vectors_file: Path, ids_file: Path, dim: int) -> tuple[Ids, NDArray[Any]]:
-    try:
-        vectors = np.load(vectors_file, mmap_mode="r", allow_pickle=False)
-        ids = np.load(ids_file, allow_pickle=False)
-    except (OSError, ValueError) as exc:
-        raise PackError(f"pack: '{vectors_file}' or its ids are no arrays ({exc}); copy or build it again") from exc
-    if vectors.dtype not in (np.float16, np.float32) or vectors.ndim != 2 or vectors.shape[1] != dim:
-        raise PackError(f"pack: '{vectors_file}' holds {vectors.dtype} {vectors.shape}, wanted float [n, {dim}]")
-    if ids.dtype != np.int64 or ids.shape != (len(vectors),):
-        raise PackError(f"pack: '{ids_file}' holds {ids.dtype} {ids.shape}, wanted int64 [{len(vectors)}]")
-    return ids, vectors
+class VectorIndex:
+    """Nearest vectors by cosine; may be searched from several threads."""
 
-
-class ImageIndex:
-    """Nearest images by cosine; may be searched from several threads."""
-
-    def __init__(
-        self,
-        base: Any,
-        shards: VectorShards,
-        *,
-        delta: Ids,
-        tombstones: Ids,
-    ) -> None:
-        """`base` is a FAISS inner-product index with image ids; `delta` are ids it does not hold yet."""
-        self._shards = shards
-        self._tombstones = tombstones
-        self._searched = [base]
-        if len(delta):
-            recent = faiss.IndexIDMap2(faiss.IndexFlatIP(base.d))
-            recent.add_with_ids(shards.take(delta), delta)
-            self._searched.append(recent)
-        self._selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(tombstones)) if len(tombstones) else None
+    def __init__(self, base: _Part | None, delta: _Part | None, shards: VectorShards, tombstones: Ids) -> None:
+        self.shards = shards
+        self._parts = [part for part in (base, delta) if part is not None]
+        self._dead = shards.rows_of(tombstones)
+        self._hidden = np.zeros(len(shards), dtype=bool)
+        self._hidden[self._dead] = True
+        self._distinct = shards.distinct - len(np.unique(shards.ids_of(self._dead)))
+        self._threads = min(MAX_THREADS, os.cpu_count() or 1)
+        self._helpers = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="search")
 
     @classmethod
-    def open(
-        cls,
-        path: Path,
-        params: Mapping[str, int],
-        shards: VectorShards,
-        *,
-        delta: Ids,
-        tombstones: Ids,
-    ) -> ImageIndex:
-        """Map a FAISS file and set its search parameters (`nprobe`, `efSearch`).
+    def open(cls, folder: Path, entry: IndexEntry | None, shards: VectorShards, *, tombstones: Ids) -> VectorIndex:
+        """Open what `build_index` wrote; rows beyond `entry.rows`, all of them without an entry, are searched exactly.
 
         Raises:
-            PackError: not a FAISS index, of another metric, or it holds other images than the shards.
+            PackError: the file is no FAISS index, is of a kind that is not searched here, compares otherwise than by
+                inner product, or holds other rows than the entry and the shards say.
         """
-        try:
-            base = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-            for name, value in params.items():
-                faiss.ParameterSpace().set_index_parameter(base, name, value)
-        except RuntimeError as exc:
-            raise PackError(f"pack: '{path}' is no index that can be opened ({exc}); build the pack again") from exc
-        if base.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise PackError(f"pack: '{path}' does not compare by inner product; build the pack again")
-        if base.ntotal + len(delta) != len(shards):
-            raise PackError(
-                f"pack: '{path}' holds {base.ntotal} vectors and {len(delta)} came later, but the shards hold "
-                f"{len(shards)}; build the pack again"
-            )
-        return cls(base, shards, delta=delta, tombstones=tombstones)
+        base = None if entry is None else _open_base(folder / entry.path, entry, shards)
+        start = 0 if entry is None else entry.rows
+        return cls(base, _delta(shards, start), shards, tombstones)
 
     def __len__(self) -> int:
-        return len(self._shards) - len(self._tombstones)
+        """Rows that can be found."""
+        return len(self.shards) - len(self._dead)
 
-    @property
-    def ids(self) -> Ids:
-        """Ids of all vectors, sorted, tombstones included."""
-        return self._shards.ids
+    def search(self, queries: Vectors, k: int, *, without: Ids | None = None) -> Hits:
+        """The k nearest ids of each query [n, dim]; what is dead, or in `without`, is never among them.
 
-    def search(self, queries: Vectors, k: int) -> Hits:
-        """The k nearest live images of each query [n, dim]; k is cut to MAX_K and to what the pack holds."""
-        k = max(0, min(k, MAX_K, len(self)))
-        if k == 0 or len(queries) == 0:
-            shape = (len(queries), k)
-            return Hits(np.full(shape, -np.inf, dtype=np.float32), np.full(shape, -1, dtype=np.int64))
-        found = [self._search_one(index, queries, k) for index in self._searched]
+        k is cut to MAX_K and to the number of ids there are. What a query finds does not depend on the others.
+        """
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        hidden, k = self._hidden, min(k, MAX_K, self._distinct)
+        if without is not None and len(without):
+            rows = self.shards.rows_of(without)
+            rows = rows[~hidden[rows]]
+            hidden = hidden.copy()
+            hidden[rows] = True
+            k = min(k, self._distinct - len(np.unique(self.shards.ids_of(rows))))
+        if k <= 0 or not len(queries):
+            return _no_hits(len(queries), max(0, k))
+        parts = [self._search(queries[at : at + BATCH], k, hidden) for at in range(0, len(queries), BATCH)]
+        return parts[0] if len(parts) == 1 else Hits(
+            np.concatenate([part.scores for part in parts]), np.concatenate([part.ids for part in parts])
+        )  # fmt: skip
+
+    def _search(self, queries: Vectors, k: int, hidden: NDArray[np.bool_]) -> Hits:
+        """First without looking at what is hidden, which is quick; then, for queries that lack hits, thoroughly."""
+        crowd, alive = len(self.shards) / self.shards.distinct, len(self) / len(self.shards)
+        found = [self._find(part, queries, math.ceil(part.ask(k, crowd) / alive)) for part in self._parts]
+        hits = self._distinct_hits(queries, found, k, hidden)
+        ask, wider = k, 1
+        without = np.flatnonzero(hidden)
+        while len(lacking := np.flatnonzero(hits.ids[:, -1] < 0)) and ask < min(THOROUGH, len(self.shards)):
+            ask, wider = 8 * ask, 8 * wider
+            some = queries[lacking]
+            found = [part.find(some, ask, without=without, wider=wider) for part in self._parts]
+            better = self._distinct_hits(some, found, k, hidden)
+            hits.scores[lacking], hits.ids[lacking] = better.scores, better.ids
+        return hits
+
+    def _find(self, part: _Part, queries: Vectors, count: int) -> Found:
+        """Candidates, by several threads of our own where there are enough queries."""
+        slices = np.array_split(queries, max(1, min(self._threads, len(queries) // SLICE)))
+        later = [self._helpers.submit(part.find, some, count) for some in slices[1:]]
+        found = [part.find(slices[0], count), *(one.result() for one in later)]
         if len(found) == 1:
-            return Hits(*found[0])
-        scores, ids = np.concatenate([s for s, _ in found], axis=1), np.concatenate([i for _, i in found], axis=1)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return Hits(np.take_along_axis(scores, best, axis=1), np.take_along_axis(ids, best, axis=1))
+            return found[0]
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
 
-    def take(self, ids: Sequence[int] | Ids) -> Vectors:
-        """Stored vectors [n, dim] float32 of images."""
-        return self._shards.take(ids)
+    def _distinct_hits(self, queries: Vectors, found: list[Found], k: int, hidden: NDArray[np.bool_]) -> Hits:
+        exact = [
+            (self._compare(queries, rows), rows) if part.candidates else (scores, rows)
+            for part, (scores, rows) in zip(self._parts, found, strict=True)
+        ]
+        scores = np.concatenate([scores for scores, _ in exact], axis=1)
+        rows = np.concatenate([rows for _, rows in exact], axis=1)
+        scores = np.where(hidden[rows] | (rows < 0), np.float32(-np.inf), scores)
+        scores, ids = _sorted(scores, self.shards.ids_of(rows))
+        if self.shards.repeats:
+            scores, ids = _sorted(np.where(_seen_before(ids), np.float32(-np.inf), scores), ids)
+        hits = _no_hits(len(queries), k)
+        hits.scores[:, : scores.shape[1]] = scores[:, :k]
+        hits.ids[:, : scores.shape[1]] = np.where(np.isneginf(scores[:, :k]), -1, ids[:, :k])
+        return hits
 
-    def _search_one(self, index: Any, queries: Vectors, k: int) -> tuple[NDArray[np.float32], Ids]:
-        params = None if self._selector is None else _with_selector(index, self._selector)
-        scores, ids = index.search(np.ascontiguousarray(queries), k, params=params)
-        return np.where(ids < 0, -np.inf, scores).astype(np.float32), ids
+    def _compare(self, queries: Vectors, rows: Rows) -> Scores:
+        """Cosines [n, c] of queries and stored rows; -inf for row -1. Rows that queries share are read once."""
+        unique, places = np.unique(rows, return_inverse=True)
+        none = int(np.searchsorted(unique, 0))  # 1 where there is a -1
+        stored, places = self.shards.take(unique[none:]), places.reshape(rows.shape) - none
+        scores = np.empty(rows.shape, dtype=np.float32)
+        with omp_threads(1):
+            _faiss.fvec_inner_products_by_idx(
+                *map(_faiss.swig_ptr, (scores, queries, stored, np.ascontiguousarray(places))),
+                queries.shape[1], len(queries), rows.shape[1],
+            )  # fmt: skip
+        return scores
 
 
-def _with_selector(index: Any, selector: Any) -> Any:
-    """Search parameters of the index's own kind: FAISS refuses others, and its defaults would hide our nprobe."""
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap) else index
-    if isinstance(inner, faiss.IndexIVF):
-        return _faiss.SearchParametersIVF(sel=selector, nprobe=inner.nprobe)
-    if isinstance(inner, faiss.IndexHNSW):
-        return _faiss.SearchParametersHNSW(sel=selector, efSearch=inner.hnsw.efSearch)
-    return _faiss.SearchParameters(sel=selector)
+def _open_base(path: Path, entry: IndexEntry, shards: VectorShards) -> _Part:
+    index = read_index(path)
+    if index.d != shards.dim or index.ntotal != entry.rows or entry.rows > len(shards):
+        raise PackError(
+            f"pack: '{path}' holds {index.ntotal} vectors of {index.d}, its entry says {entry.rows}, the shards hold "
+            f"{len(shards)} of {shards.dim}; build the pack again"
+        )
+    search_params(index, entry.params)
+    return _Part(index, 0, entry.params, entry.candidates, entry.recall_k)
+
+
+def _delta(shards: VectorShards, start: int) -> _Part | None:
+    if start == len(shards):
+        return None
+    index = faiss.index_factory(shards.dim, "SQfp16" if shards.half else "Flat", faiss.METRIC_INNER_PRODUCT)
+    for block in shards.blocks(start):
+        index.add(block)
+    return _Part(index, start, {})
+
+
+def _no_hits(queries: int, k: int) -> Hits:
+    return Hits(np.full((queries, k), -np.inf, dtype=np.float32), np.full((queries, k), -1, dtype=np.int64))
+
+
+def _sorted(scores: Scores, ids: Ids) -> tuple[Scores, Ids]:
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+
+def _seen_before(ids: Ids) -> NDArray[np.bool_]:
+    """Where [n, c] an id stands that stands further left in its row too."""
+    order = np.argsort(ids, axis=1, kind="stable")
+    together = np.take_along_axis(ids, order, axis=1)
+    again = np.zeros(ids.shape, dtype=bool)
+    np.put_along_axis(again, order[:, 1:], together[:, 1:] == together[:, :-1], axis=1)
+    return again

@@ -2,137 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gog_edge.errors import PackError, PictureError
-from gog_edge.files import FileEntry, read_json, verify_files
+from gog_edge.files import OnBytes
 from gog_edge.picture import decode_picture
-from gog_edge.retrieval.calibration import IMAGE_FEATURES, TEXT_FEATURES, Calibration
-from gog_edge.retrieval.encoder import Encoder, Fingerprint
-from gog_edge.retrieval.index import Ids, ImageIndex, VectorShards
-from gog_edge.retrieval.store import Counts, Store, StoredPicture
+from gog_edge.retrieval.encoder import Encoder
+from gog_edge.retrieval.index import Hits, VectorIndex
+from gog_edge.retrieval.manifest import Counts, Manifest, Space, read_manifest, verify_files_of
+from gog_edge.retrieval.segment import StoredPicture
+from gog_edge.retrieval.store import Store
+from gog_edge.retrieval.vectors import Ids, Rows, VectorShards
+from gog_edge.types import Vectors
 
-SCHEMA = 1
-MANIFEST = "MANIFEST.json"
 # The stored vector of the golden image and one embedded now differ by rounding only: fp16 storage, another provider.
 GOLDEN_COSINE = 0.99
+SPOT_CHECKS = 64  # ids of vectors that are looked up in the store at open; `verify_pack` looks at all
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What a pack was made from."""
+class StoredVectors(Protocol):
+    """Vectors by row, as `VectorShards` has them."""
 
-    name: str
-    date: str  # of the snapshot, ISO 8601
-    uuid: str
-    sha256: str  # of the source
-    licence: str
+    def __len__(self) -> int: ...
 
+    def ids_of(self, rows: Rows) -> Ids:
+        """Ids of rows; -1 where there is none."""
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Two files of an embedding shard, relative to the pack."""
+    def first_rows(self, ids: ArrayLike) -> Rows:
+        """The first row of each id; -1 where there is none."""
 
-    vectors: str
-    ids: str
-    rows: int
-    indexed: bool = True  # False: added after the index was built; searched exactly beside it
+    def take(self, rows: ArrayLike) -> Vectors:
+        """Vectors of rows: [n, dim] float32."""
 
 
-@dataclass(frozen=True, slots=True)
-class IndexEntry:
-    """The FAISS file of a generation."""
+class SpaceIndex(Protocol):
+    """What searches a space: `VectorIndex` on this box, `server.MilvusIndex` elsewhere."""
 
-    path: str
-    factory: str
-    params: dict[str, int]
-    recall_k: int
-    recall: float  # measured at build against exact search
+    @property
+    def shards(self) -> StoredVectors:
+        """What is searched."""
 
+    def __len__(self) -> int: ...
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """MANIFEST.json: it names every file of one generation; who holds it holds a consistent pack."""
-
-    name: str
-    generation: int
-    parent: int | None
-    snapshot: Snapshot
-    encoder: Fingerprint
-    store: str
-    index: IndexEntry
-    shards: tuple[Shard, ...]
-    tombstones: tuple[int, ...]  # ids of images that are no longer there
-    counts: Counts
-    duplicate_cosine: float  # stored images at least this near show the same thing
-    golden: int  # id of the image that must find itself
-    files: tuple[FileEntry, ...]
-    image_calibration: Calibration | None = None
-    text_calibration: Calibration | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object of the file."""
-        value = asdict(self)
-        calibration = {"image": value.pop("image_calibration"), "text": value.pop("text_calibration")}
-        return {"schema": SCHEMA, "kind": "pack", **value, "calibration": calibration}
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Manifest:
-        """Read the JSON object.
-
-        Raises:
-            PackError: another kind or schema, or a field is missing or of another form.
-        """
-        if raw.get("kind") != "pack" or raw.get("schema") != SCHEMA:
-            raise PackError(
-                f"pack: its manifest is of kind {raw.get('kind')!r}, schema {raw.get('schema')!r}; this version reads "
-                f"kind 'pack', schema {SCHEMA}; build it again with this version"
-            )
-        try:
-            return cls(
-                name=str(raw["name"]),
-                generation=int(raw["generation"]),
-                parent=None if raw["parent"] is None else int(raw["parent"]),
-                snapshot=Snapshot(**raw["snapshot"]),
-                encoder=Fingerprint(**raw["encoder"]),
-                store=str(raw["store"]),
-                index=IndexEntry(**raw["index"]),
-                shards=tuple(Shard(**shard) for shard in raw["shards"]),
-                tombstones=tuple(int(image) for image in raw["tombstones"]),
-                counts=Counts(**raw["counts"]),
-                duplicate_cosine=float(raw["duplicate_cosine"]),
-                golden=int(raw["golden"]),
-                files=tuple(FileEntry(**entry) for entry in raw["files"]),
-                image_calibration=_calibration(raw["calibration"], "image", IMAGE_FEATURES),
-                text_calibration=_calibration(raw["calibration"], "text", TEXT_FEATURES),
-            )
-        except (KeyError, TypeError, ValueError) as exc:
-            raise PackError(f"pack: its manifest is not usable ({exc!r}); build the pack again") from exc
-
-    def calibrated(self, image: Calibration | None, text: Calibration | None) -> Manifest:
-        """The same generation with other calibrations."""
-        return replace(self, image_calibration=image, text_calibration=text)
+    def search(self, queries: Vectors, k: int, *, without: Ids | None = None) -> Hits:
+        """The k nearest of each query."""
 
 
-def _calibration(raw: Mapping[str, Any], channel: str, names: tuple[str, ...]) -> Calibration | None:
-    return None if raw.get(channel) is None else Calibration.from_json(raw[channel], names)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read a pack's manifest without opening the pack; PackError when it is not one."""
-    return Manifest.from_json(read_json(folder / MANIFEST, what="pack", error=PackError))
-
-
-def verify_pack(folder: Path) -> Manifest:
-    """Hash every file of a pack, however large; PackError names the first that is missing or altered."""
-    manifest = read_manifest(folder)
-    verify_files(folder, manifest.files, what="pack", error=PackError, full=True)
-    return manifest
+OpenIndex: TypeAlias = Callable[[Manifest, str, Ids], SpaceIndex]  # "images" or "captions", ids of images that are gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +64,18 @@ class Pack:
     folder: Path
     manifest: Manifest
     store: Store = field(repr=False)
-    index: ImageIndex = field(repr=False)
+    images: SpaceIndex = field(repr=False)  # pictures, whole and in tiles
+    captions: SpaceIndex = field(repr=False)  # what is written under pictures, by image id
+    gone_images: frozenset[int] = field(repr=False)
 
     @classmethod
-    def open(cls, folder: Path, encoder: Encoder) -> Pack:
+    def open(cls, folder: Path, encoder: Encoder, open_index: OpenIndex | None = None) -> Pack:
         """Open a pack and check it: files by hash, ids against vectors against rows, the encoder, a golden query.
+
+        Args:
+            folder: the pack.
+            encoder: its own.
+            open_index: gives the indexes of its spaces; its files of vectors and indexes are not looked for then.
 
         Raises:
             PackError: missing or altered files, another schema, another encoder, counts that disagree, or a golden
@@ -154,13 +83,14 @@ class Pack:
         """
         manifest = read_manifest(folder)
         _check_encoder(manifest, encoder)
-        _check_listed(manifest)
-        verify_files(folder, manifest.files, what="pack", error=PackError)
-        store = Store.open(folder / manifest.store)
+        verify_files_of(folder, manifest, full=False, vectors=open_index is None)
+        articles, images = read_tombstones(folder, manifest)
+        store = Store.open(folder, manifest.segments, articles.tolist())
         try:
-            index = _open_index(folder, manifest)
-            _check_counts(manifest, store, index)
-            pack = cls(folder, manifest, store, index)
+            opener = open_index or _opener(folder, encoder.dim)
+            pictures, captions = (opener(manifest, space, images) for space in ("images", "captions"))
+            pack = cls(folder, manifest, store, pictures, captions, frozenset(images.tolist()))
+            pack._check_counts()
             pack._check_golden(encoder)
         except BaseException:
             store.close()
@@ -174,18 +104,37 @@ class Pack:
 
     def picture(self, image: int) -> StoredPicture | None:
         """The file of an image as it is served, or None where there is no such image (any more)."""
-        return None if image in self.manifest.tombstones else self.store.picture(image)
+        return None if image in self.gone_images else self.store.picture(image)
 
     def live_main_images(self, articles: Sequence[int]) -> dict[int, int]:
         """The image of each article that is most its own, where one is left: article id -> image id."""
-        return self.store.main_images(articles, self.manifest.tombstones)
+        return self.store.main_images(articles, self.gone_images)
 
     def close(self) -> None:
         """Close the store."""
         self.store.close()
 
+    def _check_counts(self) -> None:
+        for segment, reader in zip(self.manifest.segments, self.store.readers, strict=True):
+            if reader.counts() != segment.counts:
+                raise PackError(f"pack '{self.name}': '{segment.store}' has {reader.counts()}, wanted "
+                                f"{segment.counts}; build it again")
+        for vectors in (self.images.shards, self.captions.shards):
+            rows = np.linspace(0, len(vectors) - 1, min(SPOT_CHECKS, len(vectors))).astype(np.int64)
+            ids = np.unique(vectors.ids_of(rows))
+            strange = sorted(set(ids.tolist()) - self.store.images(ids.tolist()).keys())
+            if strange:
+                raise PackError(f"pack '{self.name}': image rows and vectors disagree, first at image {strange[0]}; "
+                                "build it again")
+        images = self.manifest.counts.images
+        if self.manifest.encoder is not None and len(self.images) < images:
+            raise PackError(f"pack '{self.name}': {images} image rows and {len(self.images)} vectors disagree; "
+                            "build it again")
+
     def _check_golden(self, encoder: Encoder) -> None:
         golden = self.manifest.golden
+        if golden is None:
+            return
         stored = self.picture(golden)
         if stored is None:
             raise PackError(f"pack '{self.name}': its golden image {golden} is not in the store; build it again")
@@ -194,8 +143,9 @@ class Pack:
         except PictureError as exc:
             raise PackError(f"pack '{self.name}': its golden image {golden} cannot be decoded ({exc})") from exc
         vector = encoder.embed_images([pixels])
-        found = int(self.index.search(vector, 1).ids[0, 0])
-        cosine = float(self.index.take([golden])[0] @ vector[0])
+        found = int(self.images.search(vector, 1).ids[0, 0])
+        row = self.images.shards.first_rows(np.array([golden], dtype=np.int64))
+        cosine = float(self.images.shards.take(row)[0] @ vector[0]) if row[0] >= 0 else 0.0
         if found != golden or cosine < GOLDEN_COSINE:
             raise PackError(
                 f"pack '{self.name}': its golden image {golden} found image {found} and is at cosine {cosine:.4f} to "
@@ -203,7 +153,84 @@ class Pack:
             )
 
 
+def read_tombstones(folder: Path, manifest: Manifest) -> tuple[Ids, Ids]:
+    """Ids of articles and of images that are no longer there, sorted; PackError where a file holds no ids."""
+    if manifest.tombstones is None:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    paths = [folder / manifest.tombstones.articles, folder / manifest.tombstones.images]
+    try:
+        articles, images = (np.load(path, allow_pickle=False) for path in paths)
+    except (OSError, ValueError) as exc:
+        raise PackError(f"pack '{manifest.name}': its tombstones cannot be read ({exc}); copy it again") from exc
+    for path, ids in zip(paths, (articles, images), strict=True):
+        if ids.dtype != np.int64 or ids.ndim != 1:
+            raise PackError(f"pack '{manifest.name}': '{path}' holds {ids.dtype} {ids.shape}, wanted int64 [n]")
+    return articles, images
+
+
+def verify_pack(folder: Path, on_bytes: OnBytes | None = None) -> Manifest:
+    """Read everything of a pack: every file by hash, every page of the store, every id and every vector.
+
+    `on_bytes` is told how much was hashed.
+
+    Raises:
+        PackError: names the first file, row or vector that is wrong.
+    """
+    manifest = read_manifest(folder)
+    verify_files_of(folder, manifest, full=True, on_bytes=on_bytes)
+    articles, images = read_tombstones(folder, manifest)
+    store = Store.open(folder, manifest.segments, articles.tolist())
+    try:
+        _verify_rows(manifest, store, articles, images)
+        rows = store.image_ids()
+    finally:
+        store.close()
+    for kind in (manifest.images, manifest.captions):
+        _verify_vectors(folder, manifest, kind, rows)
+    return manifest
+
+
+def _verify_rows(manifest: Manifest, store: Store, articles: Ids, images: Ids) -> None:
+    for segment, reader in zip(manifest.segments, store.readers, strict=True):
+        reader.check()
+        if reader.recount() != segment.counts:
+            raise PackError(f"pack '{manifest.name}': '{segment.store}' has {reader.recount()}, wanted "
+                            f"{segment.counts}; build it again")
+    for kind, gone, rows in (
+        ("article", articles, np.concatenate([reader.article_ids() for reader in store.readers])),
+        ("image", images, store.image_ids()),
+    ):
+        unknown = np.setdiff1d(gone, rows)
+        if len(unknown):
+            raise PackError(f"pack '{manifest.name}': tombstone {int(unknown[0])} is no {kind} of it; build it again")
+    dead = Counts(len(articles), 0, len(images))
+    live = store.counts()
+    if (live.articles - dead.articles, live.images - dead.images) != (manifest.counts.articles, manifest.counts.images):
+        raise PackError(f"pack '{manifest.name}': {live} less {dead} is not {manifest.counts}; build it again")
+
+
+def _verify_vectors(folder: Path, manifest: Manifest, space: Space, rows: Ids) -> None:
+    if manifest.encoder is None:
+        return
+    shards = open_shards(folder, space, manifest.encoder.dim)
+    at = 0
+    for block in shards.blocks():
+        lengths = np.linalg.norm(block, axis=1)
+        said = lengths[lengths != 0]  # words that an encoder does not know may come to nothing
+        if not np.isfinite(lengths).all() or np.abs(said - 1).max(initial=0) > 0.01:
+            raise PackError(f"pack '{manifest.name}': a vector near row {at} is not of unit length; build it again")
+        at += len(block)
+    if space is manifest.images:
+        ids = np.unique(shards.ids_of(np.arange(len(shards), dtype=np.int64)))
+        wrong = np.setxor1d(ids, rows)
+        if len(wrong):
+            raise PackError(f"pack '{manifest.name}': {len(rows)} image rows and {len(ids)} vectors disagree, first at "
+                            f"image {int(wrong[0])}; build it again")
+
+
 def _check_encoder(manifest: Manifest, encoder: Encoder) -> None:
+    if manifest.encoder is None:
+        return
     mine, theirs = asdict(encoder.fingerprint), asdict(manifest.encoder)
     for key, value in theirs.items():
         if mine[key] != value:
@@ -214,38 +241,16 @@ def _check_encoder(manifest: Manifest, encoder: Encoder) -> None:
             )
 
 
-def _check_listed(manifest: Manifest) -> None:
-    listed = {entry.path for entry in manifest.files}
-    used = [manifest.store, manifest.index.path, *(path for s in manifest.shards for path in (s.vectors, s.ids))]
-    for path in used:
-        if path not in listed:
-            raise PackError(f"pack '{manifest.name}': its manifest uses '{path}' without its hash; build it again")
+def open_shards(folder: Path, space: Space, dim: int) -> VectorShards:
+    """The vectors of a space, mapped. Raises PackError as `VectorShards.open` does."""
+    return VectorShards.open([(folder / shard.vectors, folder / shard.ids) for shard in space.shards], dim)
 
 
-def _open_index(folder: Path, manifest: Manifest) -> ImageIndex:
-    files = [(folder / shard.vectors, folder / shard.ids) for shard in manifest.shards]
-    shards = VectorShards.open(files, manifest.encoder.dim)
-    late: list[Ids] = [np.load(folder / shard.ids) for shard in manifest.shards if not shard.indexed]
-    return ImageIndex.open(
-        folder / manifest.index.path,
-        manifest.index.params,
-        shards,
-        delta=np.concatenate(late) if late else np.empty(0, dtype=np.int64),
-        tombstones=np.array(manifest.tombstones, dtype=np.int64),
-    )
+def _opener(folder: Path, dim: int) -> OpenIndex:
+    """The pack's own files."""
 
+    def open_index(manifest: Manifest, name: str, gone: Ids) -> VectorIndex:
+        space: Space = getattr(manifest, name)
+        return VectorIndex.open(folder, space.index, open_shards(folder, space, dim), tombstones=gone)
 
-def _check_counts(manifest: Manifest, store: Store, index: ImageIndex) -> None:
-    counts = store.counts()
-    if counts != manifest.counts:
-        raise PackError(f"pack '{manifest.name}': its store has {counts}, wanted {manifest.counts}; build it again")
-    rows = store.image_ids()
-    if not np.array_equal(rows, index.ids):
-        wrong = np.setxor1d(rows, index.ids)
-        raise PackError(
-            f"pack '{manifest.name}': {len(rows)} image rows and {len(index.ids)} vectors disagree, first at image "
-            f"{int(wrong[0])}; build it again"
-        )
-    unknown = np.setdiff1d(np.array(manifest.tombstones, dtype=np.int64), rows)
-    if len(unknown):
-        raise PackError(f"pack '{manifest.name}': tombstone {int(unknown[0])} is no image of it; build it again")
+    return open_index

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gog_edge.retrieval.pack import Pack
-from gog_edge.retrieval.store import Match, NameHit
+from gog_edge.retrieval.segment import Match, NameHit
 from gog_edge.retrieval.words import raw_words, search_terms, spans
 
 PARAGRAPHS = 64  # paragraphs looked at per query, before grouping by article
@@ -64,6 +64,7 @@ def _read(pack: Pack, text: str) -> _Read:
     words = raw_words(text)
     places = spans(words)
     hits = [hit for hit in pack.store.named(places) if _as_written(hit, words, places)]
+    titles = pack.store.titles({hit.article for hit in hits})
     used: set[int] = set()
     named: dict[int, None] = {}
     replaced: dict[int, list[str]] = {}  # first word of a span -> words that stand for it
@@ -74,7 +75,7 @@ def _read(pack: Pack, text: str) -> _Read:
             if used.isdisjoint(range(start, stop)):
                 used.update(range(start, stop))
                 named.update(dict.fromkeys(hit.article for hit in bearers))
-                replaced[start] = [word for hit in bearers for word in raw_words(hit.title)]
+                replaced[start] = [word for hit in bearers for word in raw_words(titles[hit.article])]
     terms: list[str] = []
     for place, word in enumerate(words):
         terms += replaced.get(place, [] if place in used else [word])

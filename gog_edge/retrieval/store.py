@@ -1,77 +1,23 @@
-"""The text and pictures of a pack: one SQLite file with FTS5, read-only, usable from several threads."""
+"""The texts and pictures of a pack over all its segments, less what is no longer there."""
 
 from __future__ import annotations
 
-import json
-import queue
-import sqlite3
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gog_edge.errors import PackError
-from gog_edge.retrieval.words import match_any
+from gog_edge.retrieval.bm25 import idf, rank_by, rank_within
+from gog_edge.retrieval.manifest import Counts, Segment
+from gog_edge.retrieval.segment import Link, Match, NameHit, ParagraphRow, SegmentReader, StoredPicture
 
 REMEMBERED_TERMS = 50_000
 REMEMBERED_IMAGES = 100_000  # rows without pixels, about 50 MB
-STORE_SCHEMA = 1  # PRAGMA user_version of a store
-
-
-_RANK = (
-    "SELECT f.rowid, p.article, -f.rank "
-    "FROM (SELECT rowid, rank FROM words WHERE words MATCH ? ORDER BY rank LIMIT ?) f "
-    "JOIN paragraphs p ON p.id = f.rowid ORDER BY f.rank, f.rowid"
-)
-# An article's paragraphs have successive ids, which FTS5 can range over.
-_WITHIN = "AND rowid BETWEEN (SELECT first FROM articles WHERE id = ?) AND (SELECT last FROM articles WHERE id = ?)"
-_RANK_WITHIN = _RANK.replace("MATCH ?", f"MATCH ? {_WITHIN}")
-_HOLDS = f"SELECT 1 FROM words WHERE words MATCH ? {_WITHIN} LIMIT 1"
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """How many rows a store holds."""
-
-    articles: int
-    paragraphs: int
-    images: int
-
-
-@dataclass(frozen=True, slots=True)
-class NameHit:
-    """An article that bears a name."""
-
-    key: str
-    name: str  # as written
-    title: str
-    article: int
-    redirect: bool  # another name of the article, not its title
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A paragraph that matches some words."""
-
-    paragraph: int
-    article: int
-    score: float  # BM25, larger is better
-
-
-@dataclass(frozen=True, slots=True)
-class ParagraphRow:
-    """A paragraph with what its citation needs."""
-
-    id: int
-    title: str
-    section: str
-    text: str
-    licence: str
+# Paragraphs that one query may make BM25 look at: a word that stands everywhere tells little and costs most.
+AFFORDABLE_PARAGRAPHS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,67 +32,58 @@ class ImageRow:
     titles: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredPicture:
-    """The file of an image, as it is served."""
-
-    data: bytes
-    media_type: str
-
-
 class Store:
-    """Reads a store. Connections are pooled: each call borrows one."""
+    """Reads the segments of a pack; usable from several threads."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+    def __init__(self, segments: Sequence[tuple[Segment, SegmentReader]], gone: Collection[int] = ()) -> None:
+        """`gone`: ids of articles that are no longer there."""
+        self._segments = list(segments)
+        self._gone = frozenset(gone)
+        self._largest = max(self.readers, key=lambda reader: reader.counts().paragraphs, default=None)
         self._images: dict[int, ImageRow] = {}
         self._frequencies: dict[str, int] = {}
 
     @classmethod
-    def open(cls, path: Path) -> Store:
-        """Open a store file.
-
-        Raises:
-            PackError: not such a file, or written for another schema.
-        """
-        store = cls(path)
+    def open(cls, folder: Path, segments: Sequence[Segment], gone: Collection[int] = ()) -> Store:
+        """Open every segment below a pack's folder. Raises PackError as `SegmentReader.open` does."""
+        readers: list[tuple[Segment, SegmentReader]] = []
         try:
-            version = store._value("PRAGMA user_version")
-        except sqlite3.Error as exc:
-            raise PackError(f"pack: '{path}' is no SQLite store ({exc}); copy or build the pack again") from exc
-        if version != STORE_SCHEMA:
-            store.close()
-            raise PackError(f"pack: '{path}' has store schema {version}, wanted {STORE_SCHEMA}; build it again")
-        return store
+            for segment in segments:
+                readers.append((segment, SegmentReader.open(folder / segment.store)))
+        except BaseException:
+            for _, reader in readers:
+                reader.close()
+            raise
+        return cls(readers, gone)
+
+    @property
+    def readers(self) -> list[SegmentReader]:
+        """One for each segment, the oldest first."""
+        return [reader for _, reader in self._segments]
 
     def close(self) -> None:
-        """Close all idle connections."""
-        while True:
-            try:
-                self._idle.get_nowait().close()
-            except queue.Empty:
-                return
+        """Close all connections; nobody may be reading."""
+        for reader in self.readers:
+            reader.close()
 
     # --- what there is ------------------------------------------------------------------------
 
     def counts(self) -> Counts:
-        """Rows of the store."""
-        return Counts(*(self._value(f"SELECT count(*) FROM {table}") for table in ("articles", "paragraphs", "images")))
+        """Rows of all segments, dead ones included."""
+        each = [reader.counts() for reader in self.readers]
+        return Counts(*(sum(getattr(one, name) for one in each) for name in Counts.__slots__))
 
     def image_ids(self) -> NDArray[np.int64]:
-        """Ids of all images, sorted: [n] int64."""
-        return np.array([row[0] for row in self._rows("SELECT id FROM images ORDER BY id")], dtype=np.int64)
+        """Ids of all images, sorted, dead ones included: [n] int64."""
+        return np.concatenate([np.empty(0, np.int64), *(reader.image_ids() for reader in self.readers)])
 
     def picture(self, image: int) -> StoredPicture | None:
         """The stored file of an image, or None where there is no such image."""
-        if not 0 <= image < 2**63:  # SQLite takes no larger ones, and ids come from addresses
-            return None
-        rows = self._rows("SELECT data, media_type FROM images WHERE id = ?", image)
-        return StoredPicture(*rows[0]) if rows else None
+        reader = self._holding("images", image)
+        return reader.picture(image) if reader else None
 
     def images(self, ids: Collection[int]) -> dict[int, ImageRow]:
-        """Images by id, with their articles. Rows are remembered: nothing changes while a pack is open."""
+        """Images by id, with their live articles. Rows are remembered: nothing changes while a pack is open."""
         known = self._images
         found = {image: known[image] for image in ids if image in known}
         missing = [image for image in ids if image not in found]
@@ -157,90 +94,130 @@ class Store:
             known.update(found)
         return found
 
-    def _read_images(self, ids: Iterable[int]) -> dict[int, ImageRow]:
-        wanted = _json(ids)
-        rows = self._rows(
-            "SELECT images.id, caption, licences.name, attribution FROM images JOIN licences ON licences.id = licence "
-            "WHERE images.id IN (SELECT value FROM json_each(?))",
-            wanted,
-        )
-        owners: dict[int, list[tuple[int, str]]] = {row[0]: [] for row in rows}
-        for image, article, title in self._rows(
-            "SELECT image, article, title FROM image_articles JOIN articles ON articles.id = article "
-            "WHERE image IN (SELECT value FROM json_each(?)) ORDER BY image, position",
-            wanted,
-        ):
-            owners[image].append((article, title))
+    def _read_images(self, ids: Sequence[int]) -> dict[int, ImageRow]:
+        rows = [row for reader, own in self._split("images", ids) for row in reader.picture_rows(own)]
+        links: dict[int, list[Link]] = {row.id: [] for row in rows}
+        for link in self._live(link for reader in self.readers for link in reader.links_of(links)):
+            links[link.image].append(link)
+        for own in links.values():
+            own.sort(key=lambda link: link.position)  # of all segments: the same when they are one
+        titles = self.titles({link.article for own in links.values() for link in own})
         return {
-            row[0]: ImageRow(
-                id=row[0],
-                caption=row[1],
-                licence=row[2],
-                attribution=row[3],
-                articles=tuple(article for article, _ in owners[row[0]]),
-                titles=tuple(title for _, title in owners[row[0]]),
+            row.id: ImageRow(
+                id=row.id,
+                caption=next((link.caption for link in links[row.id] if link.caption), ""),
+                licence=row.licence,
+                attribution=row.attribution,
+                articles=tuple(link.article for link in links[row.id]),
+                titles=tuple(titles[link.article] for link in links[row.id]),
             )
             for row in rows
         }
 
-    def main_images(self, articles: Iterable[int], without: Iterable[int] = ()) -> dict[int, int]:
+    def main_images(self, articles: Iterable[int], without: Collection[int] = ()) -> dict[int, int]:
         """The image of each article that is most its own: article id -> image id; never one of `without`."""
-        rows = self._rows(
-            "SELECT article, image FROM image_articles WHERE article IN (SELECT value FROM json_each(?)) "
-            "AND image NOT IN (SELECT value FROM json_each(?)) ORDER BY position DESC, image DESC",
-            _json(articles),
-            _json(without),
-        )
-        return dict(rows)
+        wanted = list(articles)
+        found: dict[int, Link] = {}
+        for link in (link for reader in self.readers for link in reader.links_in(wanted)):
+            best = found.get(link.article)
+            if link.image not in without and (best is None or link.position < best.position):
+                found[link.article] = link
+        return {article: link.image for article, link in found.items()}
+
+    def article(self, key: str) -> int | None:
+        """The live article of a key, or None where there is none."""
+        found = (reader.known([key]).get(key) for reader in reversed(self.readers))
+        return next((one[0] for one in found if one is not None and one[0] not in self._gone), None)
 
     def titles(self, articles: Iterable[int]) -> dict[int, str]:
         """Titles by article id."""
-        return dict(
-            self._rows("SELECT id, title FROM articles WHERE id IN (SELECT value FROM json_each(?))", _json(articles))
-        )
+        found: dict[int, str] = {}
+        for reader, own in self._split("articles", articles):
+            found |= reader.titles(own)
+        return found
 
     def paragraphs(self, ids: Iterable[int]) -> dict[int, ParagraphRow]:
         """Paragraphs by id."""
-        rows = self._rows(
-            "SELECT p.id, a.title, s.title, p.text, l.name FROM paragraphs p JOIN articles a ON a.id = p.article "
-            "JOIN sections s ON s.id = p.section JOIN licences l ON l.id = a.licence "
-            "WHERE p.id IN (SELECT value FROM json_each(?))",
-            _json(ids),
-        )
-        return {row[0]: ParagraphRow(*row) for row in rows}
+        found: dict[int, ParagraphRow] = {}
+        for reader, own in self._split("paragraphs", ids):
+            found |= reader.paragraphs(own)
+        return found
+
+    def leads(self, articles: Iterable[int]) -> dict[int, int]:
+        """The first paragraph of each article that has one."""
+        found: dict[int, int] = {}
+        for reader, own in self._split("articles", articles):
+            found |= reader.leads(own)
+        return found
 
     # --- search -------------------------------------------------------------------------------
 
-    def named(self, keys: Iterable[str]) -> list[NameHit]:
-        """Articles whose title or redirect has one of these keys (see `name_key`), titles before redirects."""
-        rows = self._rows(
-            "SELECT key, name, title, article, redirect FROM names JOIN articles ON articles.id = article "
-            "WHERE key IN (SELECT value FROM json_each(?)) ORDER BY redirect, article",
-            _json(keys),
-        )
-        return [NameHit(key, name, title, article, bool(redirect)) for key, name, title, article, redirect in rows]
+    def named(self, keys: Collection[str]) -> list[NameHit]:
+        """Live articles whose title or redirect has one of these keys (see `name_key`), titles before redirects."""
+        hits = [hit for reader in self.readers for hit in reader.named(keys) if hit.article not in self._gone]
+        return sorted(hits, key=lambda hit: (hit.redirect, hit.article))
 
     def rank(self, terms: Sequence[str], limit: int, article: int | None = None) -> list[Match]:
-        """Paragraphs that hold any of `terms` (as `search_terms` gives them) by BM25, of one article or of all."""
+        """Paragraphs that hold any of `terms` (as `search_terms` gives them) by BM25, of one article or of all.
+
+        Over all articles, the commonest of many terms are left out where they would make the search slow. Where all are
+        that common, paragraphs that hold all of them come, or else the rarest, in no order.
+        """
         if not terms:
             return []
-        values: list[Any] = [match_any(terms)]
         if article is not None:
-            values += [article, article]
-        rows = self._rows(_RANK if article is None else _RANK_WITHIN, *values, limit)
-        return [Match(*row) for row in rows]
+            reader = self._holding("articles", article)
+            return rank_within(reader, article, self._worths(terms), limit) if reader else []
+        affordable = self._affordable(terms)
+        if not affordable:
+            return self._first_holding(terms, limit)
+        found = [match for reader in self.readers for match in self._rank_live(reader, affordable, limit)]
+        return sorted(found, key=lambda match: (-match.score, match.paragraph))[:limit]
 
-    def lead(self, article: int) -> int | None:
-        """The first paragraph of an article, or None where it has none."""
-        rows = self._rows("SELECT first FROM articles WHERE id = ? AND first <= last", article)
-        return int(rows[0][0]) if rows else None
+    def _affordable(self, terms: Sequence[str]) -> list[str]:
+        """The rarest terms whose paragraphs can be looked at; none where even the rarest stands in too many."""
+        kept: list[str] = []
+        spent = 0
+        for term in sorted(terms, key=self.frequency):
+            spent += self.frequency(term)
+            if spent > AFFORDABLE_PARAGRAPHS:
+                break
+            kept.append(term)
+        return kept if any(self.frequency(term) for term in kept) else []
+
+    def _first_holding(self, terms: Sequence[str], limit: int) -> list[Match]:
+        worths = self._worths(terms)
+        for wanted in (list(worths), sorted(worths, key=self.frequency)[:1]):
+            score = sum(worths[term] for term in wanted)
+            readers = self.readers if wanted else []
+            found = (match for reader in readers for match in reader.first_holding(wanted, limit))
+            live = [replace(match, score=score) for match in found if match.article not in self._gone]
+            if live:
+                return live[:limit]
+        return []
+
+    def _worths(self, terms: Sequence[str]) -> dict[str, float]:
+        """The idf of each term that the pack holds."""
+        rows = self.counts().paragraphs
+        return {term: idf(rows, self.frequency(term)) for term in terms if self.frequency(term)}
+
+    def _rank_live(self, reader: SegmentReader, terms: Sequence[str], limit: int) -> list[Match]:
+        asked = limit
+        while True:
+            if self._largest is None or reader is self._largest:
+                matches = reader.rank(terms, asked)
+            else:  # valued as the largest values them: the scores of all segments compare
+                matches = rank_by(reader, terms, asked, self._largest)
+            live = [match for match in matches if match.article not in self._gone]
+            if len(live) >= limit or len(matches) < asked:
+                return live[:limit]
+            asked *= 2
 
     def frequency(self, term: str) -> int:
-        """How many paragraphs hold a term, counted up to 100,000; counts are remembered."""
+        """How many paragraphs hold a term, dead ones included; counts are remembered."""
         count = self._frequencies.get(term)
         if count is None:
-            sql = "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? LIMIT 100000)"
-            count = int(self._value(sql, match_any([term])))
+            count = sum(reader.frequency(term) for reader in self.readers)
             if len(self._frequencies) > REMEMBERED_TERMS:
                 self._frequencies = {}
             self._frequencies[term] = count
@@ -248,30 +225,27 @@ class Store:
 
     def holds(self, article: int, term: str) -> bool:
         """Whether an article (title and sections included) holds a term."""
-        return bool(self._rows(_HOLDS, match_any([term]), article, article))
+        reader = self._holding("articles", article)
+        return reader.holds(article, term) if reader else False
 
-    # --- connections --------------------------------------------------------------------------
+    # --- segments -----------------------------------------------------------------------------
 
-    def _rows(self, sql: str, *values: Any) -> list[Any]:
-        with self._connection() as connection:
-            return connection.execute(sql, values).fetchall()
+    def _live(self, links: Iterable[Link]) -> Iterator[Link]:
+        return (link for link in links if link.article not in self._gone)
 
-    def _value(self, sql: str, *values: Any) -> Any:
-        return self._rows(sql, *values)[0][0]
+    def _holding(self, kind: str, number: int) -> SegmentReader | None:
+        """The segment whose span of `kind` has this id: spans rise from segment to segment."""
+        place = bisect_right(self._segments, number, key=lambda pair: int(getattr(pair[0], kind).first)) - 1
+        if place < 0:
+            return None
+        segment, reader = self._segments[place]
+        return reader if number in getattr(segment, kind) else None
 
-    @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        try:
-            connection = self._idle.get_nowait()
-        except queue.Empty:
-            # immutable: a pack's files never change, so SQLite may skip locks and works on read-only media.
-            source = f"file:{quote(str(self._path.resolve()))}?mode=ro&immutable=1"
-            connection = sqlite3.connect(source, uri=True, check_same_thread=False)
-        try:
-            yield connection
-        finally:
-            self._idle.put(connection)
-
-
-def _json(values: Iterable[int] | Iterable[str]) -> str:
-    return json.dumps([value if isinstance(value, str) else int(value) for value in values])
+    def _split(self, kind: str, ids: Iterable[int]) -> Iterator[tuple[SegmentReader, list[int]]]:
+        """Ids by the segment that holds them; others are left out."""
+        groups: dict[int, tuple[SegmentReader, list[int]]] = {}
+        for number in ids:
+            reader = self._holding(kind, number)
+            if reader is not None:
+                groups.setdefault(id(reader), (reader, []))[1].append(number)
+        yield from groups.values()

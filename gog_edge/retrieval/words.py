@@ -44,6 +44,11 @@ def match_any(terms: Sequence[str]) -> str:
     return " OR ".join(f'"{term}"' for term in terms)
 
 
+def match_all(terms: Sequence[str]) -> str:
+    """An FTS5 expression for 'all of these'."""
+    return " AND ".join(f'"{term}"' for term in terms)
+
+
 def spans(words: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
     """Every run of up to MAX_NAME_WORDS words: its key -> the half-open word ranges where it stands."""
     lower = [word.lower() for word in words]

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import BaseRoute, Route
 
 from gog_edge import __version__
+from gog_edge.agent.aim import picture_query
 from gog_edge.agent.events import Answered, Event
 from gog_edge.agent.trace import TraceFolder
 from gog_edge.bundle import Sample
@@ -30,7 +31,7 @@ from gog_edge.errors import BudgetExceeded, Busy, GogEdgeError, InputError, NotF
 from gog_edge.runtime import Runtime
 from gog_edge.serve.guard import LOOPBACK, Guard, page_policy
 from gog_edge.serve.metrics import Metrics
-from gog_edge.serve.wire import PictureGiven, SearchItem, error_body, parse_ask, parse_search, read_body, sse
+from gog_edge.serve.wire import PictureGiven, SearchBody, SearchItem, error_body, parse_ask, parse_search, read_body, sse
 from gog_edge.serve.work import Run, Workers
 from gog_edge.types import ImageQuery, Query, SearchResult, TextQuery
 
@@ -65,8 +66,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        service.workers.close()
+        with runtime.packs.watching():
+            yield
+            service.workers.close()
 
     return FastAPI(
         title="gog_edge",
@@ -120,9 +122,23 @@ class Service:
         return JSONResponse(last.record.to_json())
 
     async def search(self, request: Request) -> Response:
-        """POST /v1/search: the packs without the policy, any number of queries in one batch."""
-        items = await self._read(request, parse_search)
-        run = self.workers.admit(partial(self._search, items))
+        """POST /v1/search: the packs without the policy, any number of queries in one batch.
+
+        The body is one query, or {"queries": [...]} with up to 16 of them. A query has `text`, or a `picture` (base64)
+        or `sample` with at most one of `box` and `boxes` ([x0, y0, x1, y1] in pixels of the upright picture), or both
+        kinds, and may have a `question`, which chooses the paragraphs. The answer is {"results": [...]} with a result
+        for each text, then for each box or whole picture, in the order of the queries.
+
+        With "fuse": true there is one result for all of them, of at most `k` things (1 to 50, usually 5), those first
+        that several crops and words point at; the text finds articles, the crops find what they show.
+
+        A result has `found`, the calibrated chance that (in a fused result: any of) what was searched for is in the
+        packs, and `evidence`: `titles`, `passages` (pack, article, section, paragraph, text, licence, span in the
+        article's text), `image` (pack, image, caption, licence, attribution), `score`, and `ranks`: the place that each
+        channel gave it ("image_to_image", "image_to_caption", "text_to_image", "text_to_caption", "words").
+        """
+        body = await self._read(request, parse_search)
+        run = self.workers.admit(partial(self._search, body))
         async for results in run:
             return JSONResponse({"results": [asdict(result) for result in results]})
         return Response(status_code=499)
@@ -148,8 +164,14 @@ class Service:
         finally:
             self.metrics.count(outcome, time.monotonic() - began)
 
-    def _search(self, items: list[SearchItem]) -> Generator[tuple[SearchResult, ...], None, None]:
-        yield self.runtime.search([query for item in items for query in self._queries(item)])
+    def _search(self, body: SearchBody) -> Generator[tuple[SearchResult, ...], None, None]:
+        queries = [query for item in body.items for query in self._queries(item)]
+        if body.fused is None:
+            yield self.runtime.search(queries)
+        else:
+            crops = [query for query in queries if isinstance(query, ImageQuery)]
+            texts = [query for query in queries if isinstance(query, TextQuery)]
+            yield (self.runtime.search_many(crops, texts, body.fused),)
 
     def _queries(self, item: SearchItem) -> Iterator[Query]:
         check = self.runtime.limits.check_question
@@ -158,7 +180,7 @@ class Service:
             yield TextQuery(check(item.text), question)
         if item.picture is not None:
             picture = self.runtime.decode(self._bytes(item.picture))
-            yield ImageQuery(picture.crop(item.box) if item.box else picture.pixels, question)
+            yield from (picture_query(picture, question, box) for box in item.boxes or (None,))
 
     async def _read(self, request: Request, parse: Callable[[str, bytes], T]) -> T:
         body = await read_body(request, self.runtime.limits.picture_bytes)
@@ -207,14 +229,16 @@ class Service:
         return JSONResponse({"status": "ok"})
 
     async def readyz(self, request: Request) -> Response:
-        """GET /readyz: a question asked now would be taken."""
+        """GET /readyz: a question asked now would be taken; which generation of each pack it would be asked."""
+        packs = [asdict(state) for state in self.runtime.packs.states()]
         if self.workers.admitted >= self.workers.capacity:
-            return JSONResponse({"status": "busy"}, status_code=503, headers={"Retry-After": RETRY_AFTER})
-        return JSONResponse({"status": "ready"})
+            headers = {"Retry-After": RETRY_AFTER}
+            return JSONResponse({"status": "busy", "packs": packs}, status_code=503, headers=headers)
+        return JSONResponse({"status": "ready", "packs": packs})
 
     async def show_metrics(self, request: Request) -> Response:
         """GET /metrics: figures for Prometheus."""
-        text = self.metrics.render(running=self.workers.admitted)
+        text = self.metrics.render(running=self.workers.admitted, packs=self.runtime.packs.states())
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 

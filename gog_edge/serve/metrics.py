@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
+
+from gog_edge.types import PackState
 
 OUTCOMES = ("answered", "refused", "busy", "stopped", "failed")
 BUCKETS = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, float("inf"))  # seconds, upper edges
@@ -27,8 +30,8 @@ class Metrics:
                 self._seconds += seconds
                 self._buckets[next(i for i, edge in enumerate(BUCKETS) if seconds <= edge)] += 1
 
-    def render(self, *, running: int) -> str:
-        """The exposition text; `running` is the number of questions that work or wait now."""
+    def render(self, *, running: int, packs: Sequence[PackState] = ()) -> str:
+        """The exposition text; `running` is the number of questions that work or wait now, `packs` what is served."""
         with self._lock:
             outcomes, buckets, seconds = dict(self._outcomes), list(accumulate(self._buckets)), self._seconds
         name = "gog_edge_question_seconds"
@@ -45,5 +48,18 @@ class Metrics:
             "# HELP gog_edge_questions_running Questions that are worked on or waiting.",
             "# TYPE gog_edge_questions_running gauge",
             f"gog_edge_questions_running {running}",
+            *_of_packs(packs),
             "",
         ])
+
+
+def _of_packs(packs: Sequence[PackState]) -> Iterator[str]:
+    for name, kind, about in (
+        ("generation", "gauge", "Generation of a pack that is served."),
+        ("switches_total", "counter", "New generations of a pack that came to be served."),
+        ("refusals_total", "counter", "Times that a new generation of a pack could not be served."),
+    ):
+        yield f"# HELP gog_edge_pack_{name} {about}"
+        yield f"# TYPE gog_edge_pack_{name} {kind}"
+        for pack in packs:
+            yield f'gog_edge_pack_{name}{{pack="{pack.name}"}} {getattr(pack, name.removesuffix("_total"))}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ def serve(bundle: Path, config: ServeConfig) -> None:
         app = create_app(runtime, hosts=hosts, traces=traces)
         settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
                                   timeout_graceful_shutdown=GRACE)
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            signal.signal(signal.SIGHUP, lambda *_: runtime.packs.wake())
         with contextlib.suppress(KeyboardInterrupt):
             _Server(settings, f"gog_edge serves '{runtime.name}' at {url} (Ctrl+C stops it)\n").run([listener])
 

@@ -19,9 +19,13 @@ from gog_edge.errors import PictureError, QuestionError, RequestError, TooLarge
 from gog_edge.types import Box
 
 MAX_QUERIES = 16  # in one search
+MAX_BOXES = 32  # over all its queries
+MAX_K = 50  # things in a fused result
+DEFAULT_K = 5
 BODY_SLACK = 64 * 2**10  # bytes for everything in a body that is not the picture
 _ASK_FIELDS = frozenset({"picture", "sample", "question", "workflow", "budget"})
-_QUERY_FIELDS = frozenset({"text", "picture", "sample", "box", "question"})
+_QUERY_FIELDS = frozenset({"text", "picture", "sample", "box", "boxes", "question"})
+_SEARCH_FIELDS = frozenset({"queries", "fuse", "k"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +48,20 @@ class AskBody:
 
 @dataclass(frozen=True, slots=True)
 class SearchItem:
-    """One query of POST /v1/search; text and picture are two searches."""
+    """One query of POST /v1/search; its text and each of its boxes are searches of their own."""
 
     text: str | None
     picture: PictureGiven | None
-    box: Box | None  # pixels of the upright picture
+    boxes: tuple[Box, ...]  # pixels of the upright picture; none: the whole picture
     question: str  # chooses the paragraphs
+
+
+@dataclass(frozen=True, slots=True)
+class SearchBody:
+    """The body of POST /v1/search."""
+
+    items: tuple[SearchItem, ...]
+    fused: int | None  # how many things the one result of all searches has at most; None: a result for each search
 
 
 # --- in -----------------------------------------------------------------------------------------
@@ -80,15 +92,31 @@ def parse_ask(content_type: str, body: bytes, limits: Budget) -> AskBody:
     return AskBody(picture, _text(values, "question"), _workflow(values), _budget(values.get("budget"), limits))
 
 
-def parse_search(content_type: str, body: bytes) -> list[SearchItem]:
-    """Read the body of /v1/search: one query, or {"queries": [...]}. Raises InputError."""
+def parse_search(content_type: str, body: bytes) -> SearchBody:
+    """Read the body of /v1/search: one query, or {"queries": [...], "fuse": bool, "k": int}. Raises InputError."""
     values = _read_fields(content_type, body)
-    queries = values.get("queries", [values])
-    if "queries" in values:
-        _refuse_unknown(values, {"queries"})
+    if "queries" not in values:
+        return SearchBody((_search_item(values),), None)
+    _refuse_unknown(values, _SEARCH_FIELDS)
+    queries = values["queries"]
     if not isinstance(queries, list) or not 1 <= len(queries) <= MAX_QUERIES:
         raise RequestError(f"'queries' must be a list of 1 to {MAX_QUERIES} objects")
-    return [_search_item(query) for query in queries]
+    items = tuple(_search_item(query) for query in queries)
+    boxes = sum(len(item.boxes) for item in items)
+    if boxes > MAX_BOXES:
+        raise RequestError(f"there are {boxes} boxes; at most {MAX_BOXES} go into one search")
+    return SearchBody(items, _fused(values))
+
+
+def _fused(values: Mapping[str, Any]) -> int | None:
+    fuse, k = values.get("fuse", False), values.get("k", DEFAULT_K)
+    if type(fuse) is not bool:
+        raise RequestError(f"'fuse' is {fuse!r}; send true for one result of all queries, or leave it out")
+    if not fuse and "k" in values:
+        raise RequestError("'k' is how many things one result of all queries has; it needs 'fuse': true")
+    if type(k) is not int or not 1 <= k <= MAX_K:
+        raise RequestError(f"'k' is {k!r}; whole numbers from 1 to {MAX_K} are taken")
+    return k if fuse else None
 
 
 def _search_item(values: Any) -> SearchItem:
@@ -97,12 +125,23 @@ def _search_item(values: Any) -> SearchItem:
     _refuse_unknown(values, _QUERY_FIELDS)
     text = _text(values, "text") if "text" in values else None
     question = _text(values, "question") if "question" in values else text or ""
-    item = SearchItem(text, _picture(values), _box(values.get("box")), question)
+    item = SearchItem(text, _picture(values), _boxes(values), question)
     if item.text is None and item.picture is None:
         raise RequestError("a query needs 'text', 'picture' or 'sample'")
-    if item.box is not None and item.picture is None:
-        raise RequestError("'box' needs a 'picture' or 'sample' to cut from")
+    if item.boxes and item.picture is None:
+        raise RequestError("a box needs a 'picture' or 'sample' to cut from")
     return item
+
+
+def _boxes(values: Mapping[str, Any]) -> tuple[Box, ...]:
+    if "box" in values and "boxes" in values:
+        raise RequestError("there are both 'box' and 'boxes'; send one of them")
+    if values.get("boxes") is None:
+        return () if values.get("box") is None else (_box(values["box"]),)
+    boxes = values["boxes"]
+    if not isinstance(boxes, list) or not boxes:
+        raise RequestError(f"'boxes' must be a list of boxes, not {_kind(boxes) if boxes != [] else 'an empty one'}")
+    return tuple(_box(box) for box in boxes)
 
 
 def _read_fields(content_type: str, body: bytes) -> dict[str, Any]:
@@ -215,12 +254,10 @@ def _budget(value: Any, limits: Budget) -> Budget:
     return Budget(**most | value)
 
 
-def _box(value: Any) -> Box | None:
-    if value is None:
-        return None
+def _box(value: Any) -> Box:
     numbers = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
     if not numbers or not (value[0] < value[2] and value[1] < value[3]):
-        raise RequestError(f"'box' is {value!r}; send [x0, y0, x1, y1] in pixels with x0 < x1 and y0 < y1")
+        raise RequestError(f"a box is {value!r}; send [x0, y0, x1, y1] in pixels with x0 < x1 and y0 < y1")
     return Box(*map(float, value))
 
 

@@ -196,8 +196,9 @@ def atlas():
 def test_the_atlas_says_the_same_with_and_without(atlas):
     for sample in atlas.samples:
         picture = decode_picture(sample.picture.read_bytes())
-        told = [list(run_episode(picture, sample.questions[0], policy=atlas.policy, retriever=atlas.retriever,
-                                 budget=Budget(deadline_ms=600_000), gaze=GazeConfig(early=early)))
-                for early in (True, False)]
+        with atlas.packs.lease() as retriever:
+            told = [list(run_episode(picture, sample.questions[0], policy=atlas.policy, retriever=retriever,
+                                     budget=Budget(deadline_ms=600_000), gaze=GazeConfig(early=early)))
+                    for early in (True, False)]
         assert without_times(told[0]) == without_times(told[1])
         assert np.isfinite(told[0][-1].record.timings_ms["search"])

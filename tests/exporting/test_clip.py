@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from gog_edge.errors import CheckpointError
-from gog_edge.exporting import clip
-from gog_edge.exporting.clip import export_clip, load_clip, tokenize
+from gog_edge.exporting import clip, clip_checkpoint
+from gog_edge.exporting.clip import export_clip, tokenize
+from gog_edge.exporting.clip_checkpoint import load_clip
 from gog_edge.exporting.torchvision_operators import import_torchvision
 from gog_edge.files import verify_files
-from gog_edge.retrieval.encoder import Encoder, preprocess
+from gog_edge.retrieval.encoder import Encoder
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 16}
@@ -134,21 +135,6 @@ def little_tokenizer():
     return tokenizer
 
 
-@pytest.mark.parametrize(("size", "mode"), [((50, 40), "shortest"), ((32, 64), "longest"), ((45, 45), "squash")])
-def test_the_runtime_preprocesses_as_open_clip_does(tmp_path, resnet, size, mode):
-    from open_clip.transform import image_transform
-
-    image = Image.effect_noise(size, 80).convert("RGB")
-    wanted = image_transform(32, is_train=False, resize_mode=mode, interpolation="bicubic")(image).numpy()
-    spec = Encoder.open(resnet[1], threads=1).spec
-    defaults = clip._preprocessing({"image_size": 32}, {"resize_mode": mode})
-    given = preprocess(
-        np.asarray(image),
-        type(spec)(spec.size, defaults.mean, defaults.std, spec.interpolation, mode, defaults.fill),
-    )
-    assert np.abs(given - wanted).max() < 1e-4
-
-
 def test_unknown_models_are_refused_with_what_exists(tmp_path):
     with pytest.raises(CheckpointError, match="ViT-B-32") as caught:
         load_clip("ViT-B-23", weights=tmp_path / "w.safetensors")
@@ -173,7 +159,7 @@ def test_an_unknown_tag_is_refused_with_those_that_exist(tmp_path):
 
 def test_a_tag_brings_activation_and_preprocessing():
     import_torchvision()
-    config = clip._named_config("ViT-B-32", "openai")
+    config = clip_checkpoint._named_config("ViT-B-32", "openai")
     assert config["model_cfg"]["quick_gelu"] is True
     assert config["preprocess_cfg"]["mean"] != [0.5, 0.5, 0.5]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gog_edge.exporting.clip import load_clip, tokenize
+from gog_edge.exporting.clip import tokenize
+from gog_edge.exporting.clip_checkpoint import load_clip
 from gog_edge.files import sha256_of
 from gog_edge.retrieval.encoder import Encoder
 

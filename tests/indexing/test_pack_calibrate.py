@@ -5,7 +5,8 @@ from little_world import FLAGS, bars, flag, write_little_pack
 from gog_edge.errors import PackError
 from gog_edge.indexing.calibrate import calibrate_images, calibrate_texts, fit_calibration, write_calibration
 from gog_edge.retrieval.calibration import IMAGE_FEATURES, Calibration
-from gog_edge.retrieval.pack import Pack, read_manifest
+from gog_edge.retrieval.manifest import read_manifest
+from gog_edge.retrieval.pack import Pack
 from gog_edge.retrieval.retriever import Retriever
 from gog_edge.types import ImageQuery, TextQuery
 

@@ -1,3 +1,4 @@
+import io
 import sqlite3
 
 import numpy as np
@@ -6,8 +7,12 @@ from little_world import FACTS, FLAGS, SNAPSHOT, articles, flag, images, png, wr
 from PIL import Image
 
 from gog_edge.errors import PackError, PictureError
-from gog_edge.indexing.pack_writer import ArticleDraft, ImageDraft, PackWriter
-from gog_edge.retrieval.pack import MANIFEST, Pack, read_manifest
+from gog_edge.files import read_json
+from gog_edge.indexing.commit import BUILD, LOCK
+from gog_edge.indexing.embedding import TILE_BOXES
+from gog_edge.indexing.pack_writer import ArticleDraft, ImageDraft, PackOptions, PackWriter
+from gog_edge.retrieval.manifest import GENERATIONS, MANIFEST, Manifest, generation_path, read_manifest
+from gog_edge.retrieval.pack import Pack, verify_pack
 from gog_edge.retrieval.retriever import Retriever
 from gog_edge.types import ImageQuery, TextQuery
 
@@ -20,7 +25,7 @@ def writer(tmp_path, tiny_encoder):
 
 def content(folder):
     """Everything a store holds."""
-    db = sqlite3.connect(folder / "store.sqlite")
+    db = sqlite3.connect(folder / "store/000001.sqlite")
     dump = list(db.iterdump())
     db.close()
     return dump
@@ -28,22 +33,29 @@ def content(folder):
 
 def test_the_manifest_says_what_is_there(little_pack_folder, tiny_encoder):
     manifest = read_manifest(little_pack_folder)
-    assert (manifest.generation, manifest.parent, manifest.tombstones) == (1, None, ())
+    assert (manifest.generation, manifest.parent, manifest.tombstones) == (1, None, None)
     assert (manifest.counts.articles, manifest.counts.images) == (len(FACTS), len(FLAGS))
     assert manifest.counts.paragraphs == 4 * len(FACTS)
     assert manifest.snapshot == SNAPSHOT and manifest.encoder == tiny_encoder.fingerprint
-    assert manifest.index.factory == "Flat" and manifest.index.recall == 1.0
+    assert manifest.images.rows == manifest.captions.rows == len(FLAGS)
+    for space in (manifest.images, manifest.captions):
+        assert space.index.rows == space.rows and space.index.recall >= 0.95
     assert {entry.path for entry in manifest.files} == {
         path.relative_to(little_pack_folder).as_posix()
         for path in little_pack_folder.rglob("*")
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in (MANIFEST, LOCK) and path.parent.name != GENERATIONS
     }
+    assert Manifest.from_json(read_json(generation_path(little_pack_folder, 1), what="pack")) == manifest
+    assert not (little_pack_folder / BUILD).exists()
 
 
 def test_the_same_drafts_give_the_same_pack(tmp_path, tiny_encoder, little_pack_folder):
     manifest = write_little_pack(tmp_path / "again", tiny_encoder)
     assert content(tmp_path / "again") == content(little_pack_folder)
-    assert manifest == read_manifest(little_pack_folder)
+    first = read_manifest(little_pack_folder)
+    assert [entry for entry in manifest.files if "index" not in entry.path] == [
+        entry for entry in first.files if "index" not in entry.path
+    ]
 
 
 def test_the_same_file_twice_is_one_image_of_both_articles(writer, tiny_encoder):
@@ -69,12 +81,56 @@ def test_an_article_is_shown_by_the_image_that_is_most_its_own(writer, tiny_enco
     pack.close()
 
 
-def test_many_small_shards_and_half_precision(tmp_path, tiny_encoder, monkeypatch):
-    monkeypatch.setattr("gog_edge.indexing.pack_writer.BATCH", 3)
-    manifest = write_little_pack(tmp_path / "pack", tiny_encoder, shard_rows=3, half=True)
-    assert [shard.rows for shard in manifest.shards] == [3, 3, 3, 1]
-    assert np.load(tmp_path / "pack" / manifest.shards[0].vectors).dtype == np.float16
+def test_many_small_shards_in_half_precision(tmp_path, tiny_encoder):
+    manifest = write_little_pack(tmp_path / "pack", tiny_encoder, shard_rows=3)
+    assert [shard.rows for shard in manifest.images.shards] == [3, 3, 3, 1]
+    assert np.load(tmp_path / "pack" / manifest.images.shards[0].vectors).dtype == np.float16
     Pack.open(tmp_path / "pack", tiny_encoder).close()
+    assert verify_pack(tmp_path / "pack") == manifest
+
+
+def test_lead_images_may_be_indexed_in_tiles(tmp_path, tiny_encoder):
+    """A crop of one corner of a picture of four finds it by its tile, nearly as it stands there."""
+    corners = [flag(name) for name in ("France", "Spain", "Guinea", "Germany")]
+    wall = np.concatenate([np.concatenate(corners[:2], axis=1), np.concatenate(corners[2:], axis=1)])
+    found = {}
+    for tiles in (False, True):
+        folder = tmp_path / str(tiles)
+        options = PackOptions(tiles=tiles)
+        with PackWriter(folder, name="walls", snapshot=SNAPSHOT, encoder=tiny_encoder, options=options) as writer:
+            writer.add_article(ArticleDraft("Wall", (("", "Four flags."),), "CC0"))
+            writer.add_image(ImageDraft(png(wall), "", "MIT", "", ("Wall",), lead=True))
+            writer.add_image(ImageDraft(png(flag("Norway")), "", "MIT", "", ("Wall",)))
+            manifest = writer.commit()
+        assert manifest.images.rows == (2 + len(TILE_BOXES) if tiles else 2)
+        pack = Pack.open(folder, tiny_encoder)
+        hits = pack.images.search(tiny_encoder.embed_images([wall[:48, :72]]), 2)
+        found[tiles] = float(hits.scores[0, hits.ids[0].tolist().index(1)])
+        pack.close()
+        assert verify_pack(folder).counts.images == 2
+    assert found[True] > 0.99 > found[False]
+
+
+def test_a_pack_of_texts_alone_needs_no_encoder(tmp_path, tiny_encoder):
+    with PackWriter(tmp_path / "pack", name="texts", snapshot=SNAPSHOT, encoder=None) as writer:
+        writer.add(articles(), [])
+        manifest = writer.commit()
+    assert manifest.encoder is None and manifest.golden is None and manifest.images.rows == 0
+    assert verify_pack(tmp_path / "pack") == manifest
+    pack = Pack.open(tmp_path / "pack", tiny_encoder)
+    words, picture = Retriever(tiny_encoder, [pack]).search([TextQuery("Madrid"), ImageQuery(flag("Spain"))])
+    assert words.evidence[0].titles == ("Spain",) and picture.evidence == ()
+    pack.close()
+
+
+def test_paragraphs_say_where_they_stand_in_their_article(little_pack):
+    """The article's text is its paragraphs with an empty line between."""
+    article = articles()[3]
+    first = 3 * len(article.paragraphs) + 1
+    rows = little_pack.store.paragraphs(range(first, first + len(article.paragraphs)))
+    whole = "\n\n".join(text for _, text in article.paragraphs)
+    said = [row.text for row in rows.values()]
+    assert [whole[row.start : row.start + len(row.text)] for row in rows.values()] == said
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
@@ -96,7 +152,7 @@ def test_a_build_that_stops_half_way_is_no_pack(tmp_path, tiny_encoder):
     ):
         writer.add(articles(), images())
         raise RuntimeError("power cut")
-    with pytest.raises(PackError, match="right folder"):
+    with pytest.raises(PackError, match="not finished"):
         Pack.open(tmp_path / "pack", tiny_encoder)
 
 
@@ -120,12 +176,23 @@ def test_drafts_that_cannot_be_are_refused(writer):
         writer.add_article(ArticleDraft(" ?", (), "CC0"))
     with pytest.raises(PackError, match="Atlantis"):
         writer.add_image(ImageDraft(png(flag("Spain")), "x", "MIT", "", ("Atlantis",)))
-    with pytest.raises(PackError, match="add them first"):
+    with pytest.raises(PackError, match="of no article"):
         writer.add_image(ImageDraft(png(flag("Spain")), "x", "MIT", "", ()))
     with pytest.raises(PictureError):
         writer.add_image(ImageDraft(b"no picture", "x", "MIT", "", ("France",)))
-    with pytest.raises(PackError, match="no image"):
+
+
+def test_a_pack_without_an_article_is_none(writer):
+    with pytest.raises(PackError, match="no article"):
         writer.commit()
+
+
+def test_images_of_another_kind_are_refused(writer):
+    writer.add_article(articles()[0])
+    stream = io.BytesIO()
+    Image.fromarray(flag("Spain")).save(stream, "BMP")
+    with pytest.raises(PackError, match="PNG, JPEG or WebP"):
+        writer.add_image(ImageDraft(stream.getvalue(), "x", "MIT", "", ("France",)))
 
 
 def test_an_article_without_paragraphs_can_be_found_and_quoted_as_nothing(writer, tiny_encoder):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from played import Still
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -370,7 +371,7 @@ def atlas():
 def turns(atlas, **decoding):
     bundle, policy, retriever = atlas
     policy = LocalPolicy(policy.model, policy.dialect, Sampling(), **decoding)
-    runtime = Runtime(bundle.name, policy, retriever, {}, bundle.limits)
+    runtime = Runtime(bundle.name, policy, Still(retriever), bundle.limits)
     for sample in bundle.samples:
         picture = sample.picture.read_bytes()
         decode_picture(picture, bundle.limits.picture)

@@ -4,15 +4,19 @@ import sqlite3
 
 import numpy as np
 import pytest
-from little_world import FLAGS, flag, write_little_pack
+from little_world import FACTS, FLAGS, flag
 from tiny_encoder import write_tiny_encoder
 
 from gog_edge.errors import PackError
 from gog_edge.files import describe_files
+from gog_edge.indexing.commit import write_tombstones
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.pack import MANIFEST, Manifest, Pack, read_manifest, verify_pack
+from gog_edge.retrieval.manifest import MANIFEST, Manifest, read_manifest
+from gog_edge.retrieval.pack import Pack, verify_pack
 from gog_edge.retrieval.retriever import Retriever
-from gog_edge.types import ImageQuery
+from gog_edge.types import ImageQuery, TextQuery
+
+STORE = "store/000001.sqlite"
 
 
 @pytest.fixture
@@ -45,7 +49,7 @@ def test_the_manifest_survives_json(little_pack_folder):
     assert verify_pack(little_pack_folder) == manifest
 
 
-@pytest.mark.parametrize("name", ["store.sqlite", "index/gen-000001.faiss", "vectors/part-000000.npy"])
+@pytest.mark.parametrize("name", [STORE, "index/000001-images.faiss", "vectors/000001-images-000000.npy"])
 def test_missing_and_altered_files_are_named(copied, tiny_encoder, name):
     data = bytearray((copied / name).read_bytes())
     data[len(data) // 2] ^= 255
@@ -66,7 +70,7 @@ def test_no_manifest_is_no_pack(copied, tiny_encoder):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"schema": 9}, {"kind": "encoder"}, {"snapshot": None}, {"counts": {}}, {"golden": "x"}, {"shards": [1]},
+    [{"schema": 9}, {"kind": "encoder"}, {"snapshot": None}, {"counts": {}}, {"golden": "x"}, {"images": [1]},
      {"calibration": {"image": {"features": []}}}],
 )  # fmt: skip
 def test_other_manifests_are_refused(copied, tiny_encoder, changes):
@@ -96,7 +100,7 @@ def test_an_encoder_that_computes_other_vectors_fails_the_golden_query(copied, t
 
 
 def test_another_store_schema_is_refused(copied, tiny_encoder):
-    with sqlite3.connect(copied / "store.sqlite") as db:
+    with sqlite3.connect(copied / STORE) as db:
         db.execute("PRAGMA user_version = 77")
     db.close()
     rewrite(copied)
@@ -104,21 +108,25 @@ def test_another_store_schema_is_refused(copied, tiny_encoder):
 
 
 def test_a_store_that_is_no_database_is_refused(copied, tiny_encoder):
-    (copied / "store.sqlite").write_bytes(b"not a database" * 100)
+    (copied / STORE).write_bytes(b"not a database" * 100)
     rewrite(copied)
     refused(copied, tiny_encoder, "no SQLite store")
 
 
 def test_counts_that_disagree_are_refused(copied, tiny_encoder):
-    rewrite(copied, counts={"articles": 1, "paragraphs": 2, "images": 3})
-    refused(copied, tiny_encoder, "its store has")
+    raw = json.loads((copied / MANIFEST).read_text())
+    counts = raw["segments"][0]["counts"] | {"articles": 1}
+    rewrite(copied, segments=[raw["segments"][0] | {"counts": counts}])
+    refused(copied, tiny_encoder, "store/000001.sqlite' has")
 
 
 def test_rows_without_vectors_are_refused(copied, tiny_encoder):
-    ids = copied / "vectors/part-000000.ids.npy"
+    ids = copied / "vectors/000001-images-000000.ids.npy"
     np.save(ids, np.load(ids) + 1)
     rewrite(copied)
     refused(copied, tiny_encoder, "disagree")
+    with pytest.raises(PackError, match="disagree, first at image 1"):
+        verify_pack(copied)
 
 
 def test_a_file_without_hash_is_refused(copied, tiny_encoder):
@@ -135,37 +143,61 @@ def test_a_path_outside_the_pack_is_refused(copied, tiny_encoder):
     refused(copied, tiny_encoder, "outside")
 
 
-def test_tombstones_take_images_out_of_every_answer(copied, tiny_encoder):
+def bury(folder, articles, images):
+    """Write tombstones as a later generation would."""
+    files = write_tombstones(folder, 2, np.array(articles, np.int64), np.array(images, np.int64))
+    raw = json.loads((folder / MANIFEST).read_text())
+    listed = [*raw["files"], {"path": files.articles}, {"path": files.images}]
+    counts = raw["counts"] | {"articles": raw["counts"]["articles"] - len(articles),
+                              "images": raw["counts"]["images"] - len(images)}  # fmt: skip
+    rewrite(folder, tombstones={"articles": files.articles, "images": files.images}, files=listed, counts=counts)
+
+
+def test_tombstones_take_images_and_articles_out_of_every_answer(copied, tiny_encoder):
     gone = list(FLAGS).index("Spain") + 1
-    golden = read_manifest(copied).golden
-    other = next(n for n in range(1, len(FLAGS) + 1) if n != gone)
-    rewrite(copied, tombstones=[gone], golden=golden if golden != gone else other)
+    article = list(FACTS).index("Spain") + 1
+    raw = json.loads((copied / MANIFEST).read_text())
+    rewrite(copied, golden=raw["golden"] if raw["golden"] != gone else gone % len(FLAGS) + 1)
+    bury(copied, [article], [gone])
     pack = Pack.open(copied, tiny_encoder)
     assert pack.picture(gone) is None
-    (result,) = Retriever(tiny_encoder, [pack]).search([ImageQuery(flag("Spain"))])
-    assert "Spain" not in [title for evidence in result.evidence for title in evidence.titles]
+    seen, named, said = Retriever(tiny_encoder, [pack]).search(
+        [ImageQuery(flag("Spain")), TextQuery("Spain"), TextQuery("Madrid")]
+    )
+    for result in (seen, named, said):
+        assert "Spain" not in [title for evidence in result.evidence for title in evidence.titles]
     pack.close()
-    rewrite(copied, tombstones=[12345])
-    refused(copied, tiny_encoder, "tombstone 12345")
+    assert verify_pack(copied).counts.images == len(FLAGS) - 1
 
 
-def test_a_shard_that_came_after_the_index_is_searched(copied, tiny_encoder, tmp_path):
-    """The same images: half of them in the index, half in a later shard."""
-    from gog_edge.indexing.index_writer import build_index
+def test_a_tombstone_of_nothing_is_found_by_verify(copied):
+    bury(copied, [], [12345])
+    with pytest.raises(PackError, match="tombstone 12345"):
+        verify_pack(copied)
 
-    write_little_pack(tmp_path / "two", tiny_encoder, shard_rows=1)
-    folder = tmp_path / "two"
-    raw = json.loads((folder / MANIFEST).read_text())
-    ids, vectors = (np.load(folder / raw["shards"][0][key]) for key in ("ids", "vectors"))
-    np.save(folder / "vectors/part-000000.npy", vectors[:5])
-    np.save(folder / "vectors/part-000000.ids.npy", ids[:5])
-    np.save(folder / "vectors/part-000001.npy", vectors[5:])
-    np.save(folder / "vectors/part-000001.ids.npy", ids[5:])
-    build_index(folder, raw["index"]["path"], ids[:5], vectors[:5])
-    late = {"vectors": "vectors/part-000001.npy", "ids": "vectors/part-000001.ids.npy", "rows": 5, "indexed": False}
-    raw["files"] += [{"path": late["vectors"]}, {"path": late["ids"]}]
-    rewrite(folder, shards=[raw["shards"][0] | {"rows": 5}, late], files=raw["files"])
-    pack = Pack.open(folder, tiny_encoder)
-    results = Retriever(tiny_encoder, [pack]).search([ImageQuery(flag("France")), ImageQuery(flag("Germany"))])
-    assert [result.evidence[0].titles[0] for result in results] == ["France", "Germany"]
-    pack.close()
+
+@pytest.mark.parametrize("ids", [np.array([1.5]), np.array([[1]])])
+def test_tombstones_of_another_form_are_refused(copied, tiny_encoder, ids):
+    bury(copied, [1], [])
+    np.save(copied / "tombstones/000002-articles.npy", ids)
+    rewrite(copied)
+    refused(copied, tiny_encoder, "wanted int64")
+
+
+def test_a_vector_that_is_not_of_unit_length_is_found_by_verify(copied):
+    path = copied / "vectors/000001-images-000000.npy"
+    np.save(path, np.load(path) * np.float16(2))
+    rewrite(copied)
+    with pytest.raises(PackError, match="unit length"):
+        verify_pack(copied)
+
+
+def test_a_damaged_page_of_the_store_is_found_by_verify(copied):
+    path = copied / STORE
+    data = bytearray(path.read_bytes())
+    page = data.rindex(b"The capital of Spain") // 4096 * 4096
+    data[page : page + 8] = b"\xff" * 8  # the header of a page of paragraphs
+    path.write_bytes(data)
+    rewrite(copied)
+    with pytest.raises(PackError, match="damaged|build"):
+        verify_pack(copied)

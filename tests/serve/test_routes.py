@@ -93,7 +93,7 @@ def test_models_and_health(client):
     assert [model["id"] for model in models["data"]] == ["player"]
     assert models["limits"]["question_chars"] > 0
     assert client.get("/healthz").json() == {"status": "ok"}
-    assert client.get("/readyz").json() == {"status": "ready"}
+    assert client.get("/readyz").json() == {"status": "ready", "packs": []}
 
 
 def test_metrics_count_by_outcome(client):

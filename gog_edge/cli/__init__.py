@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gog_edge.cli import pack
+from gog_edge.cli.errors import errors_shown
 from gog_edge.errors import GogEdgeError, InputError
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="gog-edge", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Answers questions about pictures on a box that is never online.")
+
+app.add_typer(pack.app)
 
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Folder of a bundle; the atlas when left out.")]
 ThreadsOption = Annotated[int, typer.Option("--threads", help="Cores to use; 0 for all.")]
@@ -45,7 +47,7 @@ def serve(
     from gog_edge.config import ServeConfig
     from gog_edge.serve.server import serve as run
 
-    with _errors_shown():
+    with errors_shown():
         run(_folder(bundle), ServeConfig(host=host, port=port, threads=threads, traces=traces))
 
 
@@ -63,7 +65,7 @@ def ask(
     from gog_edge.config import ServeConfig
     from gog_edge.runtime import open_runtime
 
-    with _errors_shown():
+    with errors_shown():
         chosen = _workflow(workflow)
         data = _read(image)
         runtime = open_runtime(_folder(bundle), threads=ServeConfig(threads=threads).cores)
@@ -88,7 +90,7 @@ def probe(
     from gog_edge.policy.probe import candidates_for, check_exported, probe_folder, read_cases, write_dialect
     from gog_edge.show import ShowProbe
 
-    with _errors_shown():
+    with errors_shown():
         check_exported(checkpoint)
         named = [Path(one) if one.endswith(".toml") else one for one in dialect or ()]
         candidates = candidates_for(checkpoint, named)
@@ -139,17 +141,3 @@ def _folder(bundle: Path | None) -> Path:
     from gog_edge.bundle import DEFAULT_BUNDLE
 
     return bundle or DEFAULT_BUNDLE
-
-
-@contextmanager
-def _errors_shown() -> Iterator[None]:
-    """What goes wrong on purpose is one line on stderr and exit code 2."""
-    try:
-        yield
-    except GogEdgeError as exc:
-        typer.echo(f"gog-edge: {exc}", err=True)
-        raise typer.Exit(2) from exc
-
-
-if __name__ == "__main__":
-    main()

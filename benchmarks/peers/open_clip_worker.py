@@ -1,0 +1,78 @@
+"""open_clip, eager, in float32: `python open_clip_worker.py MODEL WEIGHTS THREADS`, JSON lines.
+
+WEIGHTS is made, of random numbers, where it is not there yet. Stands alone: the Python that runs it need not have
+gog_edge.
+"""
+
+import json
+import logging
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+with suppress(ImportError):  # a torchvision beside another torch needs help
+    from gog_edge.exporting.torchvision_operators import import_torchvision
+
+    import_torchvision()
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+
+def load(name: str, weights: Path) -> torch.nn.Module:
+    """The model, in evaluation mode."""
+    logging.disable(logging.WARNING)  # "no pretrained weights"
+    torch.manual_seed(0)
+    model = open_clip.create_model(name)
+    if weights.exists():
+        model.load_state_dict(load_file(weights))
+    else:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, weights)
+    return model.eval()
+
+
+class Eager:
+    """The image tower and its preprocessing, timed."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+
+    @torch.inference_mode()
+    def embed(self, count: int) -> float:
+        """Seconds for a batch of noise."""
+        size = self.model.visual.image_size
+        batch = torch.randn(count, 3, *(size if isinstance(size, tuple) else (size, size)))
+        started = time.perf_counter()
+        self.model.encode_image(batch, normalize=True)
+        return time.perf_counter() - started
+
+    def preprocess(self, count: int, width: int, height: int) -> float:
+        """Seconds for `count` decoded pictures of noise."""
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        started = time.perf_counter()
+        torch.stack([self.transform(Image.fromarray(pixels)) for _ in range(count)])
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    """Answer lines until the input ends."""
+    name, weights, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    eager = Eager(load(name, Path(weights)))
+    eager.embed(1)
+    about = f"open_clip {open_clip.__version__}, torch {torch.__version__}, eager, float32, inference_mode"
+    print(json.dumps({"about": about}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        work = eager.preprocess if request.pop("what") == "preprocess" else eager.embed
+        print(json.dumps({"seconds": work(**request)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the retrieval benchmark searches, and the engines that search it."""

@@ -1,0 +1,145 @@
+"""A pack of made vectors with articles, captions and pictures around them: what a whole search takes, at any size.
+
+Vectors are those of `benchmarks.retrieval.vectors`; the encoder is a ViT-B-32 of random weights, whose dimension they
+have. There is no golden image, since no made vector is any picture's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+from rich.progress import track
+
+from benchmarks.retrieval.vectors import World, write_shards
+from gog_edge.files import write_array
+from gog_edge.indexing.commit import commit, writing
+from gog_edge.indexing.drafts import ArticleDraft, ImageDraft
+from gog_edge.indexing.generation import NextGeneration, PackOptions
+from gog_edge.indexing.store_writer import StoreWriter
+from gog_edge.retrieval.encoder import Encoder
+from gog_edge.retrieval.manifest import Manifest, Shard, Snapshot, Space
+from gog_edge.retrieval.pack import Pack
+from gog_edge.retrieval.retriever import Retriever
+from gog_edge.retrieval.vectors import VectorShards
+from gog_edge.types import Vectors
+
+SNAPSHOT = Snapshot("made", "2026-01-01", "made", "made", "CC0")
+IMAGES_PER_ARTICLE, PARAGRAPHS = 3, 6
+ARTICLES_PER_CHUNK = 2_000
+SEARCHES = 300  # of eight crops each
+HELD_OUT = 125  # pictures whose crops measure the index
+VOCABULARY = 30_000
+
+
+@dataclass(frozen=True, slots=True)
+class WholeFigures:
+    """Of a whole search after encoding: nearest images, duplicates, articles, paragraphs, one fused answer."""
+
+    rows: int
+    open_s: float
+    p50_ms_1: float
+    p50_ms_8: float
+    p95_ms_8: float
+    resident_mib: float  # of this process, encoder and all, after all searches
+
+
+def write_pack(folder: Path, rows: int, encoder: Encoder, work: Path) -> Manifest:
+    """Write a pack of `rows` made images; nothing where it is there. `work` keeps the vectors."""
+    world = World.make(encoder.dim)
+    files = write_shards(world, rows, work)
+    shutil.rmtree(folder, ignore_errors=True)
+    with writing(folder):
+        generation = NextGeneration(folder, name="made", snapshot=SNAPSHOT, encoder=encoder,
+                                    options=PackOptions(captions=False), parent=None)  # fmt: skip
+        store = generation.open_store()
+        _write_rows(store, rows)
+        generation.finish_store(store)
+        space = Space(_link_shards(folder, files))
+        shards = VectorShards.open(files, encoder.dim)
+        queries = world.pictures(shards, HELD_OUT, seed=1).reshape(-1, encoder.dim)
+        images = generation.index("images", space, queries)
+        segment = generation.segment()
+        manifest = Manifest(
+            name="made", generation=1, parent=None, snapshot=SNAPSHOT, encoder=encoder.fingerprint,
+            segments=(segment,), images=images, captions=Space(), tombstones=None, counts=segment.counts,
+            duplicate_cosine=0.995, golden=None, report=None, files=(),
+        )  # fmt: skip
+        generation.close()
+        return commit(folder, manifest, None)
+
+
+def _write_rows(store: StoreWriter, rows: int) -> None:
+    articles = -(-rows // IMAGES_PER_ARTICLE)
+    rng = np.random.default_rng(3)
+    shares = 1 / np.arange(1, VOCABULARY + 1)  # Zipf: as words of a language stand
+    words = rng.choice(VOCABULARY, (10_000, 50), p=shares / shares.sum())
+    texts = [" ".join(f"word{number}" for number in row) for row in words.tolist()]
+    image = 0
+    for number, start in enumerate(track(range(0, articles, ARTICLES_PER_CHUNK), description="articles")):
+        with store.chunk(number):
+            for article in range(start, min(start + ARTICLES_PER_CHUNK, articles)):
+                said = tuple((f"Section {n // 2}", texts[(article * 7 + n) % len(texts)]) for n in range(PARAGRAPHS))
+                store.add_article(ArticleDraft(f"Thing {article}", said, "CC0"))
+                for _ in range(min(IMAGES_PER_ARTICLE, rows - image)):
+                    store.add_image(ImageDraft(tiny_png(image), f"Picture {image}", "CC0", "", (f"Thing {article}",)))
+                    image += 1
+
+
+def tiny_png(number: int) -> bytes:
+    """A PNG of two pixels that no other number has (PNG specification, sections 5 and 11)."""
+    row = b"\0" + number.to_bytes(6, "big")
+    header = struct.pack(">IIBBBBB", 2, 1, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        _png_chunk(name, data) for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(row)), (b"IEND", b""))
+    )
+
+
+def _png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def _link_shards(folder: Path, files: list[tuple[Path, Path]]) -> tuple[Shard, ...]:
+    """The made vectors as the pack's shards; the store's ids begin at 1."""
+    (folder / "vectors").mkdir()
+    shards = []
+    for number, (vectors, ids) in enumerate(files):
+        own = np.load(ids) + 1
+        stem = f"vectors/000001-images-{number:06d}"
+        shard = Shard(f"{stem}.npy", f"{stem}.ids.npy", len(own))
+        os.link(vectors, folder / shard.vectors)
+        write_array(folder / shard.ids, own)
+        shards.append(shard)
+    return tuple(shards)
+
+
+def measure_pack(folder: Path, encoder: Encoder) -> WholeFigures:
+    """Open a pack that `write_pack` wrote and search it, one crop and eight crops by turns."""
+    began = time.perf_counter()
+    pack = Pack.open(folder, encoder)
+    opened = time.perf_counter() - began
+    retriever = Retriever(encoder, [pack])
+    pictures = World.make(encoder.dim).pictures(pack.images.shards, SEARCHES, seed=2)
+    one, eight = [], []
+    for crops in pictures:
+        one.append(_seconds(retriever, crops[:1]))
+        eight.append(_seconds(retriever, crops))
+    resident = psutil.Process().memory_info().rss / 2**20
+    rows = len(pack.images.shards)
+    pack.close()
+    p50_1, p50_8, p95_8 = (round(float(np.percentile(times, share)) * 1e3, 3)
+                           for times, share in ((one, 50), (eight, 50), (eight, 95)))
+    return WholeFigures(rows, round(opened, 3), p50_1, p50_8, p95_8, round(resident, 1))
+
+
+def _seconds(retriever: Retriever, crops: Vectors) -> float:
+    began = time.perf_counter()
+    retriever.search_vectors(crops)
+    return time.perf_counter() - began

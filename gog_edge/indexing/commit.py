@@ -1,0 +1,146 @@
+"""How a generation comes into force: one writer at a time, files first, the manifest last, old files afterwards."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from gog_edge.errors import PackError
+from gog_edge.files import FileEntry, describe_files, read_json, sync_files, write_array, write_json
+from gog_edge.retrieval.manifest import (
+    BUILD,
+    GENERATIONS,
+    MANIFEST,
+    Manifest,
+    Tombstones,
+    generation_path,
+    read_manifest,
+)
+from gog_edge.retrieval.vectors import Ids
+
+SETTINGS = f"{BUILD}/settings.json"  # of a build that can go on
+LOCK = "LOCK"
+OWN_FOLDERS = ("store", "vectors", "index", "tombstones", "reports")  # nothing else in a pack is ever removed
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold a pack's lock; PackError when another process writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PackError(f"pack '{folder}' is being written by another process; wait until it is done") from None
+        yield
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[Manifest]:
+    """Hold the lock of a pack that is there and finished, and tell its generation in force.
+
+    Raises:
+        PackError: there is no pack, another process writes it, or an unfinished build would be lost.
+    """
+    read_manifest(folder)  # before a lock file is made in a folder of another kind
+    with writing(folder):
+        if (folder / SETTINGS).is_file():
+            raise PackError(f"'{folder}' holds an unfinished build of its next generation; finish it with the command "
+                            f"that began it, or remove '{folder / BUILD}'")
+        yield read_manifest(folder)
+
+
+def current(folder: Path) -> Manifest | None:
+    """The generation in force, or None where there is none yet."""
+    return read_manifest(folder) if (folder / MANIFEST).is_file() else None
+
+
+def write_tombstones(folder: Path, generation: int, articles: Ids, images: Ids) -> Tombstones | None:
+    """Files of what is no longer there; None where everything is."""
+    if not len(articles) and not len(images):
+        return None
+    files = Tombstones(*(f"tombstones/{generation:06d}-{kind}.npy" for kind in ("articles", "images")))
+    (folder / "tombstones").mkdir(exist_ok=True)
+    write_array(folder / files.articles, np.sort(articles).astype(np.int64))
+    write_array(folder / files.images, np.sort(images).astype(np.int64))
+    return files
+
+
+def write_report(folder: Path, generation: int, skipped: Sequence[tuple[str, int, list[str]]]) -> str | None:
+    """A file that says what was skipped and why; None where nothing was."""
+    if not skipped:
+        return None
+    name = f"reports/{generation:06d}.json"
+    (folder / "reports").mkdir(exist_ok=True)
+    write_json(folder / name, {"skipped": [{"reason": reason, "count": count, "examples": examples}
+                                           for reason, count, examples in skipped]})  # fmt: skip
+    return name
+
+
+def commit(folder: Path, manifest: Manifest, parent: Manifest | None) -> Manifest:
+    """Bring a generation into force and remove what is older than its parent. Returns it with its files' hashes."""
+    known = {} if parent is None else {entry.path: entry for entry in parent.files}
+    paths = sorted(set(manifest.paths))
+    sync_files(folder / path for path in paths if path not in known)
+    fresh = {entry.path: entry for entry in describe_files(folder, [path for path in paths if path not in known])}
+    whole = replace(manifest, files=tuple(known.get(path) or fresh[path] for path in paths))
+    put_in_force(folder, whole)
+    prune(folder)
+    return whole
+
+
+def put_in_force(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a generation, MANIFEST.json last."""
+    (folder / GENERATIONS).mkdir(exist_ok=True)
+    write_json(generation_path(folder, manifest.generation), manifest.to_json())
+    write_json(folder / MANIFEST, manifest.to_json())
+    _sync_folder(folder)
+
+
+def prune(folder: Path) -> None:
+    """Remove what is unfinished, and all that neither the generation in force, if there is one, nor its parent names.
+
+    A generation that was written and did not come into force goes too: the next one takes its number and its names.
+    """
+    manifest = current(folder)
+    numbers = () if manifest is None else (manifest.generation, manifest.parent)
+    kept = {generation_path(folder, number) for number in numbers if number is not None}
+    for path in (folder / GENERATIONS).glob("*.json"):
+        if path not in kept:
+            path.unlink()
+    shutil.rmtree(folder / BUILD, ignore_errors=True)
+    for path in unnamed(folder):
+        path.unlink()
+
+
+def unnamed(folder: Path) -> list[Path]:
+    """Files of a pack's own folders that no generation names."""
+    named = {entry.path for entry in _entries(folder)}
+    return [
+        path
+        for own in OWN_FOLDERS
+        for path in sorted((folder / own).glob("*"))
+        if path.relative_to(folder).as_posix() not in named
+    ]
+
+
+def _entries(folder: Path) -> Iterator[FileEntry]:
+    for path in [*sorted((folder / GENERATIONS).glob("*.json")), folder / MANIFEST]:
+        if path.is_file():
+            yield from (FileEntry(**entry) for entry in read_json(path, what="pack", error=PackError)["files"])
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is kept by its folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

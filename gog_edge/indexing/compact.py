@@ -1,0 +1,142 @@
+"""Makes one segment of a pack's segments, without what is no longer there. Nothing is embedded again; ids stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gog_edge.errors import PackError
+from gog_edge.files import full_disk_said, write_array
+from gog_edge.indexing.commit import changing, commit, prune
+from gog_edge.indexing.generation import QUERIES, OnProgress, PackOptions
+from gog_edge.indexing.heldout import heldout_crops
+from gog_edge.indexing.index_writer import build_index
+from gog_edge.indexing.store_copy import copy_live
+from gog_edge.retrieval.encoder import Encoder
+from gog_edge.retrieval.manifest import BUILD, Manifest, SearchTarget, Segment, Shard, Space, Span
+from gog_edge.retrieval.pack import open_shards, read_tombstones
+from gog_edge.retrieval.segment import SegmentReader
+from gog_edge.retrieval.vectors import Ids
+
+TEXTS = "texts"  # a stage
+
+
+def compact(folder: Path, encoder: Encoder | None, options: PackOptions | None = None,
+            on_progress: OnProgress | None = None) -> Manifest:
+    """Write a generation of one segment with the live rows under the same ids, and index it anew.
+
+    Killed at any point it leaves the generation in force as it was; called again, it begins anew.
+
+    Args:
+        folder: the pack.
+        encoder: its own: the new indexes are measured with looks at stored images. None for a pack of texts alone.
+        options: rows of a shard, and what the search is to be; as the pack was built where left out.
+        on_progress: is told (stage, done, total).
+
+    Raises:
+        PackError: another encoder, the pack is being written, or the disk is full. The generation in force stays.
+    """
+    with changing(folder) as parent, full_disk_said(folder, PackError):
+        if parent.encoder != (None if encoder is None else encoder.fingerprint):
+            raise PackError(f"pack '{parent.name}' was built with another encoder; use that one")
+        prune(folder)
+        (folder / BUILD).mkdir()
+        gone, dead = read_tombstones(folder, parent)
+        job = _Compaction(folder, parent, parent.generation + 1, gone, dead, options or PackOptions.of(parent),
+                          on_progress)
+        manifest = job.without_indexes()
+        if encoder is not None:
+            manifest = job.indexed(manifest, encoder)
+        return commit(folder, manifest, parent)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compaction:
+    folder: Path
+    parent: Manifest
+    number: int  # of the new generation
+    gone: Ids
+    dead: Ids
+    options: PackOptions
+    on_progress: OnProgress | None
+
+    def without_indexes(self) -> Manifest:
+        segment = self._segment()
+        images, captions = (self._space(kind, space) for kind, space in
+                            (("images", self.parent.images), ("captions", self.parent.captions)))
+        return replace(
+            self.parent, generation=self.number, parent=self.parent.generation, segments=(segment,), images=images,
+            captions=captions, tombstones=None, counts=segment.counts,
+            target=SearchTarget(self.options.memory, self.options.recall),
+        )  # fmt: skip
+
+    def _segment(self) -> Segment:
+        """One file for all; its spans reach to the last id that was ever given, so that none is given twice."""
+        earlier = self.parent.segments
+        made, store = self.folder / BUILD / "store.sqlite", f"store/{self.number:06d}.sqlite"
+        counts = copy_live(made, [self.folder / segment.store for segment in earlier], self.gone, self.dead,
+                           lambda done, total: self._tell(TEXTS, done, total))
+        made.replace(self.folder / store)
+        articles, paragraphs, images = (
+            Span(getattr(earlier[0], kind).first, getattr(earlier[-1], kind).last)
+            for kind in ("articles", "paragraphs", "images")
+        )
+        return Segment(store, articles, paragraphs, images, counts)
+
+    def _space(self, kind: str, space: Space) -> Space:
+        shards: list[Shard] = []
+        done = 0
+        for ids, vectors in _refilled(self._live(space), self.options.shard_rows):
+            name = f"vectors/{self.number:06d}-{kind}-{len(shards):06d}"
+            shard = Shard(f"{name}.npy", f"{name}.ids.npy", len(ids))
+            write_array(self.folder / shard.ids, ids)
+            write_array(self.folder / shard.vectors, vectors)
+            shards.append(shard)
+            done += len(ids)
+            self._tell(f"{kind}' vectors", done, space.rows)
+        return Space(tuple(shards))
+
+    def _live(self, space: Space) -> Iterator[tuple[Ids, NDArray[np.float16]]]:
+        """Each shard without the rows of dead images, in order: the first row of an id stays its first."""
+        for shard in space.shards:
+            ids = np.load(self.folder / shard.ids, allow_pickle=False)
+            vectors = np.load(self.folder / shard.vectors, mmap_mode="r", allow_pickle=False)
+            live = ~np.isin(ids, self.dead)
+            yield ids[live], vectors[live]
+
+    def indexed(self, manifest: Manifest, encoder: Encoder) -> Manifest:
+        reader = SegmentReader.open(self.folder / manifest.segments[0].store)
+        try:
+            queries = heldout_crops([reader], np.empty(0, np.int64), encoder, QUERIES)
+        finally:
+            reader.close()
+        options, rows = self.options, manifest.images.rows + manifest.captions.rows
+        spaces = []
+        for kind, space in (("images", manifest.images), ("captions", manifest.captions)):
+            share = None if options.memory is None else int(options.memory * space.rows / max(1, rows))
+            entry = build_index(
+                self.folder, f"index/{self.number:06d}-{kind}.faiss", open_shards(self.folder, space, encoder.dim),
+                queries, memory=share, recall=options.recall, factory=options.factory, on_progress=self.on_progress,
+            ) if space.rows else None  # fmt: skip
+            spaces.append(replace(space, index=entry))
+        return replace(manifest, images=spaces[0], captions=spaces[1])
+
+    def _tell(self, stage: str, done: int, total: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(stage, done, total)
+
+
+def _refilled(parts: Iterator[tuple[Ids, NDArray[np.float16]]], rows: int) -> Iterator[tuple[Ids, NDArray[np.float16]]]:
+    """The same rows in shards of `rows`."""
+    ids, vectors = np.empty(0, np.int64), np.empty((0, 0), np.float16)
+    for more_ids, more in parts:
+        ids, vectors = np.concatenate([ids, more_ids]), np.concatenate([vectors, more]) if len(vectors) else more
+        while len(ids) >= rows:
+            yield ids[:rows], vectors[:rows]
+            ids, vectors = ids[rows:], vectors[rows:]
+    if len(ids):
+        yield ids, vectors

@@ -1,0 +1,256 @@
+"""The next generation of a pack, in the making: each step may be killed and is done again only where it is not done.
+
+    1. the store      build/store.sqlite, chunk by chunk, then renamed to store/NNNNNN.sqlite
+    2. the vectors    shard by shard, each written beside and renamed
+    3. the indexes    written beside and renamed, with a note of what was measured in build/
+    4. the manifest   generations/NNNNNN.json, then MANIFEST.json by rename: the commit
+
+Files that are named by a manifest are never written again. Those that neither the generation in force nor its parent
+names are removed at the next commit: whoever still has the parent open goes on reading it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from gog_edge.errors import PackError
+from gog_edge.files import full_disk_said, read_json, write_json
+from gog_edge.indexing.commit import SETTINGS, commit, prune, write_report, write_tombstones
+from gog_edge.indexing.embedding import CAPTIONS, ShardPlan, embed_shards, plan_shards
+from gog_edge.indexing.heldout import heldout_crops, isolated_image
+from gog_edge.indexing.index_writer import build_index
+from gog_edge.indexing.mortality import dead_images, live_counts, replaced
+from gog_edge.indexing.store_writer import Start, StoreWriter
+from gog_edge.retrieval.encoder import Encoder
+from gog_edge.retrieval.index import IndexEntry
+from gog_edge.retrieval.manifest import BUILD, Manifest, SearchTarget, Segment, Snapshot, Space
+from gog_edge.retrieval.pack import read_tombstones
+from gog_edge.retrieval.segment import SegmentReader
+from gog_edge.retrieval.vectors import Ids, VectorShards
+from gog_edge.types import Vectors
+
+SHARD_ROWS = 16_384  # about four minutes of a ViT-B-32 on two cores: what a kill costs at most
+DELTA_ROWS = 20_000  # rows beside the index that are searched exactly, at most, or
+DELTA_SHARE = 0.05  # this share of the indexed ones
+QUERIES = 256  # held-out crops that an index is measured with
+_NOBODY = np.empty(0, np.int64)
+OnProgress: TypeAlias = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    """How a pack is made."""
+
+    duplicate_cosine: float = 0.995  # stored images at least this near show the same thing
+    captions: bool = True  # captions are embedded too
+    tiles: bool = False  # lead images are embedded in parts too: six vectors instead of one
+    shard_rows: int = SHARD_ROWS  # images of a shard, the unit of resumption
+    memory: int | None = None  # bytes that the search may take; None: what is quickest
+    recall: float = 0.95  # share of the ten nearest that the index must find
+    factory: str | None = None  # of FAISS, instead of the planner's choice
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> PackOptions:
+        """How a pack was made, as far as its next generation should be made alike."""
+        whole = sum(segment.counts.images for segment in manifest.segments)
+        return cls(
+            duplicate_cosine=manifest.duplicate_cosine,
+            captions=manifest.captions.rows > 0,
+            tiles=manifest.images.rows > whole,
+            memory=manifest.target.memory,
+            recall=manifest.target.recall,
+        )
+
+
+class NextGeneration:
+    """What comes after `parent`, or the first of a new pack. Hold the pack's lock while it is made."""
+
+    def __init__(self, folder: Path, *, name: str, snapshot: Snapshot, encoder: Encoder | None, options: PackOptions,
+                 parent: Manifest | None) -> None:
+        """Begin, or go on with what was begun with just these settings.
+
+        Raises:
+            PackError: the name does not fit into an address, something else was begun here, or the encoder is not the
+                pack's.
+        """
+        if not name or not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
+            raise PackError(f"a pack cannot be named {name!r}; use letters, digits, '-' and '_'")
+        if parent is not None and parent.encoder != (None if encoder is None else encoder.fingerprint):
+            raise PackError(f"pack '{parent.name}' was built with another encoder; use that one, or build it anew")
+        self.folder, self.name, self.snapshot, self.encoder = folder, name, snapshot, encoder
+        self.options, self.parent = options, parent
+        self.number = 1 if parent is None else parent.generation + 1
+        self._begin()
+        self._segments = () if parent is None else parent.segments
+        self._gone, self._dead = (_NOBODY, _NOBODY) if parent is None else read_tombstones(folder, parent)
+        self._earlier = [SegmentReader.open(folder / segment.store) for segment in self._segments]
+
+    def _begin(self) -> None:
+        settings = {
+            "generation": self.number, "name": self.name, "snapshot": asdict(self.snapshot),
+            "encoder": None if self.encoder is None else asdict(self.encoder.fingerprint),
+            "options": asdict(self.options),
+        }  # fmt: skip
+        settings = json.loads(json.dumps(settings))
+        note = self.folder / SETTINGS
+        if note.is_file():
+            begun = read_json(note, what="pack", error=PackError)
+            if begun != settings:
+                key = next(key for key in settings if begun.get(key) != settings[key])
+                raise PackError(
+                    f"'{self.folder}' holds an unfinished build with another {key} ({begun.get(key)}, now "
+                    f"{settings[key]}); finish it with the same command, or remove '{self.folder / BUILD}'"
+                )
+            return
+        prune(self.folder)
+        note.parent.mkdir(parents=True)
+        write_json(note, settings)
+
+    def close(self) -> None:
+        """Close what is open; what is done stays."""
+        for reader in self._earlier:
+            reader.close()
+
+    # --- the store ----------------------------------------------------------------------------
+
+    @property
+    def store(self) -> str:
+        """Its file, relative to the pack."""
+        return f"store/{self.number:06d}.sqlite"
+
+    @property
+    def store_done(self) -> bool:
+        """Whether the texts are written."""
+        return (self.folder / self.store).is_file()
+
+    def open_store(self) -> StoreWriter:
+        """The segment to write into; what was written in whole chunks is there already."""
+        start = Start.after(self._segments[-1]) if self._segments else Start()
+        return StoreWriter(self.folder / BUILD / "store.sqlite", start=start, earlier=self._earlier,
+                           gone=frozenset(self._gone.tolist()))
+
+    def finish_store(self, writer: StoreWriter) -> None:
+        """Build the word index and put the segment where it belongs."""
+        segment = writer.finish(self.store)
+        write_json(self.folder / BUILD / "segment.json", asdict(segment))
+        (self.folder / self.store).parent.mkdir(exist_ok=True)
+        (self.folder / BUILD / "store.sqlite").replace(self.folder / self.store)
+
+    def segment(self) -> Segment:
+        """The finished segment."""
+        return Segment.from_json(read_json(self.folder / BUILD / "segment.json", what="pack", error=PackError))
+
+    # --- vectors and indexes ------------------------------------------------------------------
+
+    def plans(self) -> list[ShardPlan]:
+        """The shards of the finished segment."""
+        options = self.options
+        return plan_shards(self.segment(), self.number, rows=options.shard_rows, tiles=options.tiles,
+                           captions=options.captions)
+
+    def embed(self, on_progress: OnProgress | None = None) -> tuple[Space, Space]:
+        """Embed what is not embedded yet: the pictures' and the captions' vectors, those of earlier generations first.
+
+        Their indexes are the parent's.
+        """
+        before = (Space(), Space()) if self.parent is None else (self.parent.images, self.parent.captions)
+        if self.encoder is None:
+            return before
+        reader = SegmentReader.open(self.folder / self.store)
+        try:
+            shards = embed_shards(self.folder, self.plans(), reader, self.encoder, on_progress)
+        finally:
+            reader.close()
+        new = [tuple(shard for kind, shard in shards if (kind == CAPTIONS) is captions) for captions in (False, True)]
+        images, captions = (Space((*space.shards, *more), space.index) for space, more in zip(before, new, strict=True))
+        return images, captions
+
+    def index(self, kind: str, space: Space, queries: Vectors | None, share: float = 1.0,
+              on_progress: OnProgress | None = None) -> Space:
+        """The space with an index over (nearly) all of it: the one it has where that covers enough.
+
+        `share` of the memory that the search may take is this index's.
+        """
+        indexed = space.index.rows if space.index else 0
+        allowed = max(DELTA_ROWS, DELTA_SHARE * indexed) if indexed else 0
+        if space.rows - indexed <= allowed:
+            return space
+        note = self.folder / BUILD / f"index-{kind}.json"
+        if note.is_file():
+            return Space(space.shards, IndexEntry(**read_json(note, what="pack", error=PackError)))
+        options = self.options
+        entry = build_index(
+            self.folder, f"index/{self.number:06d}-{kind}.faiss", self.shards(space), queries,
+            memory=None if options.memory is None else int(share * options.memory),
+            recall=options.recall, factory=options.factory, on_progress=on_progress,
+        )  # fmt: skip
+        write_json(note, asdict(entry))
+        return Space(space.shards, entry)
+
+    def shards(self, space: Space) -> VectorShards:
+        """The vectors of a space, mapped."""
+        dim = self.encoder.dim if self.encoder else 0
+        return VectorShards.open([(self.folder / s.vectors, self.folder / s.ids) for s in space.shards], dim)
+
+    # --- the commit ---------------------------------------------------------------------------
+
+    def finish(self, *, removed: Ids | None = None, only: bool = False,
+               on_progress: OnProgress | None = None) -> Manifest:
+        """Embed, index and commit.
+
+        Args:
+            removed: ids of articles of earlier segments that go.
+            only: what this generation's source does not hold any more goes too.
+            on_progress: is told (stage, done, total).
+
+        Raises:
+            PackError: the disk is full, or no index reaches the wanted recall; what is done stays for the next try.
+        """
+        with full_disk_said(self.folder, PackError):
+            spaces = self.embed(on_progress)
+            readers = [*self._earlier, SegmentReader.open(self.folder / self.store)]
+            try:
+                gone = np.union1d(self._gone, replaced(readers[-1], self._earlier, only=only))
+                gone = gone if removed is None else np.union1d(gone, removed)
+                dead = dead_images(readers, gone, self._dead, readers[-1])
+                images, captions = self._indexed(spaces, readers, dead, on_progress)
+                counts = live_counts(readers, gone, dead)
+                report = write_report(self.folder, self.number, readers[-1].skipped())
+            finally:
+                readers[-1].close()
+            manifest = Manifest(
+                name=self.name,
+                generation=self.number,
+                parent=None if self.parent is None else self.parent.generation,
+                snapshot=self.snapshot,
+                encoder=None if self.encoder is None else self.encoder.fingerprint,
+                segments=(*self._segments, self.segment()),
+                images=images,
+                captions=captions,
+                tombstones=write_tombstones(self.folder, self.number, gone, dead),
+                counts=counts,
+                target=SearchTarget(self.options.memory, self.options.recall),
+                duplicate_cosine=self.options.duplicate_cosine,
+                golden=isolated_image(self.shards(images), dead) if images.rows else None,
+                report=report,
+                files=(),
+                image_calibration=None if self.parent is None else self.parent.image_calibration,
+                text_calibration=None if self.parent is None else self.parent.text_calibration,
+            )
+            return commit(self.folder, manifest, self.parent)
+
+    def _indexed(self, spaces: tuple[Space, Space], readers: list[SegmentReader], dead: Ids,
+                 on_progress: OnProgress | None) -> tuple[Space, Space]:
+        if self.encoder is None:
+            return spaces
+        queries = heldout_crops(readers, dead, self.encoder, QUERIES)
+        rows = sum(space.rows for space in spaces)
+        images, captions = (self.index(kind, space, queries, space.rows / max(1, rows), on_progress)
+                            for kind, space in zip(("images", "captions"), spaces, strict=True))
+        return images, captions

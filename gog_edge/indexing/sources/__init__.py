@@ -1,0 +1,1 @@
+"""Readers of snapshots: one module a format, each a `Source`."""

@@ -1,0 +1,70 @@
+"""SVG -> PNG, of drawings that can do no harm: the renderer would draw this machine's files, and nest till it falls."""
+
+from __future__ import annotations
+
+from typing import Any
+from xml.parsers import expat
+
+from gog_edge.errors import PictureError
+
+MAX_BYTES = 4 * 2**20
+MAX_DEPTH = 200  # elements within elements; real drawings stay below 50
+
+
+def is_svg(data: bytes) -> bool:
+    """Whether bytes begin as an SVG does, with or without an XML declaration and comments."""
+    head = data[:2048].lstrip(b"\xef\xbb\xbf \t\r\n")
+    return head.startswith(b"<svg") or (head.startswith((b"<?xml", b"<!--", b"<!DOCTYPE")) and b"<svg" in head)
+
+
+def draw_svg(data: bytes, longest: int) -> bytes:
+    """A PNG on white whose longest side is `longest` pixels; PictureError when it cannot be drawn.
+
+    Letters are not drawn: fonts differ from machine to machine, and so would the pictures. Needs the extra `index`.
+    """
+    import resvg_py
+
+    _check(data)
+    try:
+        # With both sides given it fits the drawing in; with one, an outlandish shape takes all the memory.
+        drawn: bytes = resvg_py.svg_to_bytes(
+            svg_string=data.decode(), width=longest, height=longest, background="#ffffff", skip_system_fonts=True
+        )
+    except ValueError as exc:
+        raise PictureError(f"the SVG cannot be drawn ({exc}); send another picture") from exc
+    return drawn
+
+
+def _check(data: bytes) -> None:
+    if len(data) > MAX_BYTES:
+        raise PictureError(f"the SVG has {len(data)} bytes, the limit is {MAX_BYTES}; send a smaller one")
+    parser = expat.ParserCreate()
+    watch = _Watch()
+    parser.StartElementHandler, parser.EndElementHandler = watch.start, watch.end
+    parser.EntityDeclHandler = watch.entity
+    try:
+        parser.Parse(data, True)
+    except expat.ExpatError as exc:
+        raise PictureError(f"the SVG is not XML ({exc}); send another picture") from exc
+
+
+class _Watch:
+    """Raises PictureError at what must not reach the renderer."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+
+    def start(self, name: str, attributes: dict[str, str]) -> None:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise PictureError(f"the SVG has more than {MAX_DEPTH} elements within each other; send another picture")
+        if name.rpartition(":")[2] in ("image", "feImage"):
+            for key, value in attributes.items():
+                if key.rpartition(":")[2] == "href" and not value.strip().startswith(("data:", "#")):
+                    raise PictureError(f"the SVG shows another file, '{value[:80]}'; send one that holds its pictures")
+
+    def end(self, name: str) -> None:
+        self._depth -= 1
+
+    def entity(self, *_: Any) -> None:
+        raise PictureError("the SVG declares entities, which are not read; send another picture")

@@ -1,0 +1,84 @@
+"""FAISS files of packs, which may come from anywhere: read within limits, searched with parameters of their kind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import faiss
+
+from gog_edge.errors import PackError
+
+_faiss: Any = faiss  # its type stubs lack the search parameters
+_READING = threading.Lock()  # FAISS's limits are the process's
+
+
+def read_index(path: Path) -> Any:
+    """Open a FAISS index, mapped where its kind can be.
+
+    Raises:
+        PackError: it is no index, claims to hold more than the file has bytes, is of a kind that is not searched here,
+            or does not compare by inner product.
+    """
+    try:
+        with _READING, _limits(path.stat().st_size):
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except (OSError, RuntimeError, MemoryError) as exc:
+        raise PackError(f"pack: '{path}' is no index that can be opened ({exc}); build the pack again") from exc
+    if not isinstance(index, (faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexFlatCodes)):
+        raise PackError(
+            f"pack: '{path}' is a {type(index).__name__}; searched are inverted lists, HNSW graphs and flat codes; "
+            "build the pack again"
+        )
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise PackError(f"pack: '{path}' does not compare by inner product; build the pack again")
+    if isinstance(index, faiss.IndexIVFFastScan):
+        index.implem = 10  # query by query: a sixth quicker here than list by list, FAISS's choice for batches
+    return index
+
+
+def search_params(
+    index: Any, params: Mapping[str, int], *, selector: Any = None, wider: int = 1, count: int = 1
+) -> Any:
+    """Search parameters of the index's own kind, for one call; `wider` multiplies what is looked at.
+
+    Raises:
+        PackError: the index does not know a parameter, or it is not positive.
+    """
+    known = "nprobe" if isinstance(index, faiss.IndexIVF) else "efSearch" if isinstance(index, faiss.IndexHNSW) else ""
+    if any(name != known or value < 1 for name, value in params.items()):
+        raise PackError(f"pack: search parameters {dict(params)} for a {type(index).__name__}; it takes '{known}' >= 1")
+    if known == "nprobe":
+        lists = wider * params.get(known, index.nprobe)
+        return _faiss.SearchParametersIVF(sel=selector, nprobe=min(index.nlist, lists))
+    if known == "efSearch":
+        effort = wider * params.get(known, index.hnsw.efSearch)
+        return _faiss.SearchParametersHNSW(sel=selector, efSearch=max(effort, count))
+    return _faiss.SearchParameters(sel=selector)
+
+
+@contextmanager
+def omp_threads(count: int) -> Iterator[None]:
+    """OpenMP teams of this many for what this thread calls inside."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+@contextmanager
+def _limits(size: int) -> Iterator[None]:
+    """No array read inside may be larger than the file that it stands in."""
+    before = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
+    faiss.set_deserialization_vector_byte_limit(size)
+    faiss.set_deserialization_loop_limit(size)
+    try:
+        yield
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before[0])
+        faiss.set_deserialization_loop_limit(before[1])

@@ -1,0 +1,247 @@
+"""MANIFEST.json of a pack: it names every file of one generation; who holds it holds a consistent pack.
+
+    MANIFEST.json                      the generation in force, replaced by rename, last of all
+    generations/000002.json            every generation that still has its files: the one in force and its parent
+    store/000001.sqlite ...            segments: the articles and images that a generation brought
+    vectors/000001-image-000000.npy    append-only shards of a space, and beside each its ids
+    index/image-000001.faiss           an immutable index over the first rows of a space
+    tombstones/000002-articles.npy     what is no longer there
+    reports/000001.json                what was skipped while a generation was built, and why
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gog_edge.errors import PackError
+from gog_edge.files import FileEntry, OnBytes, read_json, verify_files
+from gog_edge.retrieval.calibration import IMAGE_FEATURES, TEXT_FEATURES, Calibration
+from gog_edge.retrieval.encoder import Fingerprint
+from gog_edge.retrieval.index import IndexEntry
+
+SCHEMA = 2
+MANIFEST = "MANIFEST.json"
+GENERATIONS = "generations"
+BUILD = "build"  # folder of what is not finished
+COMMAND = f"{BUILD}/command"  # what goes on with it
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a pack was made from."""
+
+    name: str
+    date: str  # of the snapshot, ISO 8601
+    uuid: str
+    sha256: str  # of the source
+    licence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many rows there are."""
+
+    articles: int
+    paragraphs: int
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A range of ids, both ends included; empty where `last` lies before `first`."""
+
+    first: int
+    last: int
+
+    def __contains__(self, number: int) -> bool:
+        return self.first <= number <= self.last
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One SQLite file of a pack. Ids are unique within the pack and stable over generations."""
+
+    store: str
+    articles: Span
+    paragraphs: Span
+    images: Span
+    counts: Counts  # rows of the file, dead ones included
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Segment:
+        """Read the JSON object."""
+        articles, paragraphs, images = (Span(**raw[name]) for name in ("articles", "paragraphs", "images"))
+        return cls(str(raw["store"]), articles, paragraphs, images, Counts(**raw["counts"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Two files of embeddings, relative to the pack."""
+
+    vectors: str  # float16 [rows, dim], of unit length
+    ids: str  # int64 [rows], ids of images
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Vectors that are searched together, and the index over the first of them."""
+
+    shards: tuple[Shard, ...] = ()
+    index: IndexEntry | None = None  # None: searched exactly
+
+    @property
+    def rows(self) -> int:
+        """Vectors in all."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def paths(self) -> Iterator[str]:
+        """Every file."""
+        for shard in self.shards:
+            yield from (shard.vectors, shard.ids)
+        if self.index is not None:
+            yield self.index.path
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Space:
+        """Read the JSON object."""
+        index = raw["index"]
+        return cls(tuple(Shard(**shard) for shard in raw["shards"]), None if index is None else IndexEntry(**index))
+
+
+@dataclass(frozen=True, slots=True)
+class SearchTarget:
+    """What the search was to be when the pack was built; later generations keep to it."""
+
+    memory: int | None  # bytes; None: what is quickest
+    recall: float  # share of the ten nearest that an index must find
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstones:
+    """Files of sorted int64 ids of what is no longer there."""
+
+    articles: str
+    images: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One generation of a pack."""
+
+    name: str
+    generation: int
+    parent: int | None
+    snapshot: Snapshot
+    encoder: Fingerprint | None  # None: a pack of texts alone
+    segments: tuple[Segment, ...]
+    images: Space  # pictures, whole and in tiles
+    captions: Space  # what is written under them
+    tombstones: Tombstones | None
+    counts: Counts  # of what is live
+    target: SearchTarget
+    duplicate_cosine: float  # stored images at least this near show the same thing
+    golden: int | None  # id of the image that must find itself; None where there is no image
+    report: str | None  # what was skipped
+    files: tuple[FileEntry, ...]
+    image_calibration: Calibration | None = None
+    text_calibration: Calibration | None = None
+
+    @property
+    def paths(self) -> Iterator[str]:
+        """Every file that this generation uses."""
+        yield from (segment.store for segment in self.segments)
+        yield from self.images.paths
+        yield from self.captions.paths
+        if self.tombstones is not None:
+            yield from (self.tombstones.articles, self.tombstones.images)
+        if self.report is not None:
+            yield self.report
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of the file."""
+        value = asdict(self)
+        calibration = {"image": value.pop("image_calibration"), "text": value.pop("text_calibration")}
+        return {"schema": SCHEMA, "kind": "pack", **value, "calibration": calibration}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Manifest:
+        """Read the JSON object.
+
+        Raises:
+            PackError: another kind or schema, or a field is missing or of another form.
+        """
+        if raw.get("kind") != "pack" or raw.get("schema") != SCHEMA:
+            raise PackError(
+                f"pack: its manifest is of kind {raw.get('kind')!r}, schema {raw.get('schema')!r}; this version reads "
+                f"kind 'pack', schema {SCHEMA}; build it again with this version"
+            )
+        try:
+            return cls(
+                name=str(raw["name"]),
+                generation=int(raw["generation"]),
+                parent=None if raw["parent"] is None else int(raw["parent"]),
+                snapshot=Snapshot(**raw["snapshot"]),
+                encoder=None if raw["encoder"] is None else Fingerprint(**raw["encoder"]),
+                segments=tuple(Segment.from_json(segment) for segment in raw["segments"]),
+                images=Space.from_json(raw["images"]),
+                captions=Space.from_json(raw["captions"]),
+                tombstones=None if raw["tombstones"] is None else Tombstones(**raw["tombstones"]),
+                counts=Counts(**raw["counts"]),
+                target=SearchTarget(**raw["target"]),
+                duplicate_cosine=float(raw["duplicate_cosine"]),
+                golden=None if raw["golden"] is None else int(raw["golden"]),
+                report=None if raw["report"] is None else str(raw["report"]),
+                files=tuple(FileEntry(**entry) for entry in raw["files"]),
+                image_calibration=_calibration(raw["calibration"], "image", IMAGE_FEATURES),
+                text_calibration=_calibration(raw["calibration"], "text", TEXT_FEATURES),
+            )
+        except (KeyError, TypeError, ValueError) as exc:
+            raise PackError(f"pack: its manifest is not usable ({exc!r}); build the pack again") from exc
+
+    def calibrated(self, image: Calibration | None, text: Calibration | None) -> Manifest:
+        """The same generation with other calibrations."""
+        return replace(self, image_calibration=image, text_calibration=text)
+
+    def check_listed(self) -> None:
+        """PackError when a file is used whose hash is not told."""
+        listed = {entry.path for entry in self.files}
+        for path in self.paths:
+            if path not in listed:
+                raise PackError(f"pack '{self.name}': its manifest uses '{path}' without its hash; build it again")
+
+
+def _calibration(raw: Mapping[str, Any], channel: str, names: tuple[str, ...]) -> Calibration | None:
+    return None if raw.get(channel) is None else Calibration.from_json(raw[channel], names)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a pack's manifest without opening the pack; PackError when it is not one, or not one yet."""
+    if (folder / BUILD).is_dir() and not (folder / MANIFEST).exists():
+        command = folder / COMMAND
+        again = f"`{command.read_text(encoding='utf-8')}`" if command.is_file() else "the command that began it"
+        raise PackError(f"pack '{folder}' is not finished: its first build still runs, or was stopped and goes on with "
+                        f"{again}")
+    return Manifest.from_json(read_json(folder / MANIFEST, what="pack", error=PackError))
+
+
+def generation_path(folder: Path, generation: int) -> Path:
+    """Where the manifest of a generation is kept."""
+    return folder / GENERATIONS / f"{generation:06d}.json"
+
+
+def verify_files_of(folder: Path, manifest: Manifest, *, full: bool, vectors: bool = True,
+                    on_bytes: OnBytes | None = None) -> None:
+    """Compare files with the manifest's sizes and hashes; PackError names the first that is missing or altered.
+
+    Without `full`, large files are compared by size only; without `vectors`, those of vectors and indexes are left out.
+    `on_bytes` is told how much was hashed.
+    """
+    manifest.check_listed()
+    elsewhere = () if vectors else {*manifest.images.paths, *manifest.captions.paths}
+    entries = [entry for entry in manifest.files if entry.path not in elsewhere]
+    verify_files(folder, entries, what="pack", error=PackError, full=full, on_bytes=on_bytes)

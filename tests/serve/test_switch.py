@@ -1,0 +1,170 @@
+"""A served pack is changed by other processes again and again: no request fails, no answer is of two generations."""
+
+import base64
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+from little_folder import write_flag, write_little_folder
+from little_world import FLAGS, flag, png
+from played import Player
+
+from gog_edge.config import Limits
+from gog_edge.indexing.build import build_pack
+from gog_edge.indexing.changes import remove
+from gog_edge.indexing.sources.open import open_source
+from gog_edge.retrieval.manifest import read_manifest
+from gog_edge.retrieval.shelf import Shelf
+from gog_edge.runtime import Runtime
+from gog_edge.types import Answer, ImageSearch, TextSearch
+
+EDITIONS = 8
+# Runs `gog-edge` with the words of each line, and says when it is done.
+COMMANDS = """
+import sys
+from gog_edge.cli import app
+for line in sys.stdin:
+    app(line.split(), standalone_mode=False)
+    print("done", flush=True)
+"""
+# An episode that looks and then reads, with time between: a switch falls between its two searches.
+SCRIPT = (
+    ("I look at the whole of it and take my time about it. <img_search>", ImageSearch()),
+    ("Now I read what the news of Spain are, and take my time too. <text_search>", TextSearch("Spain news")),
+    ("That is Spain.", Answer("Spain")),
+)
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_encoder):
+    source = write_little_folder(tmp_path / "source")
+    write_flag(source, "Spain", "Spain has news: edition 0.")
+    build_pack(open_source(source), tmp_path / "pack", name="little", encoder=tiny_encoder, workers=1)
+    return tmp_path / "pack"
+
+
+@pytest.fixture
+def url(start, folder, tiny_encoder):
+    """A server with a look at the manifest every few milliseconds."""
+    shelf = Shelf([folder], tiny_encoder)
+    runtime = Runtime("little", Player(SCRIPT, pause_s=0.01), shelf, Limits(concurrent=4))
+    with shelf.watching(every=0.01):
+        yield start(runtime, waiting=8)
+    shelf.close()
+
+
+def editions(results):
+    """The numbers that pieces of evidence about Spain tell."""
+    passages = [passage for result in results for evidence in result["evidence"] for passage in evidence["passages"]]
+    return {int(number) for passage in passages for number in re.findall(r"edition (\d+)", passage["text"])}
+
+
+class Visitor(threading.Thread):
+    """Asks one thing again and again; keeps what came back."""
+
+    def __init__(self, url, stopped, ask):
+        super().__init__()
+        self.url, self.stopped, self.ask = url, stopped, ask
+        self.seen, self.requests, self.faults = set(), 0, []
+
+    def run(self):
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            while not self.stopped.is_set() and not self.faults:
+                try:
+                    found = self.ask(client)
+                    assert len(found) == 1, f"of {len(found)} generations: {found}"
+                    self.seen |= found
+                    self.requests += 1
+                except Exception as exc:
+                    self.faults.append(exc)
+
+
+def search(client):
+    picture = base64.b64encode(png(flag("Spain"))).decode()
+    queries = [{"picture": picture, "question": "What are the news of Spain?"}, {"text": "Spain news edition"}]
+    reply = client.post("/v1/search", json={"queries": queries})
+    assert reply.status_code == 200, reply.text
+    results = reply.json()["results"]
+    image = results[0]["evidence"][0]["image"]
+    assert client.get(f"/v1/images/{image['pack']}/{image['image']}").status_code == 200
+    assert all(editions([result]) for result in results)
+    return editions(results)
+
+
+def ask(client):
+    picture = base64.b64encode(png(flag("Spain"))).decode()
+    reply = client.post("/v1/ask", json={"picture": picture, "question": "What are the news of Spain?"})
+    assert reply.status_code == 200, reply.text
+    body = reply.json()
+    looked, read, _ = body["steps"]
+    assert editions([looked]) and editions([read])
+    assert all("edition" in citation["text"] or "Spain" in citation["text"] for citation in body["citations"])
+    return editions([looked, read])
+
+
+def wait_for(client, generation):
+    end = time.monotonic() + 30
+    while (state := client.get("/readyz").json()["packs"][0])["generation"] != generation:
+        assert time.monotonic() < end and not state["refused"], state
+        time.sleep(0.01)
+
+
+def test_nothing_fails_while_a_pack_is_changed_again_and_again(url, folder, tmp_path, tiny_encoder_folder):
+    stopped = threading.Event()
+    visitors = [Visitor(url, stopped, what) for what in (search, ask, search, ask)]
+    with subprocess.Popen([sys.executable, "-c", COMMANDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as process, httpx.Client(base_url=url, timeout=60) as client:
+
+        def run(command):
+            process.stdin.write(command + "\n")
+            process.stdin.flush()
+            assert any(line == "done\n" for line in process.stdout), command
+
+        for visitor in visitors:
+            visitor.start()
+        others = [name for name in FLAGS if name != "Spain"]
+        for edition in range(1, EDITIONS + 1):
+            write_flag(tmp_path / f"news{edition}", "Spain", f"Spain has news: edition {edition}.")
+            run(f"pack add {folder} {tmp_path / f'news{edition}'} --encoder {tiny_encoder_folder} --workers 1")
+            if edition % 2:
+                run(f"pack remove {folder} --article {others.pop()}.png")
+            if edition % 3 == 0:
+                run(f"pack compact {folder} --encoder {tiny_encoder_folder}")
+            if edition % 4 == 0:  # every few changes are served one by one, others pass by unseen
+                wait_for(client, read_manifest(folder).generation)
+        generation = read_manifest(folder).generation
+        wait_for(client, generation)
+        time.sleep(1.0)
+        stopped.set()
+        for visitor in visitors:
+            visitor.join()
+        process.stdin.close()
+        metrics = client.get("/metrics").text
+    assert [fault for visitor in visitors for fault in visitor.faults] == []
+    assert generation == 1 + EDITIONS + EDITIONS // 2 + EDITIONS // 3
+    assert all(visitor.requests >= 5 and EDITIONS in visitor.seen for visitor in visitors)
+    assert len(set.union(*(visitor.seen for visitor in visitors))) >= 4
+    assert f'gog_edge_pack_generation{{pack="little"}} {generation}' in metrics
+    assert 'gog_edge_pack_refusals_total{pack="little"} 0' in metrics
+    assert int(re.search(r'gog_edge_pack_switches_total{pack="little"} (\d+)', metrics)[1]) >= 3
+
+
+def test_a_broken_generation_is_told_and_the_old_one_is_served(url, folder):
+    remove(folder, articles=["Italy"])
+    path = folder / read_manifest(folder).tombstones.images
+    path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    (folder / "MANIFEST.json").touch()
+    with httpx.Client(base_url=url, timeout=60) as client:
+        end = time.monotonic() + 20
+        while not (state := client.get("/readyz").json()["packs"][0])["refused"] and state["generation"] == 1:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        if state["generation"] == 1:  # else it was served before it was spoilt
+            assert "is altered" in state["refused"]
+            assert 'gog_edge_pack_refusals_total{pack="little"} 1' in client.get("/metrics").text
+        assert client.get("/readyz").status_code == 200
+        assert search(client) == {0}
