@@ -2,10 +2,10 @@
 
     python -m benchmarks.bench_encoder
 
-Same shape, same random weights (`--model ViT-B-32`), same threads. Each round the engines take turns; ratios are
-medians over the rounds of the ratio within a round. Preprocessing is of decoded pictures of 320 x 320 pixels, as
-thumbnails and crops come. The least cosine is that of the export to PyTorch's vectors, on the atlas's sample pictures
-and crops of them.
+Same weights, same threads: `--model` with a name (ViT-B-32) takes random weights, with a checkpoint's folder its own.
+Each round the engines take turns; ratios are medians over the rounds of the ratio within a round. Preprocessing is of
+decoded pictures of 320 x 320 pixels, as thumbnails and crops come. The least cosine is that of the export to PyTorch's
+vectors, on the atlas's sample pictures and crops of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gog_edge.files import write_json
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 when it cannot be run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL, help="an open_clip model whose towers can be exported in int8")
+    parser.add_argument("--model", default=MODEL, help="name of an open_clip model, or a checkpoint's folder")
     parser.add_argument("--work", type=Path, default=Path("runs/bench/encoder"), help="keeps weights and exports")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="JSON goes here")
     parser.add_argument("--threads", type=int, default=physical_cores())
@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     line = as_line(figures) | {"load_before": load, "machine": machine_card()}
     console = Console()
     console.print(*(f"{key}: {value}" for key, value in machine_card().items()), sep="\n", highlight=False)
-    console.print(f"{figures.about}; random weights", encoder_table(figures), sep="\n")
+    console.print(figures.about, encoder_table(figures), sep="\n")
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / f"encoder-{args.model}.json", line)
+    write_json(args.out / f"encoder-{figures.model}.json", line)
     print(json.dumps(line))
     return 0
 

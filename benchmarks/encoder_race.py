@@ -81,7 +81,7 @@ def race_encoder(
 
     Args:
         work: keeps random weights and exports between runs.
-        model: an open_clip model with towers that can be exported in int8.
+        model: an open_clip model with towers that can be exported in int8: a name, or a checkpoint's folder.
         threads: of every engine; one for each physical core when None.
         rounds: turns of each engine at batch 1; larger batches have fewer, at least three.
         batches: pictures embedded at once.
@@ -90,7 +90,8 @@ def race_encoder(
         BackendError: open_clip is not installed here, or a process died.
     """
     threads = threads or physical_cores()
-    with _entrants(work / model, model, threads) as (peer, encoders):
+    work = work / Path(model).name
+    with _entrants(work, model, threads) as (peer, encoders):
         seconds = {
             f"batch {batch}": _rounds(_towers(peer, encoders), batch, max(3, rounds // batch)) for batch in batches
         }
@@ -98,10 +99,10 @@ def race_encoder(
         throughput = {name: {count: _stream(one, count) for count in STREAM} for name, one in encoders.items()}
     ms, ratios = _medians([EAGER, *encoders], seconds)
     parity = {
-        f"ours, {precision}": read_json(work / model / precision / "manifest.json", what="encoder")["parity"]["image"]
+        f"ours, {precision}": read_json(work / precision / "manifest.json", what="encoder")["parity"]["image"]
         for precision in PRECISIONS
     }
-    return EncoderFigures(model, threads, peer.about, ms, ratios, throughput, parity)
+    return EncoderFigures(work.name, threads, peer.about, ms, ratios, throughput, parity)
 
 
 def encoder_table(figures: EncoderFigures) -> Table:
@@ -144,8 +145,9 @@ def _export(model: str, weights: Path, out: Path, precision: str) -> None:
     """Our export, unless it is there; by a process of its own, which gives its memory back."""
     if (out / "manifest.json").exists():
         return
-    command = [sys.executable, "-m", "export.export_clip", model, str(out), "--weights", str(weights),
-               "--precision", precision]  # fmt: skip
+    command = [sys.executable, "-m", "export.export_clip", model, str(out), "--precision", precision]
+    if not Path(model).is_dir():
+        command += ["--weights", str(weights)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise BackendError(f"'{' '.join(command[1:])}' failed: {done.stderr.strip()[-300:]}")

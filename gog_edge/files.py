@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -120,6 +121,18 @@ def full_disk_said(where: Path, error: type[ArtifactError] = ArtifactError) -> I
             raise error(f"the disk of '{where}' is full ({exc}); make room and run the same command again: it goes on "
                         "where it stopped") from exc
         raise
+
+
+def allow_open_files(more: int) -> None:
+    """Let this process keep `more` files open beside what it may now, as far as the system allows: 1,024 are usual."""
+    if sys.platform == "win32":
+        return  # counts handles otherwise
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def sync_files(paths: Iterable[Path]) -> None:

@@ -78,7 +78,7 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 def _about_space(space: Space) -> str:
     index = space.index
-    rows = f"{space.rows:,} vectors in {len(space.shards)} shards"
+    rows = f"{space.rows:,} vectors"
     if index is None:
         return f"{rows}, searched one by one"
     beside = f", {space.rows - index.rows:,} beside it" if space.rows > index.rows else ""
@@ -134,15 +134,18 @@ class Stages:
     ) -> None:
         if self.seconds:
             self._count(FINISHING)
+        if kind is None:
+            self._finish_all()
         self._progress.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Tell how far a stage is."""
-        self._count(stage)
+        """Tell how far a stage is; with done = 0, that it begins."""
+        self._count(stage if done or not self.seconds else next(reversed(self.seconds)))
         self._progress.start()
         if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=max(1, total), completed=done)
-        self._progress.update(self._tasks[stage], completed=done, total=max(1, total))
+            self._finish_all()
+            self._tasks[stage] = self._progress.add_task(stage, total=total or 1, completed=done)
+        self._progress.update(self._tasks[stage], completed=done if total else 1, total=total or 1)
 
     def counting(self, stage: str, total: int) -> Callable[[int], None]:
         """Tells of a stage piece by piece: call what it gives with the size of each."""
@@ -154,6 +157,10 @@ class Stages:
             self(stage, done, total)
 
         return count
+
+    def _finish_all(self) -> None:
+        for task in self._progress.tasks:
+            self._progress.update(task.id, completed=task.total)
 
     def _count(self, stage: str) -> None:
         now = time.monotonic()

@@ -5,8 +5,8 @@
     python -m index.build_pack wikipedia_en_top_maxi_2026-07.zim packs/top --encoder encoder --update
 
 SOURCE is a Kiwix .zim file, Google's WIT (.tsv.gz, with --images), Encyclopedic VQA's knowledge base or InfoSeek's
-Wiki6M (with --images), a MediaWiki XML dump, or a folder of pictures with captions in a table or beside them. Stopped or
-killed at any moment, the same command goes on. Progress goes to stderr, the last line is the result as JSON.
+Wiki6M (with --images), a MediaWiki XML dump, or a folder of pictures with captions in a table or beside them.
+Stopped or killed at any moment, the same command goes on. The last line is the result as JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 from gog_edge.errors import GogEdgeError, InputError
 from gog_edge.indexing.build import READING, build_pack, read_snapshot
+from gog_edge.indexing.calibrate import calibrate_pack
 from gog_edge.indexing.generation import SHARD_ROWS, PackOptions
 from gog_edge.indexing.sources.open import KINDS, open_source
 from gog_edge.planner import parse_size
@@ -29,6 +30,7 @@ from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import MANIFEST, Manifest, read_manifest
 from gog_edge.show_pack import Stages, pack_json, show_pack
 
+CALIBRATING = "calibrating"  # a stage
 GOES_ON = "what is done is kept: the same command goes on"
 
 
@@ -46,11 +48,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="folder of images, for snapshots that hold addresses alone")
     parser.add_argument("--kind", choices=list(KINDS), help="what SOURCE is (default: told by its first bytes)")
     parser.add_argument("--language", default="en", help="of WIT's rows; empty for all (%(default)s)")
+    parser.add_argument("--licence", help="of texts, and of a folder's pictures, where SOURCE names none")
     parser.add_argument("--memory", help="what the search may take, as 2G (default: what is quickest)")
     parser.add_argument("--recall", type=float, help="share of the ten nearest that an index must find (default: 0.95)")
     parser.add_argument("--tiles", action="store_true", help="embed lead pictures in parts too: six vectors for one")
     parser.add_argument("--no-captions", action="store_true", help="do not embed captions")
-    parser.add_argument("--shard-rows", type=int, help="pictures that are embedded at a time: what a kill costs at most "
+    parser.add_argument("--no-calibration", action="store_true", help="do not measure how surely it is known what is "
+                        "in it; `gog-edge pack calibrate` does later")
+    parser.add_argument("--shard-rows", type=int, help="pictures that are embedded at a time: what a kill costs "
                         f"(default: {SHARD_ROWS:,})")
     parser.add_argument("--workers", type=int, help="processes that read (default: one a core)")
     parser.add_argument("--stop-after", choices=[READING], help="leave the embedding to index.embed_ray; the same "
@@ -85,11 +90,17 @@ def _build(args: argparse.Namespace, command: str, stages: Stages) -> Manifest |
         "options": _options(args, before), "workers": args.workers, "update": args.update, "command": command,
         "on_progress": stages,
     }  # fmt: skip
-    source = open_source(args.source, kind=args.kind, images=args.images, language=args.language)
+    source = open_source(args.source, kind=args.kind, images=args.images, language=args.language, licence=args.licence)
     if args.stop_after == READING:
         read_snapshot(source, args.out, **settings)
         return None
-    return build_pack(source, args.out, **settings)
+    manifest = build_pack(source, args.out, **settings)
+    if args.text_only or args.no_calibration:
+        return manifest
+    stages(CALIBRATING, 0, 1)
+    manifest = calibrate_pack(args.out, settings["encoder"])
+    stages(CALIBRATING, 1, 1)
+    return manifest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

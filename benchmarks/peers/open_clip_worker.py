@@ -1,7 +1,7 @@
 """open_clip, eager, in float32: `python open_clip_worker.py MODEL WEIGHTS THREADS`, JSON lines.
 
-WEIGHTS is made, of random numbers, where it is not there yet. Stands alone: the Python that runs it need not have
-gog_edge.
+MODEL is a name, and WEIGHTS is made, of random numbers, where it is not there yet; or it is a checkpoint's folder, with
+weights of its own. Stands alone: the Python that runs it need not have gog_edge.
 """
 
 import json
@@ -26,6 +26,8 @@ from safetensors.torch import load_file, save_file
 
 def load(name: str, weights: Path) -> torch.nn.Module:
     """The model, in evaluation mode."""
+    if Path(name).is_dir():
+        return open_clip.create_model(f"local-dir:{name}").eval()
     logging.disable(logging.WARNING)  # "no pretrained weights"
     torch.manual_seed(0)
     model = open_clip.create_model(name)

@@ -32,10 +32,10 @@ RecallOption = Annotated[float | None, typer.Option("--recall", min=0.5, max=1.0
 @app.command()
 def info(pack: PackArgument, as_json: JsonOption = False) -> None:
     """Tell what is in a pack."""
-    from gog_edge.retrieval.manifest import read_manifest
-    from gog_edge.show_pack import pack_json, show_pack
-
     with errors_shown():
+        from gog_edge.retrieval.manifest import read_manifest
+        from gog_edge.show_pack import pack_json, show_pack
+
         manifest = read_manifest(pack)
         if as_json:
             _print_json(pack_json(pack, manifest))
@@ -46,13 +46,14 @@ def info(pack: PackArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def verify(pack: PackArgument, as_json: JsonOption = False) -> None:
     """Read everything of a pack and compare it; exit code 1, and the first fault by name, when something is wrong."""
-    from gog_edge.retrieval.manifest import read_manifest
-    from gog_edge.retrieval.pack import verify_pack
-    from gog_edge.show_pack import Stages
+    with errors_shown(1):
+        from gog_edge.retrieval.manifest import read_manifest
+        from gog_edge.retrieval.pack import verify_pack
+        from gog_edge.show_pack import Stages
 
-    with errors_shown(1), Stages() as stages:
-        total = sum(entry.size for entry in read_manifest(pack).files)
-        manifest = verify_pack(pack, stages.counting("comparing files", total))
+        with Stages() as stages:
+            total = sum(entry.size for entry in read_manifest(pack).files)
+            manifest = verify_pack(pack, stages.counting("comparing files", total))
     _done(manifest, "is whole", as_json)
 
 
@@ -64,24 +65,27 @@ def add(
     images: Annotated[Path | None, typer.Option(help="Folder of images, for snapshots that hold addresses.")] = None,
     kind: Annotated[str | None, typer.Option(help="What SOURCE is; told by its first bytes when left out.")] = None,
     language: Annotated[str, typer.Option(help="Of WIT's rows.")] = "en",
+    licence: Annotated[str | None, typer.Option(help="Of what the source names none for.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that read; 0 for one a core.")] = 0,
     memory: MemoryOption = None,
     recall: RecallOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Add what a source holds; articles of the same key are replaced. An own collection is better a pack of its own."""
-    from gog_edge.indexing.build import build_pack
-    from gog_edge.indexing.sources.open import open_source
-    from gog_edge.retrieval.manifest import read_manifest
-    from gog_edge.show_pack import Stages
+    with errors_shown(interrupted="the same command goes on"):
+        from gog_edge.indexing.build import build_pack
+        from gog_edge.indexing.sources.open import open_source
+        from gog_edge.retrieval.manifest import read_manifest
+        from gog_edge.show_pack import Stages
 
-    with errors_shown(interrupted="the same command goes on"), Stages() as stages:
-        before = read_manifest(pack)
-        snapshot = open_source(source, kind=cast("Kind | None", kind), images=images, language=language)
-        manifest = build_pack(
-            snapshot, pack, name=before.name, encoder=_encoder(pack, before, encoder),
-            options=_options(before, memory, recall), workers=workers or None, add=True, on_progress=stages,
-        )  # fmt: skip
+        with Stages() as stages:
+            before = read_manifest(pack)
+            snapshot = open_source(source, kind=cast("Kind | None", kind), images=images, language=language,
+                                   licence=licence)
+            manifest = build_pack(
+                snapshot, pack, name=before.name, encoder=_encoder(pack, before, encoder),
+                options=_options(before, memory, recall), workers=workers or None, add=True, on_progress=stages,
+            )  # fmt: skip
     _done(manifest, f"has {manifest.counts.articles - before.counts.articles:+,} articles", as_json)
 
 
@@ -93,9 +97,9 @@ def remove(
     as_json: JsonOption = False,
 ) -> None:
     """Take articles and images out; at once, since nothing else is written anew."""
-    from gog_edge.indexing.changes import remove as take_out
-
     with errors_shown():
+        from gog_edge.indexing.changes import remove as take_out
+
         if not article and not image:
             raise InputError("nothing is named that is to go; give --article TITLE or --image ID")
         manifest = take_out(pack, articles=article or (), images=image or ())
@@ -111,14 +115,15 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how surely it is known that a thing is in the pack, with looks at its own pictures."""
-    from gog_edge.indexing.calibrate import calibrate_pack
-    from gog_edge.retrieval.manifest import read_manifest
-    from gog_edge.show_pack import show_pack, waiting
+    with errors_shown():
+        from gog_edge.indexing.calibrate import calibrate_pack
+        from gog_edge.retrieval.manifest import read_manifest
+        from gog_edge.show_pack import show_pack, waiting
 
-    with errors_shown(), waiting("looking at its pictures"):
-        before = read_manifest(pack)
-        opened = _needed(_encoder(pack, before, encoder), before)
-        manifest = calibrate_pack(pack, opened, target_false_accept=false_accept)
+        with waiting("looking at its pictures"):
+            before = read_manifest(pack)
+            opened = _needed(_encoder(pack, before, encoder), before)
+            manifest = calibrate_pack(pack, opened, target_false_accept=false_accept)
     if not as_json:
         show_pack(pack, manifest)
     _done(manifest, "is calibrated", as_json)
@@ -133,14 +138,15 @@ def compact(
     as_json: JsonOption = False,
 ) -> None:
     """Write a pack of many generations as one, without what is no longer there; nothing is embedded again."""
-    from gog_edge.indexing.compact import compact as make_one
-    from gog_edge.retrieval.manifest import read_manifest
-    from gog_edge.show_pack import Stages
+    with errors_shown(interrupted="the pack is as it was"):
+        from gog_edge.indexing.compact import compact as make_one
+        from gog_edge.retrieval.manifest import read_manifest
+        from gog_edge.show_pack import Stages
 
-    with errors_shown(interrupted="the pack is as it was"), Stages() as stages:
-        before = read_manifest(pack)
-        opened = _encoder(pack, before, encoder)
-        manifest = make_one(pack, opened, _options(before, memory, recall), stages)
+        with Stages() as stages:
+            before = read_manifest(pack)
+            opened = _encoder(pack, before, encoder)
+            manifest = make_one(pack, opened, _options(before, memory, recall), stages)
     sizes = " to ".join(f"{sum(entry.size for entry in one.files) / 2**20:,.1f}" for one in (before, manifest))
     _done(manifest, f"went from {sizes} MiB", as_json)
 

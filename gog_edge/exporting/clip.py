@@ -192,27 +192,36 @@ class _TextTower(nn.Module):
 def _export_tower(tower: nn.Module, example: Tensor, name: str, path: Path) -> None:
     """Write one tower as a graph with a free batch size."""
     size = sum(value.numel() * value.element_size() for value in tower.state_dict().values())
-    for logger in ("torch.onnx", "onnxscript"):  # they tell of their own internals
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # likewise
-        program = torch.onnx.export(
-            tower.eval(),
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[name],
-            output_names=["embedding"],
-            dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},),
-            verbose=False,
-        )
-    if program is None:
-        raise CheckpointError(
-            f"{path.name}: torch.onnx gave no graph for {type(tower).__name__}; use the torch of pyproject"
-        )
+    program = _traced(tower, example, name, path)
     for node in program.model.graph:
         for value in node.outputs:
             # The exporter calls the output of a token table "embedding" too, and does not see the clash.
             if value.name == "embedding" and not value.is_graph_output():
                 value.name = "token_embedding"
     program.save(path, external_data=size > EMBEDDED_BYTES)
+
+
+def _traced(tower: nn.Module, example: Tensor, name: str, path: Path) -> torch.onnx.ONNXProgram:
+    for logger in ("torch.onnx", "onnxscript"):  # they tell of their own internals
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    program, reason = None, "gave no graph"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # likewise
+        try:
+            program = torch.onnx.export(
+                tower.eval(),
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[name],
+                output_names=["embedding"],
+                dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as exc:
+            reason = f"failed ({str(exc.__cause__ or exc).splitlines()[0]})"
+    if program is None:
+        raise CheckpointError(
+            f"{path.name}: torch.onnx {reason} for {type(tower).__name__}; use the torch of pyproject, or another model"
+        )
+    return program

@@ -21,7 +21,7 @@ from gog_edge.indexing.store_writer import DraftRefused, StoreWriter
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import BUILD, COMMAND, Manifest
 
-READING = "reading"
+READING, WORDS = "reading", "words"  # stages: the snapshot, and the index of its words
 
 
 def build_pack(
@@ -129,7 +129,11 @@ def _write_store(generation: NextGeneration, source: Source, workers: int, on_pr
         if not writer.counts.articles and generation.parent is None:
             raise PackError(f"'{generation.folder}': the snapshot has no article that could be read; see what was "
                             f"skipped: {writer.skipped_reasons() or 'nothing'}")
+        if on_progress is not None:
+            on_progress(WORDS, 0, 1)
         generation.finish_store(writer)
+        if on_progress is not None:
+            on_progress(WORDS, 1, 1)
     finally:
         writer.close()
 

@@ -26,7 +26,7 @@ LEAST = 20  # queries of each kind that a calibration needs; half of them are fi
 TARGET_FALSE_ACCEPT = 0.05
 QUERIES = 512  # pictures, and texts, that a pack is calibrated with
 CAPTION_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)
-LEAST_GAIN = 0.01  # of recall or of accepted things, for which captions are worth a search of their own
+LEAST_GAIN = 0.02  # of recall or of accepted things, for which captions are worth a search of their own
 
 Matrix = NDArray[np.float64]
 
@@ -199,4 +199,5 @@ def _threshold(present: Matrix, absent: Matrix, target: float) -> float:
     rank = max(1, int(np.floor(target * (len(absent) + 1))))
     lowest = float(np.sort(absent)[-rank])
     higher = np.concatenate([present, absent])
-    return 0.5 * (lowest + float(np.min(higher[higher > lowest], initial=lowest + 2.0)))
+    higher = higher[higher > lowest]
+    return 0.5 * (lowest + float(higher.min())) if len(higher) else lowest + 1.0

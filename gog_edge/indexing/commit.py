@@ -20,6 +20,7 @@ from gog_edge.retrieval.manifest import (
     MANIFEST,
     Manifest,
     Tombstones,
+    command_of,
     generation_path,
     read_manifest,
 )
@@ -32,9 +33,13 @@ OWN_FOLDERS = ("store", "vectors", "index", "tombstones", "reports")  # nothing 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Hold a pack's lock; PackError when another process writes it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
+    """Hold a pack's lock; PackError when another process writes it, or nobody may."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / LOCK).open("w")
+    except OSError as exc:
+        raise PackError(f"pack '{folder}' cannot be written ({exc.strerror}); copy it to where it can") from exc
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -52,8 +57,8 @@ def changing(folder: Path) -> Iterator[Manifest]:
     read_manifest(folder)  # before a lock file is made in a folder of another kind
     with writing(folder):
         if (folder / SETTINGS).is_file():
-            raise PackError(f"'{folder}' holds an unfinished build of its next generation; finish it with the command "
-                            f"that began it, or remove '{folder / BUILD}'")
+            raise PackError(f"'{folder}' holds an unfinished build of its next generation; finish it with "
+                            f"{command_of(folder)}, or remove '{folder / BUILD}'")
         yield read_manifest(folder)
 
 

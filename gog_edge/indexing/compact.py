@@ -23,6 +23,7 @@ from gog_edge.retrieval.segment import SegmentReader
 from gog_edge.retrieval.vectors import Ids
 
 TEXTS = "texts"  # a stage
+SHARDS_IN_ONE = 4  # nothing is resumed shard by shard here: fewer files, and no more memory than a few hundred MB
 
 
 def compact(folder: Path, encoder: Encoder | None, options: PackOptions | None = None,
@@ -90,7 +91,7 @@ class _Compaction:
     def _space(self, kind: str, space: Space) -> Space:
         shards: list[Shard] = []
         done = 0
-        for ids, vectors in _refilled(self._live(space), self.options.shard_rows):
+        for ids, vectors in _refilled(self._live(space), SHARDS_IN_ONE * self.options.shard_rows):
             name = f"vectors/{self.number:06d}-{kind}-{len(shards):06d}"
             shard = Shard(f"{name}.npy", f"{name}.ids.npy", len(ids))
             write_array(self.folder / shard.ids, ids)

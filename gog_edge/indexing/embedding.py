@@ -70,13 +70,21 @@ def plan_shards(segment: Segment, generation: int, *, rows: int, tiles: bool, ca
     ]
 
 
-def embed_shard(folder: Path, plan: ShardPlan, reader: SegmentReader, encoder: Encoder) -> Shard:
-    """Embed a shard, or find it done. Its files appear whole or not at all."""
+def embed_shard(folder: Path, plan: ShardPlan, reader: SegmentReader, encoder: Encoder,
+                on_image: Callable[[int], None] | None = None) -> Shard:
+    """Embed a shard, or find it done. Its files appear whole or not at all.
+
+    `on_image` is told which image was embedded last, now and then.
+    """
     if not (folder / plan.vectors).is_file():
         (folder / VECTORS).mkdir(parents=True, exist_ok=True)
-        parts = list(_EMBEDDERS[plan.kind](plan, reader, encoder))
+        parts = []
+        for ids, vectors in _EMBEDDERS[plan.kind](plan, reader, encoder):
+            parts.append((ids, vectors.astype(np.float16)))
+            if on_image is not None and len(ids):
+                on_image(int(ids[-1]))
         ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in parts)])
-        vectors = np.concatenate([np.empty((0, encoder.dim), np.float16), *(v.astype(np.float16) for _, v in parts)])
+        vectors = np.concatenate([np.empty((0, encoder.dim), np.float16), *(vectors for _, vectors in parts)])
         write_array(folder / plan.ids, ids)
         write_array(folder / plan.vectors, vectors)
     rows = len(np.load(folder / plan.vectors, mmap_mode="r", allow_pickle=False))
@@ -86,14 +94,18 @@ def embed_shard(folder: Path, plan: ShardPlan, reader: SegmentReader, encoder: E
 def embed_shards(folder: Path, plans: Sequence[ShardPlan], reader: SegmentReader, encoder: Encoder,
                  on_shard: OnShard | None = None) -> list[tuple[str, Shard]]:
     """Embed every shard that is not done yet: (kind, shard), without those that hold nothing."""
-    done = {plan.kind: 0 for plan in plans}
-    total = {kind: sum(plan.last - plan.first + 1 for plan in plans if plan.kind == kind) for kind in done}
+    begin = min((plan.first for plan in plans), default=0)
+    total = max((plan.last for plan in plans), default=0) + 1 - begin
     shards = []
     for plan in plans:
-        shards.append((plan.kind, embed_shard(folder, plan, reader, encoder)))
-        done[plan.kind] += plan.last - plan.first + 1
+
+        def tell(image: int, plan: ShardPlan = plan) -> None:
+            if on_shard is not None and plan.first <= image < plan.last:
+                on_shard(plan.kind, image + 1 - begin, total)
+
+        shards.append((plan.kind, embed_shard(folder, plan, reader, encoder, tell)))
         if on_shard is not None:
-            on_shard(plan.kind, done[plan.kind], total[plan.kind])
+            on_shard(plan.kind, plan.last + 1 - begin, total)
     return [(kind, shard) for kind, shard in shards if shard.rows]
 
 

@@ -29,7 +29,7 @@ from gog_edge.indexing.mortality import dead_images, live_counts, replaced
 from gog_edge.indexing.store_writer import Start, StoreWriter
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.index import IndexEntry
-from gog_edge.retrieval.manifest import BUILD, Manifest, SearchTarget, Segment, Snapshot, Space
+from gog_edge.retrieval.manifest import BUILD, Manifest, SearchTarget, Segment, Snapshot, Space, command_of
 from gog_edge.retrieval.pack import read_tombstones
 from gog_edge.retrieval.segment import SegmentReader
 from gog_edge.retrieval.vectors import Ids, VectorShards
@@ -105,7 +105,7 @@ class NextGeneration:
                 key = next(key for key in settings if begun.get(key) != settings[key])
                 raise PackError(
                     f"'{self.folder}' holds an unfinished build with another {key} ({begun.get(key)}, now "
-                    f"{settings[key]}); finish it with the same command, or remove '{self.folder / BUILD}'"
+                    f"{settings[key]}); finish it with {command_of(self.folder)}, or remove '{self.folder / BUILD}'"
                 )
             return
         prune(self.folder)
@@ -212,6 +212,9 @@ class NextGeneration:
         Raises:
             PackError: the disk is full, or no index reaches the wanted recall; what is done stays for the next try.
         """
+        if self.parent is not None and removed is None and self._brings_nothing(self.parent, only):
+            prune(self.folder)
+            return self.parent
         with full_disk_said(self.folder, PackError):
             spaces = self.embed(on_progress)
             readers = [*self._earlier, SegmentReader.open(self.folder / self.store)]
@@ -228,7 +231,7 @@ class NextGeneration:
                 name=self.name,
                 generation=self.number,
                 parent=None if self.parent is None else self.parent.generation,
-                snapshot=self.snapshot,
+                snapshot=self.snapshot if only or self.parent is None else self.parent.snapshot,
                 encoder=None if self.encoder is None else self.encoder.fingerprint,
                 segments=(*self._segments, self.segment()),
                 images=images,
@@ -244,6 +247,16 @@ class NextGeneration:
                 text_calibration=None if self.parent is None else self.parent.text_calibration,
             )
             return commit(self.folder, manifest, self.parent)
+
+    def _brings_nothing(self, parent: Manifest, only: bool) -> bool:
+        """Whether all of it is there already: as when a command is started again that was stopped after its commit."""
+        if only and self.snapshot != parent.snapshot:
+            return False
+        reader = SegmentReader.open(self.folder / self.store)
+        try:
+            return reader.is_empty() and not len(np.setdiff1d(replaced(reader, self._earlier, only=only), self._gone))
+        finally:
+            reader.close()
 
     def _indexed(self, spaces: tuple[Space, Space], readers: list[SegmentReader], dead: Ids,
                  on_progress: OnProgress | None) -> tuple[Space, Space]:

@@ -5,7 +5,7 @@ The order is what was measured on a million clustered vectors of 512 dimensions,
 Half a byte for two dimensions needs about 45 stored vectors a query; half a byte for four, or RaBitQ's bit for each
 dimension, needs two to three times as many for half the memory, and RaBitQ scans at a third of the speed. A graph over
 bytes (HNSW) needs five times the memory for a slower search and takes ten times as long to build, but it does not mind
-queries unlike the stored vectors, such as pictures among captions: it is what is left when lists do not reach the recall.
+queries unlike the stored vectors, such as pictures among captions: it is left for where lists do not reach the recall.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def plan_table(rows: int, dim: int) -> list[Plan]:
     return list(_all(rows, dim))
 
 
-def plan_of(factory: str, rows: int) -> Plan:
+def plan_of(factory: str) -> Plan:
     """The plan of a factory string that somebody chose; its memory is not known before it is built."""
     param = "nprobe" if factory.startswith("IVF") else "efSearch" if factory.startswith("HNSW") else ""
     return Plan(factory, param, 0, exact=factory in ("Flat", "SQfp16"))

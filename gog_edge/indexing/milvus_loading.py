@@ -118,11 +118,12 @@ def _create(server: MilvusServer, collection: str, holding: Holding) -> None:
     from pymilvus import DataType, MilvusClient
 
     kind = DataType.FLOAT16_VECTOR if holding.dtype == "float16" else DataType.FLOAT_VECTOR
-    schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
+    said = holding.to_json()
+    schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=said)
     schema.add_field("row", DataType.INT64, is_primary=True)
     schema.add_field("image", DataType.INT64)
     schema.add_field("vector", kind, dim=holding.origin.dim)
-    server.call("create_collection", collection, schema=schema, properties={PROPERTY: holding.to_json()})
+    server.call("create_collection", collection, schema=schema, properties={PROPERTY: said})
 
 
 def _insert(server: MilvusServer, collection: str, rows: Ids, ids: Ids, vectors: NDArray[Any]) -> None:

@@ -53,7 +53,8 @@ def export_parquet(folder: Path, out: Path, *, dtype: str = "float16",
     if dtype not in DTYPES:
         raise PackError(f"vectors cannot be written as {dtype!r}; known are {', '.join(DTYPES)}")
     manifest = read_manifest(folder)
-    origins = [Origin.of(manifest, space) for space in SPACES if getattr(manifest, space).rows]
+    origins = [origin for origin in (Origin.of(manifest, space) for space in SPACES)
+               if getattr(manifest, origin.space).rows]
     verify_files_of(folder, manifest, full=False)
     out.mkdir(parents=True, exist_ok=True)
     articles, dead = read_tombstones(folder, manifest)

@@ -155,8 +155,7 @@ def _ray(workers: Workers) -> Iterator[Any]:
         raise BackendError("embedding on many machines needs Ray; pip install 'gog_edge[ray]'") from exc
     settings: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if workers.address == LOCAL:
-        settings |= {"num_cpus": workers.count * workers.cores, "include_dashboard": False,
-                     "_node_ip_address": "127.0.0.1"}
+        settings |= {"num_cpus": workers.count * workers.cores, "include_dashboard": False}
     try:
         ray.init(address=workers.address, **settings)
     except (ConnectionError, RuntimeError, ValueError) as exc:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,9 @@ IMAGE_TO_CAPTION = "image_to_caption"
 TEXT_TO_IMAGE = "text_to_image"
 TEXT_TO_CAPTION = "text_to_caption"
 WORDS = "words"
-CANDIDATES = 24  # images looked at per query and pack, before merging
+CANDIDATES = 24  # images compared with a query, in each pack
+DEPTH = 10  # places of a ranking that count: what stands lower only resembles
+SPARE = 2  # further groups of images that are looked up, for those that name nothing new
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +32,6 @@ class Candidate:
     pack: Pack
     row: ImageRow
     score: float  # cosine
-    vector: NDArray[np.float32]  # [dim]
 
     @property
     def keys(self) -> list[Key]:
@@ -73,6 +75,18 @@ class Look:
         return (best, best - second, best - self.mean, max(places, default=0.0))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Near:
+    """The images of all packs nearest to some queries, best first."""
+
+    scores: NDArray[np.float32]  # [n, m] cosine; -inf where there is none
+    ids: Ids  # [n, m]; -1 where there is none
+    packs: NDArray[np.int64]  # [n, m] which pack it is of
+
+    def __getitem__(self, rows: Sequence[int] | slice | tuple[slice, slice]) -> _Near:
+        return _Near(self.scores[rows], self.ids[rows], self.packs[rows])
+
+
 class Channels:
     """The vectors of some packs, searched with vectors: one search of each index for all queries."""
 
@@ -80,98 +94,134 @@ class Channels:
                  duplicate_cosine: float | None = None) -> None:
         """`duplicate_cosine`: from where on two stored images show the same; None: what each pack says."""
         self._packs = [pack for pack in packs if len(pack.images.shards)]
-        self._candidates, self._duplicate = candidates, duplicate_cosine
+        self._candidates = candidates
+        self._dim = next((pack.manifest.encoder.dim for pack in self._packs if pack.manifest.encoder), 0)
+        self._least = np.array([pack.manifest.duplicate_cosine if duplicate_cosine is None else duplicate_cosine
+                                for pack in self._packs], dtype=np.float32)  # fmt: skip
 
-    def look(self, views: Sequence[Vectors], *, captions: Callable[[Pack], bool],
-             without: Ids | None = None) -> list[Look]:
+    def look(self, views: Sequence[Vectors], *, captions: Callable[[Pack], bool], without: Ids | None = None,
+             depth: int = DEPTH) -> list[Look]:
         """What some pictures show.
 
         Args:
             views: of each picture, the vectors [views, dim] of its framings; the one that matches best counts.
             captions: the packs whose captions are searched too.
             without: ids of images that are passed over, as if they were not there.
+            depth: things and articles at most.
         """
-        owner = np.repeat(np.arange(len(views)), [len(own) for own in views])
-        vectors = np.concatenate(views) if views else np.empty((0, 0), np.float32)
-        found = self.near(vectors, without)
-        best: list[int] = []  # row of each picture's best view
-        for n in range(len(views)):
-            rows = np.flatnonzero(owner == n).tolist()
-            best.append(max(rows, key=lambda row: found[row][0].score if found[row] else -2.0))
-        said = self._captions(vectors[best], captions, without)
-        return [
-            Look(tuple(self._things(found[row])), float(np.mean([one.score for one in found[row]] or [0.0])), said[n])
-            for n, row in enumerate(best)
-        ]
+        if not views or not self._packs:
+            return [Look((), 0.0, {}) for _ in views]
+        vectors = np.concatenate(views)
+        near = self._search(vectors, without)
+        starts = np.cumsum([0, *(len(own) for own in views)])
+        tops = near.scores[:, 0] if near.scores.shape[1] else np.zeros(len(vectors))
+        best = [int(start + np.argmax(tops[start:stop])) for start, stop in pairwise(starts)]
+        things = self._things(near[best], depth)
+        said = self._captions(vectors[best], captions, without, depth)
+        means = [float(own[np.isfinite(own)].mean()) if np.isfinite(own).any() else 0.0 for own in near[best].scores]
+        return [Look(tuple(own), mean, by_pack) for own, mean, by_pack in zip(things, means, said, strict=True)]
 
-    def near(self, vectors: Vectors, without: Ids | None = None) -> list[list[Candidate]]:
-        """For each vector the nearest images of all packs: one encoder made them all, so their cosines compare."""
-        found: list[list[Candidate]] = [[] for _ in vectors]
-        for pack in self._packs if len(vectors) else []:
-            hits = pack.images.search(vectors, self._candidates, without=without)
-            ids = np.unique(hits.ids[hits.ids >= 0])
-            rows = pack.store.images(ids.tolist())
-            stored = dict(zip(ids.tolist(), pack.images.shards.take(pack.images.shards.first_rows(ids)), strict=True))
-            for n, candidates in enumerate(found):
-                candidates += [
-                    Candidate(pack, rows[image], score, stored[image])
-                    for image, score in zip(hits.ids[n].tolist(), hits.scores[n].tolist(), strict=True)
-                    if image >= 0
-                ]
-        return [sorted(candidates, key=lambda one: -one.score) for candidates in found]
-
-    def read(self, vectors: Vectors) -> list[tuple[Ranking, ...]]:
-        """Articles whose pictures, and whose captions, are near some texts."""
-        pictures = [Ranking(TEXT_TO_IMAGE, ranked(key for one in found for key in one.keys))
-                    for found in self.near(vectors)]
-        captions = self._captions(vectors, lambda _: True, None)
-        return [(own, *(Ranking(TEXT_TO_CAPTION, ranks) for ranks in said.values()))
+    def read(self, vectors: Vectors, depth: int = DEPTH) -> list[tuple[Ranking, ...]]:
+        """Articles whose pictures, and whose captions, are near some texts [n, dim]."""
+        if not len(vectors) or not self._packs:
+            return [() for _ in vectors]
+        pictures = self._articles(self._search(vectors, None)[:, :depth])
+        captions = self._captions(vectors, lambda _: True, None, depth)
+        return [(Ranking(TEXT_TO_IMAGE, own), *(Ranking(TEXT_TO_CAPTION, ranks) for ranks in said.values()))
                 for own, said in zip(pictures, captions, strict=True)]
 
-    def _captions(self, vectors: Vectors, wanted: Callable[[Pack], bool],
-                  without: Ids | None) -> list[dict[str, dict[Key, int]]]:
+    def _search(self, vectors: Vectors, without: Ids | None) -> _Near:
+        """Images of all packs in one order: one encoder made them all, so their cosines compare."""
+        hits = [pack.images.search(vectors, self._candidates, without=without) for pack in self._packs]
+        scores = np.concatenate([one.scores for one in hits], axis=1)
+        ids = np.concatenate([one.ids for one in hits], axis=1)
+        packs = np.concatenate([np.full(one.ids.shape, n, np.int64) for n, one in enumerate(hits)], axis=1)
+        if len(hits) == 1:
+            return _Near(scores, ids, packs)
+        order = np.argsort(-scores, axis=1, kind="stable")
+        return _Near(np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1),
+                     np.take_along_axis(packs, order, axis=1))
+
+    def _captions(self, vectors: Vectors, wanted: Callable[[Pack], bool], without: Ids | None,
+                  depth: int) -> list[dict[str, dict[Key, int]]]:
         """For each vector, and each pack that is wanted, the articles whose captions are near, by rank."""
         found: list[dict[str, dict[Key, int]]] = [{} for _ in vectors]
-        for pack in self._packs if len(vectors) else []:
+        for n, pack in enumerate(self._packs):
             if wanted(pack) and len(pack.captions.shards):
-                for own, ranks in zip(found, self._by_caption(pack, vectors, without), strict=True):
+                hits = pack.captions.search(vectors, depth, without=without)
+                near = _Near(hits.scores, hits.ids, np.full(hits.ids.shape, n, np.int64))
+                for own, ranks in zip(found, self._articles(near), strict=True):
                     own[pack.name] = ranks
         return found
 
-    def _by_caption(self, pack: Pack, vectors: Vectors, without: Ids | None) -> list[dict[Key, int]]:
-        hits = pack.captions.search(vectors, self._candidates, without=without)
-        rows = pack.store.images(np.unique(hits.ids[hits.ids >= 0]).tolist())
-        return [
-            ranked((pack.name, article) for image in own if image >= 0 for article in rows[image].articles)
-            for own in hits.ids.tolist()
-        ]
+    def _articles(self, near: _Near) -> list[dict[Key, int]]:
+        """The articles that images stand in, by rank, of each query."""
+        return [ranked(key for one in own for key in one.keys) for own in self._read(near)]
 
-    def _things(self, candidates: Sequence[Candidate]) -> list[Thing]:
-        """Near-identical candidates merged, best first; what names nothing new is dropped."""
-        things: list[Thing] = []
-        named: set[Key] = set()
-        for same in self._alike(candidates):
-            keys = tuple(dict.fromkeys(key for one in same for key in one.keys))
-            if not named.issuperset(keys):
-                named.update(keys)
-                things.append(Thing(same[0], keys))
+    # --- duplicates ---------------------------------------------------------------------------
+
+    def _things(self, near: _Near, depth: int) -> list[list[Thing]]:
+        """Near-identical images merged, best first, of each query; what names nothing new is dropped."""
+        groups = [own[: depth + SPARE] for own in self._alike(near)]
+        used = np.zeros(near.ids.shape, dtype=bool)
+        for n, own in enumerate(groups):
+            used[n, [place for group in own for place in group]] = True
+        found = self._read(_Near(near.scores, np.where(used, near.ids, -1), near.packs))
+        things = []
+        for n, own in enumerate(groups):
+            members = dict(zip(np.flatnonzero(used[n]).tolist(), found[n], strict=True))
+            things.append(_new_things([[members[place] for place in group] for group in own])[:depth])
         return things
 
-    def _alike(self, candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
-        """Each candidate with those behind it that are near-identical to it and not yet taken."""
-        if not candidates:
-            return
-        vectors = np.stack([one.vector for one in candidates])
-        least = np.array([self._duplicate_cosine(one.pack) for one in candidates], dtype=np.float32)
-        alike = np.triu(vectors @ vectors.T >= least[:, None], 1)  # [n, n]
-        behind = {n: np.flatnonzero(alike[n]).tolist() for n in np.flatnonzero(alike.any(axis=1)).tolist()}
-        taken: set[int] = set()
-        for n, one in enumerate(candidates):
-            if n not in taken:
-                same = [i for i in behind.get(n, ()) if i not in taken]
-                taken.update(same)
-                yield [one, *(candidates[i] for i in same)]
+    def _alike(self, near: _Near) -> list[list[list[int]]]:
+        """The places of each query's images, those together that are near-identical to the first of them."""
+        vectors = self._stored(near)  # [n, m, dim]
+        least = self._least[near.packs][:, :, None]
+        alike = np.triu(vectors @ vectors.transpose(0, 2, 1) >= least, 1) & (near.ids >= 0)[:, None, :]
+        return [_grouped(int((own >= 0).sum()), same) for own, same in zip(near.ids, alike, strict=True)]
 
-    def _duplicate_cosine(self, pack: Pack) -> float:
-        return pack.manifest.duplicate_cosine if self._duplicate is None else self._duplicate
+    def _stored(self, near: _Near) -> NDArray[np.float32]:
+        """The stored vectors [n, m, dim]; 0 where there is none."""
+        found = np.zeros((*near.ids.shape, self._dim), dtype=np.float32)
+        for n, pack in enumerate(self._packs):
+            here = (near.packs == n) & (near.ids >= 0)
+            ids, places = np.unique(near.ids[here], return_inverse=True)
+            found[here] = pack.images.shards.take(pack.images.shards.first_rows(ids))[places]
+        return found
 
+    def _read(self, near: _Near) -> list[list[Candidate]]:
+        """Images with what the stores say of them, best first, of each query; one look-up in each pack."""
+        rows: dict[tuple[int, int], ImageRow] = {}
+        for n, pack in enumerate(self._packs):
+            ids = np.unique(near.ids[(near.packs == n) & (near.ids >= 0)]).tolist()
+            rows |= {(n, image): row for image, row in pack.store.images(ids).items()}
+        return [
+            [Candidate(self._packs[pack], rows[pack, image], score)
+             for pack, image, score in zip(packs, ids, scores, strict=True) if image >= 0]
+            for packs, ids, scores in zip(near.packs.tolist(), near.ids.tolist(), near.scores.tolist(), strict=True)
+        ]  # fmt: skip
+
+
+def _new_things(groups: Sequence[Sequence[Candidate]]) -> list[Thing]:
+    things: list[Thing] = []
+    named: set[Key] = set()
+    for group in groups:
+        keys = tuple(dict.fromkeys(key for one in group for key in one.keys))
+        if not named.issuperset(keys):
+            named.update(keys)
+            things.append(Thing(group[0], keys))
+    return things
+
+
+def _grouped(count: int, alike: NDArray[np.bool_]) -> list[list[int]]:
+    """Places 0..count - 1, each with those behind it that are alike [m, m] and not yet taken."""
+    behind = {n: np.flatnonzero(alike[n]).tolist() for n in np.flatnonzero(alike.any(axis=1)).tolist()}
+    if not behind:
+        return [[n] for n in range(count)]
+    taken: set[int] = set()
+    groups: list[list[int]] = []
+    for n in range(count):
+        if n not in taken:
+            groups.append([n, *(place for place in behind.get(n, ()) if place not in taken)])
+            taken.update(groups[-1])
+    return groups

@@ -23,7 +23,7 @@ from gog_edge.types import Pixels, Size, Vectors
 SCHEMA = 1
 RESIZES = ("squash", "shortest", "longest")
 AT_ONCE = 16  # pictures a run of the graph: what lies between the operators of more no longer fits the caches
-SCALED_PIXELS = 2**24  # of slivers that would have more, scaled to cover the frame, only the middle is computed (64 MiB)
+SCALED_PIXELS = 2**24  # 64 MiB: of slivers that would have more once they cover the frame, the middle is computed
 # Vectors of one thing that are this near each other may be searched among each other: what an export in another
 # precision must keep to, so that it may bear the fingerprint of the weights that it was made from.
 INTERCHANGEABLE_COSINE = 0.99

@@ -222,11 +222,15 @@ def _calibration(raw: Mapping[str, Any], channel: str, names: tuple[str, ...]) -
 def read_manifest(folder: Path) -> Manifest:
     """Read a pack's manifest without opening the pack; PackError when it is not one, or not one yet."""
     if (folder / BUILD).is_dir() and not (folder / MANIFEST).exists():
-        command = folder / COMMAND
-        again = f"`{command.read_text(encoding='utf-8')}`" if command.is_file() else "the command that began it"
         raise PackError(f"pack '{folder}' is not finished: its first build still runs, or was stopped and goes on with "
-                        f"{again}")
+                        f"{command_of(folder)}")
     return Manifest.from_json(read_json(folder / MANIFEST, what="pack", error=PackError))
+
+
+def command_of(folder: Path) -> str:
+    """What goes on with an unfinished build, in words."""
+    command = folder / COMMAND
+    return f"`{command.read_text(encoding='utf-8')}`" if command.is_file() else "the command that began it"
 
 
 def generation_path(folder: Path, generation: int) -> Path:

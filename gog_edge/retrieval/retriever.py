@@ -9,7 +9,8 @@ import numpy as np
 
 from gog_edge.config import GazeConfig
 from gog_edge.errors import PackError, RequestError
-from gog_edge.retrieval.channels import CANDIDATES, IMAGE_TO_CAPTION, IMAGE_TO_IMAGE, WORDS, Channels, Look, Thing
+from gog_edge.retrieval.calibration import FOUND
+from gog_edge.retrieval.channels import CANDIDATES, DEPTH, IMAGE_TO_CAPTION, IMAGE_TO_IMAGE, WORDS, Channels, Look, Thing
 from gog_edge.retrieval.crops import CropCache, crops_of
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.evidence import Claim, Reading, evidence_of
@@ -45,6 +46,7 @@ class _Found:
     question: str
     rankings: tuple[Ranking, ...]
     chance: float  # that what it looks for is in the snapshot
+    sure: frozenset[Key]  # what counts as found: its first articles, where the chance is good enough
     things: tuple[Thing, ...] = ()
     matched: Mapping[Key, Sequence[int]] = field(default_factory=dict)  # paragraphs by BM25
 
@@ -68,13 +70,15 @@ class Retriever:
 
     def search(self, queries: Sequence[Query]) -> tuple[SearchResult, ...]:
         """One result per query, in order. All pictures are embedded in one batch, all texts in another."""
-        return tuple(self._alone(found) for found in self._find(queries))
+        return tuple(self._alone(found) for found in self._find(queries, self.config.top_k))
 
     def search_many(self, crops: Sequence[ImageQuery], texts: Sequence[TextQuery] = (), k: int = 5) -> SearchResult:
-        """One result of any number of queries, fused by rank: what several crops and words point at comes first.
+        """One result of any number of queries, fused by rank.
 
-        A query has the more to say the likelier it has found something. `found` is the chance of the likeliest: that
-        at least something of what was searched for is in the snapshot.
+        What a query has found, by its calibrated chance, comes before what rankings only agree about; among each, what
+        several crops and words point at is first, and a query has the more to say the likelier it has found something.
+        `found` is the chance of the likeliest: that at least something of what was searched for is in the snapshot. The
+        calibrated rate of false accepts is that of one query: of n unknown things, up to n times as many let one pass.
 
         Args:
             crops: pictures or parts of them; where they say what they are cut from, those that overlap are embedded
@@ -91,15 +95,11 @@ class Retriever:
                                "each go into one search")
         if not 1 <= k <= MAX_K:
             raise RequestError(f"k is {k}; from 1 to {MAX_K} things are given")
-        return self._together(self._find([*crops, *texts]), k)
+        return self._together(self._find([*crops, *texts], k), k)
 
     def search_vectors(self, crops: Vectors, k: int = 5) -> SearchResult:
         """What `search_many` does after encoding: one fused result of crops [n, dim] that are vectors already."""
-        return self._together(self._looked([vector[None] for vector in crops], [""] * len(crops)), k)
-
-    def text_features(self, queries: Sequence[TextQuery]) -> list[tuple[float, ...]]:
-        """What a calibration for words is fitted to, TEXT_FEATURES of the pack that explains each query best."""
-        return [max(rank_words(pack, query.text).features for pack in self.packs.values()) for query in queries]
+        return self._together(self._looked([vector[None] for vector in crops], [""] * len(crops), k), k)
 
     def look(self, queries: Sequence[ImageQuery]) -> list[Look]:
         """What some pictures may show, captions included: what a calibration for pictures is fitted to."""
@@ -107,12 +107,12 @@ class Retriever:
 
     # --- each query ---------------------------------------------------------------------------
 
-    def _find(self, queries: Sequence[Query]) -> list[_Found]:
+    def _find(self, queries: Sequence[Query], k: int) -> list[_Found]:
         images = [(n, query) for n, query in enumerate(queries) if isinstance(query, ImageQuery)]
         texts = [(n, query) for n, query in enumerate(queries) if isinstance(query, TextQuery)]
-        looked = self._looked(self._embed([query for _, query in images]), [query.question for _, query in images])
+        looked = self._looked(self._embed([query for _, query in images]), [query.question for _, query in images], k)
         found = dict(zip([n for n, _ in images], looked, strict=True))
-        found |= zip([n for n, _ in texts], self._read([query for _, query in texts]), strict=True)
+        found |= zip([n for n, _ in texts], self._read([query for _, query in texts], k), strict=True)
         return [found[n] for n in range(len(queries))]
 
     def _embed(self, queries: Sequence[ImageQuery]) -> list[Vectors]:
@@ -121,25 +121,27 @@ class Retriever:
         vectors = self._crops.embed([crop for own in crops for crop in own], self.encoder.embed_images)
         return np.split(vectors, np.cumsum([len(own) for own in crops])[:-1]) if crops else []
 
-    def _looked(self, views: Sequence[Vectors], questions: Sequence[str]) -> list[_Found]:
-        looks = self._channels.look(views, captions=_asks_captions)
+    def _looked(self, views: Sequence[Vectors], questions: Sequence[str], k: int) -> list[_Found]:
+        looks = self._channels.look(views, captions=_asks_captions, depth=max(DEPTH, k))
         return [self._seen(look, question) for look, question in zip(looks, questions, strict=True)]
 
     def _seen(self, look: Look, question: str) -> _Found:
         if not look.things:
-            return _Found(question, (), 0.0)
+            return _Found(question, (), 0.0, frozenset())
         pack = look.things[0].head.pack
         captions = (Ranking(IMAGE_TO_CAPTION, ranks, _caption_weight(self.packs[name]))
                     for name, ranks in look.captions.items())
         rankings = (look.ranking, *(ranking for ranking in captions if ranking.weight))
-        return _Found(question, rankings, _image_chance(pack, look.features), look.things)
+        chance = _image_chance(pack, look.features)
+        first = _first(rankings) if chance >= FOUND else frozenset()
+        return _Found(question, rankings, chance, first, look.things)
 
-    def _read(self, queries: Sequence[TextQuery]) -> list[_Found]:
+    def _read(self, queries: Sequence[TextQuery], k: int) -> list[_Found]:
         explained = [[rank_words(pack, query.text) for pack in self.packs.values()] for query in queries]
         best = [max((one.coverage for one in per_pack), default=0.0) for per_pack in explained]
         unclear = [n for n, query in enumerate(queries)
                    if best[n] < self.config.enough_coverage and raw_words(query.text)]
-        pictured = self._channels.read(self.encoder.embed_texts([queries[n].text for n in unclear]))
+        pictured = self._channels.read(self.encoder.embed_texts([queries[n].text for n in unclear]), max(DEPTH, k))
         seen = dict(zip(unclear, pictured, strict=True))
         return [self._worded(query.question, explained[n], seen.get(n, ())) for n, query in enumerate(queries)]
 
@@ -150,14 +152,17 @@ class Retriever:
         words = [Ranking(WORDS, ranked((pack.name, article) for article, _ in one.articles))
                  for pack, one in zip(packs, explained, strict=True)]
         chances = [_text_chance(pack, one.features) for pack, one in zip(packs, explained, strict=True)]
-        return _Found(question, (*seen, *words), max(chances, default=0.0), matched=matched)
+        sure = (_first([own]) for own, chance in zip(words, chances, strict=True) if chance >= FOUND)
+        rankings = (*seen, *words)
+        return _Found(question, rankings, max(chances, default=0.0), frozenset().union(*sure), matched=matched)
 
     # --- answers ------------------------------------------------------------------------------
 
     def _alone(self, found: _Found) -> SearchResult:
         """The result of one query. What a picture only resembles is named and not quoted."""
-        further = 0 if found.things else min(1, self.config.passages_per_article)
-        claims = self._claims(found.rankings, found.things, self.config.top_k, further)
+        fused = fuse(found.rankings, self.config.rrf_k)
+        further = 0 if found.things else 1
+        claims = self._claims(fused, found.rankings, found.things, self.config.top_k, further)
         if [ranking.channel for ranking in found.rankings] == [IMAGE_TO_IMAGE]:
             claims = [replace(claim, score=claim.picture.score) for claim in claims if claim.picture]
         reading = Reading(found.matched, search_terms(raw_words(found.question)))
@@ -166,31 +171,42 @@ class Retriever:
     def _together(self, found: Sequence[_Found], k: int) -> SearchResult:
         surest = sorted(found, key=lambda one: -one.chance)
         rankings = [each for one in surest for each in weighted(one.rankings, max(one.chance, LEAST_SAY))]
-        things = [thing for one in surest for thing in one.things]
-        claims = self._claims(rankings, things, k, min(1, self.config.passages_per_article))
+        sure = frozenset[Key]().union(*(one.sure for one in found))
+        fused = fuse(rankings, self.config.rrf_k)
+        order = {key: fused[key] for key in sorted(fused, key=lambda key: key not in sure)}
+        claims = self._claims(order, rankings, [thing for one in surest for thing in one.things], k, 1)
         questions = " ".join(dict.fromkeys(one.question for one in found))
         matched = {key: ids for one in reversed(surest) for key, ids in one.matched.items()}
         reading = Reading(matched, search_terms(raw_words(questions)))
         return SearchResult(evidence_of(self.packs, claims, reading), surest[0].chance if surest else 0.0)
 
-    def _claims(self, rankings: Sequence[Ranking], things: Iterable[Thing], k: int, further: int) -> list[Claim]:
+    def _claims(self, fused: Mapping[Key, float], rankings: Sequence[Ranking], things: Iterable[Thing], k: int,
+                further: int) -> list[Claim]:
         """The first k things: articles in order, those together that share a picture."""
         shows: dict[Key, Thing] = {}
         for thing in things:
             for key in thing.keys:
                 shows.setdefault(key, thing)
+        most = self.config.passages_per_article
         claims: list[Claim] = []
         named: set[Key] = set()
-        for key, score in fuse(rankings, self.config.rrf_k).items():
+        for key, score in fused.items():
             if len(claims) == k:
                 break
             if key not in named:
-                thing = shows.get(key)
-                keys = tuple(dict.fromkeys((key, *thing.keys))) if thing else (key,)
+                shown = shows.get(key)
+                keys = tuple(dict.fromkeys((key, *shown.keys))) if shown else (key,)
                 named.update(keys)
-                passages = further if claims else self.config.passages_per_article
-                claims.append(Claim(keys, thing.head if thing else None, score, ranks_of(key, rankings), passages))
+                passages = min(further, most) if claims else most
+                claims.append(Claim(keys, shown.head if shown else None, score, ranks_of(key, rankings), passages))
         return claims
+
+
+def _first(rankings: Sequence[Ranking]) -> frozenset[Key]:
+    """The articles that come first when rankings are fused."""
+    fused = fuse(rankings)
+    best = max(fused.values(), default=0.0)
+    return frozenset(key for key, score in fused.items() if score == best)
 
 
 def _asks_captions(pack: Pack) -> bool:

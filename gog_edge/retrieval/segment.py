@@ -148,6 +148,11 @@ class SegmentReader:
         """Rows, as they were counted when the segment was finished."""
         return Counts(*self._rows("SELECT articles, paragraphs, images FROM counted")[0])
 
+    def is_empty(self) -> bool:
+        """Whether it brings nothing: no article, image or name."""
+        tables = ("articles", "images", "names")
+        return not any(self._value(f"SELECT EXISTS (SELECT 1 FROM {table})") for table in tables)
+
     def recount(self) -> Counts:
         """Rows, counted now."""
         return Counts(*(self._value(f"SELECT count(*) FROM {table}") for table in ("articles", "paragraphs", "images")))
@@ -273,7 +278,7 @@ class SegmentReader:
         return [row[0] for row in self._rows(f"SELECT name FROM ({near}) WHERE redirect LIMIT ?", key, count)]
 
     def rank(self, terms: Sequence[str], limit: int) -> list[Match]:
-        """Paragraphs that hold any of `terms` (as `search_terms` gives them) by BM25. The more there are, the longer."""
+        """Paragraphs that hold any of `terms` (as `search_terms` gives them) by BM25: the more, the longer."""
         return [Match(*row) for row in self._rows(_RANK, match_any(terms), limit)]
 
     def first_holding(self, terms: Sequence[str], limit: int) -> list[Match]:
@@ -297,7 +302,8 @@ class SegmentReader:
     # --- connections --------------------------------------------------------------------------
 
     def _ids(self, sql: str, *values: Any) -> NDArray[np.int64]:
-        return np.fromiter((row[0] for row in self._rows(sql, *values)), dtype=np.int64)
+        with self._connection() as connection:
+            return np.fromiter((row[0] for row in connection.execute(sql, values)), dtype=np.int64)
 
     def _rows(self, sql: str, *values: Any) -> list[Any]:
         with self._connection() as connection:

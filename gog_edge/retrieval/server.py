@@ -6,7 +6,8 @@
         image   int64: id of the image, as the pack's store knows it
         vector  of unit length, searched by inner product: the cosine
 
-`indexing.milvus_loading` fills collections and switches aliases. A collection says in its properties what it holds.
+`indexing.milvus_loading` fills collections and switches aliases. A collection says what it holds in a property and in
+its description: some servers keep the one, some the other.
 """
 
 from __future__ import annotations
@@ -147,11 +148,12 @@ class MilvusServer:
         """What a collection or an alias holds; None where it is not there, PackError where it is none of ours."""
         if not self.call("has_collection", collection):
             return None
-        properties = self.call("describe_collection", collection).get("properties", {})
+        described = self.call("describe_collection", collection)
+        said = described.get("properties", {}).get(PROPERTY) or described.get("description", "")
         where = f"collection '{collection}' on {self.config.uri}"
-        if PROPERTY not in properties:
+        if not said.startswith("{"):
             raise PackError(f"{where} was not written by gog_edge; give the pack another name, or drop the collection")
-        return Holding.from_json(properties[PROPERTY], where)
+        return Holding.from_json(said, where)
 
     def target(self, alias: str) -> str | None:
         """The collection that an alias names, or None where there is no such alias."""
@@ -251,7 +253,7 @@ class MilvusIndex:
         unwanted = "" if without is None or not len(without) else f"image not in {_list(without)}"
         found: Sequence[Sequence[Mapping[str, Any]]] = self._server.call(
             "search", self._alias, data=data, anns_field="vector", limit=count, filter=unwanted,
-            output_fields=["image"], search_params={"metric_type": "IP", "params": params},
+            output_fields=["row", "image"], search_params={"metric_type": "IP", "params": params},
             consistency_level="Eventually",  # nothing changes behind an alias
         )  # fmt: skip
         return found
@@ -259,7 +261,7 @@ class MilvusIndex:
     def _fill(self, hits: Hits, n: int, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Write the best row of each image; whether there were enough."""
         best: dict[int, float] = {}
-        for row in sorted(rows, key=lambda row: (-row["distance"], row["row"])):
+        for row in sorted(rows, key=lambda row: (-row["distance"], row["entity"]["row"])):
             image = int(row["entity"]["image"])
             if image <= self._last:
                 best.setdefault(image, row["distance"])
@@ -324,8 +326,10 @@ def _list(ids: Iterable[Any]) -> str:
 
 
 def _vector(stored: Any, dtype: str) -> Vectors:
-    raw = np.frombuffer(stored, dtype=dtype) if isinstance(stored, bytes) else np.asarray(stored, dtype=dtype)
-    return raw.astype(np.float32)
+    """A vector as the client gives it: numbers, or for halves their bytes, alone or in a list of one."""
+    if dtype == "float16":
+        return np.frombuffer(stored if isinstance(stored, bytes) else stored[0], dtype=np.float16).astype(np.float32)
+    return np.asarray(stored, dtype=np.float32)
 
 
 class _Away(BackendError):
@@ -343,8 +347,9 @@ def _said(config: MilvusConfig) -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as exc:  # what the client does not try again
-        late = exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        said = f"gave no answer within {config.timeout_s:g} s" if late else f"refuses: {exc.details()}"
+        said = f"refuses: {exc.code().name} {exc.details()}"
+        if exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            said = f"gave no answer within {config.timeout_s:g} s"
         raise BackendError(f"{where} {said}; {advice}") from exc
     except MilvusException as exc:
         if exc.code in PASSING or isinstance(exc.code, grpc.StatusCode):

@@ -20,6 +20,7 @@ from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
 from gog_edge.errors import PackError
+from gog_edge.files import allow_open_files
 from gog_edge.types import Vectors
 
 Ids = NDArray[np.int64]  # [n] int64, ids of images
@@ -57,6 +58,7 @@ class VectorShards:
         Raises:
             PackError: a file is missing, truncated, or of another shape or type; or the shards are of both types.
         """
+        allow_open_files(len(shards))
         parts: list[_Part] = []
         try:
             for vectors, _ in shards:

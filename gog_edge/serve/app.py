@@ -31,7 +31,16 @@ from gog_edge.errors import BudgetExceeded, Busy, GogEdgeError, InputError, NotF
 from gog_edge.runtime import Runtime
 from gog_edge.serve.guard import LOOPBACK, Guard, page_policy
 from gog_edge.serve.metrics import Metrics
-from gog_edge.serve.wire import PictureGiven, SearchBody, SearchItem, error_body, parse_ask, parse_search, read_body, sse
+from gog_edge.serve.wire import (
+    PictureGiven,
+    SearchBody,
+    SearchItem,
+    error_body,
+    parse_ask,
+    parse_search,
+    read_body,
+    sse,
+)
 from gog_edge.serve.work import Run, Workers
 from gog_edge.types import ImageQuery, Query, SearchResult, TextQuery
 

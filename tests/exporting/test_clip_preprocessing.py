@@ -95,4 +95,4 @@ def test_the_middle_of_a_sliver_is_open_clips(monkeypatch, size, kernel):
     wanted = theirs(pixels, 48, given)
     monkeypatch.setattr(encoder, "SCALED_PIXELS", 0)
     values = np.abs(ours(pixels, 48, given) - wanted) * np.array(STD)[:, None, None] * 255
-    assert values.max() < 2.01 and (values > 0.01).mean() < 0.01
+    assert values.max() < 1.01

@@ -21,6 +21,7 @@ from gog_edge.retrieval.pack import Pack, verify_pack
 from index.build_pack import main
 
 THINGS = 400
+CALIBRATED = "calibrated"  # as the command does by itself, but for tests of other things
 
 
 def write_collection(folder, changed=(), without=()):
@@ -32,7 +33,7 @@ def write_collection(folder, changed=(), without=()):
         for number in range(THINGS):
             if number in without:
                 continue
-            name, rng = f"{number:04d}.png", np.random.default_rng(number)
+            name, rng = f"{number:04d}.png", np.random.default_rng(number + THINGS * (number in changed))
             Image.fromarray(rng.integers(0, 255, (4, 6, 3), dtype=np.uint8)).resize((48, 32), 0).save(folder / name)
             text = f"Thing {number} is new." if number in changed else f"Thing {number} is old."
             table.writerow([name, f"Thing {number}", f"a red thing, number {number}", text, "CC0"])
@@ -50,7 +51,9 @@ def build(tiny_encoder_folder, capsys):
 
     def run(source, out, *words):
         encoder = [] if "--text-only" in words else ["--encoder", str(tiny_encoder_folder)]
-        status = main([str(source), str(out), *encoder, "--workers", "1", *words])
+        calibration = [] if CALIBRATED in words else ["--no-calibration"]
+        words = [word for word in words if word != CALIBRATED]
+        status = main([str(source), str(out), *encoder, "--workers", "1", *calibration, *words])
         said = capsys.readouterr()
         return status, json.loads(said.out.splitlines()[-1]) if status == 0 else said.out, said.err
 
@@ -60,8 +63,8 @@ def build(tiny_encoder_folder, capsys):
 def test_it_tells_what_was_made_and_what_was_not(build, tmp_path):
     source = write_collection(tmp_path / "things")
     (source / "torn.png").write_bytes((source / "0001.png").read_bytes()[:50])
-    status, last, progress = build(source, tmp_path / "pack", "--name", "museum", "--tiles")
-    assert status == 0
+    status, last, progress = build(source, tmp_path / "pack", "--name", "museum", "--tiles", CALIBRATED)
+    assert status == 0 and last["calibration"]["image"] is not None and "calibrating" in progress
     assert last["name"] == "museum" and last["counts"] == {"articles": THINGS, "paragraphs": THINGS, "images": THINGS}
     assert sum(shard["rows"] for shard in last["images"]["shards"]) == 6 * THINGS
     assert [(one["count"], one["examples"]) for one in last["skipped"]] == [(1, ["torn.png"])]
@@ -83,14 +86,15 @@ def test_an_update_embeds_only_what_changed(build, tmp_path, collection):
     status, last, _ = build(newer, tmp_path / "pack", "--update")
     assert status == 0 and (last["generation"], last["name"]) == (2, "pack")
     written, new = last["segments"][-1]["counts"], last["images"]["shards"][-1]
-    assert (written["articles"], written["images"], new["rows"]) == (3, 1, 1)
+    assert (written["articles"], written["images"], new["rows"]) == (3, 3, 3)
     assert last["counts"]["articles"] == THINGS and last["captions"]["shards"] == []  # as it was built
     assert last["counts"]["images"] == THINGS
 
 
 @pytest.mark.parametrize("words, told", [
-    (("--memory", "2X"), "no size"), (("--recall", "7"), "recall of 7"), (("--shard-rows", "0"), "at least 1"), (("--update",), "no pack"),
-    (("--name", "a/b"), "cannot be named"), (("--kind", "zim"), "zim|ZIM"),
+    (("--memory", "2X"), "no size"), (("--recall", "7"), "recall of 7"),
+    (("--shard-rows", "0"), "at least 1"), (("--update",), "no pack"),
+    (("--name", "a/b"), "cannot be named"), (("--kind", "zim"), "no file"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_one_line(build, tmp_path, collection, words, told):
     status, _, err = build(collection, tmp_path / "pack", *words)
@@ -154,7 +158,7 @@ def finished(folder):
 def test_killed_at_any_moment_it_goes_on(build, tmp_path, collection, tiny_encoder, tiny_encoder_folder, update):
     """SIGKILL after random times until it is done: the pack is that of a build that nobody stopped."""
     out, whole = tmp_path / "out", tmp_path / "whole"
-    small = ["--name", "things", "--shard-rows", "32"]
+    small = ["--name", "things", "--shard-rows", "32", "--no-calibration"]
     words = [str(collection), str(out), "--encoder", str(tiny_encoder_folder), "--workers", "1", *small]
     newer = write_collection(tmp_path / "newer", changed=range(0, THINGS, 2)) if update else None
     build(collection, whole, *small)
@@ -165,26 +169,26 @@ def test_killed_at_any_moment_it_goes_on(build, tmp_path, collection, tiny_encod
     rng, kills, before = np.random.default_rng(3 + update), 0, {}
     with subprocess.Popen([sys.executable, "-c", _BUILDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
                           ) as process:
-        for _ in range(200):
+        for attempt in range(100):
             process.stdin.write(" ".join(words) + "\n")
             process.stdin.flush()
             child = int(process.stdout.readline())
-            time.sleep(rng.uniform(0.01, 0.25))
+            time.sleep(rng.uniform(0, 0.05 * (attempt + 1)))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
             status = int(process.stdout.readline())
             now = finished(out)
             assert before.items() <= now.items()  # nothing was embedded twice, nothing was lost
             before = now
-            if status == 0:
-                break
+            if status == 0 or (out / "MANIFEST.json").exists() and not update:
+                break  # a pack that is there is not built again
             assert status == signal.SIGKILL, "it ended by itself, and not well"
             kills += 1
             if not (out / "MANIFEST.json").exists():
                 with pytest.raises(PackError, match="not finished|right folder"):
                     Pack.open(out, tiny_encoder)
         process.stdin.close()
-    assert status == 0 and kills >= 2
+    assert kills >= 2
     manifest = verify_pack(out)
     assert manifest.generation == 1 + update
     assert rows(out) == rows(whole)
@@ -198,7 +202,7 @@ def test_killed_at_any_moment_it_goes_on(build, tmp_path, collection, tiny_encod
 def test_stopped_by_the_user_it_tells_how_to_go_on(tmp_path, collection, tiny_encoder_folder):
     """A real process and a real Ctrl-C; who opens the pack meanwhile is told the command."""
     out = tmp_path / "pack"
-    words = [str(collection), str(out), "--encoder", str(tiny_encoder_folder)]
+    words = [str(collection), str(out), "--encoder", str(tiny_encoder_folder), "--no-calibration"]
     command = [sys.executable, "-m", "index.build_pack", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not (out / "build" / "store.sqlite").exists():

@@ -180,3 +180,9 @@ def test_ids_of_tombstones_are_sorted(folder):
     remove(folder, articles=["France", "Chad"])
     gone = np.load(folder / read_manifest(folder).tombstones.articles)
     assert len(gone) == 3 and (np.diff(gone) > 0).all()
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(PackError, match="cannot be written"), writing(tmp_path / "file" / "pack"):
+        pass

@@ -19,7 +19,7 @@ from gog_edge.errors import PackError
 from gog_edge.indexing.build import build_pack
 from gog_edge.indexing.changes import remove
 from gog_edge.indexing.commit import writing
-from gog_edge.indexing.compact import compact
+from gog_edge.indexing.compact import SHARDS_IN_ONE, compact
 from gog_edge.indexing.drafts import ArticleDraft, ImageDraft
 from gog_edge.indexing.generation import PackOptions
 from gog_edge.retrieval.encoder import Encoder
@@ -28,7 +28,7 @@ from gog_edge.retrieval.pack import Pack, verify_pack
 from gog_edge.retrieval.retriever import Retriever
 from gog_edge.types import ImageQuery, TextQuery
 
-SMALL = PackOptions(shard_rows=4, tiles=True)
+SMALL = PackOptions(shard_rows=2, tiles=True)
 LOOKS = [ImageQuery(flag(name), f"What is the capital of {name}?") for name in FLAGS]
 WORDS = [*(TextQuery(f"currency of {name}") for name in FACTS if name != "Chad"), TextQuery("Hispania")]
 
@@ -95,7 +95,7 @@ def test_the_answers_stay_and_what_is_dead_goes(folder, tiny_encoder):
     assert dict(rows(folder, "pixels")) == {image: data for image, data in pixels.items() if image not in dead}
     for space, own in embedded.items():
         assert vectors(folder, space) == {image: all_of for image, all_of in own.items() if image not in dead}
-    assert {shard.rows for shard in manifest.images.shards[:-1]} == {4}
+    assert {shard.rows for shard in manifest.images.shards[:-1]} == {SHARDS_IN_ONE * SMALL.shard_rows}
     assert sum(len(own) for own in vectors(folder, "images").values()) == manifest.images.rows
 
 

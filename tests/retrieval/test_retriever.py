@@ -6,10 +6,11 @@ from little_world import GREEN, RED, YELLOW, bars, flag, write_little_pack
 from tiny_encoder import write_tiny_encoder
 
 from gog_edge.errors import PackError
+from gog_edge.retrieval.calibration import IMAGE_FEATURES
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.pack import Pack
 from gog_edge.retrieval.retriever import Retriever, RetrieverConfig
-from gog_edge.types import ImageQuery, TextQuery
+from gog_edge.types import ChannelRank, ImageQuery, TextQuery
 
 
 def ask(retriever, text):
@@ -203,8 +204,17 @@ def test_without_packs_nothing_is_found(tiny_encoder):
     assert [result.evidence for result in empty.search([TextQuery("Spain"), ImageQuery(flag("Spain"))])] == [(), ()]
 
 
-def test_features_have_one_row_a_query(retriever):
-    pixels = [ImageQuery(flag("Guinea")), ImageQuery(bars(RED, YELLOW, GREEN, GREEN))]
-    features = retriever.image_features(pixels)
-    assert features.shape == (2, 3) and np.isfinite(features).all() and features[0, 0] > features[1, 0]
-    assert retriever.text_features([TextQuery("Spain")]).tolist()[0][0] == 1.0
+def test_features_tell_a_thing_that_is_there_from_one_that_is_not(retriever):
+    known, unknown = retriever.look([ImageQuery(flag("Guinea")), ImageQuery(bars(RED, YELLOW, GREEN, GREEN))])
+    assert len(known.features) == len(IMAGE_FEATURES) and np.isfinite(known.features).all()
+    assert known.features[0] > unknown.features[0]
+
+
+def test_ranks_say_which_channel_found_what(retriever):
+    pictured, worded = look(retriever, flag("France")), ask(retriever, "capital of Spain")
+    assert [one.ranks for one in pictured.evidence] == [
+        (ChannelRank("image_to_image", n),) for n in range(1, len(pictured.evidence) + 1)
+    ]
+    assert worded.evidence[0].ranks == (ChannelRank("words", 1),)
+    unclear = {one.channel for one in ask(retriever, "blue").evidence[0].ranks}
+    assert unclear == {"text_to_image", "text_to_caption"}

@@ -6,6 +6,7 @@ from functools import partial
 
 import httpx
 import pytest
+from little_fixtures import little_pack_folder, tiny_encoder, tiny_encoder_folder  # noqa: F401
 from loopback import serving
 from played import played_runtime, png, scene
 

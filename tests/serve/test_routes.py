@@ -4,9 +4,16 @@ import base64
 from dataclasses import astuple
 
 import httpx
+import numpy as np
 import pytest
-from played import BOXES, flag, png
+from little_world import flag as little_flag
+from little_world import png as little_png
+from played import BOXES, Player, flag, png
 
+from gog_edge.bundle import Sample
+from gog_edge.config import Limits
+from gog_edge.retrieval.shelf import Shelf
+from gog_edge.runtime import Runtime
 from gog_edge.serve.app import PAGE
 from gog_edge.serve.guard import page_policy
 
@@ -26,6 +33,69 @@ def test_search_with_text_and_picture_is_two_searches(client):
     response = client.post("/v1/search", files={"picture": ("a.png", png(flag("Italy")))}, data={"text": "France"})
     results = response.json()["results"]
     assert [result["evidence"][0]["titles"] for result in results] == [["France"], ["Italy"]]
+
+
+def test_each_box_of_a_picture_is_a_search(client):
+    boxes = [list(astuple(BOXES[name])) for name in ("Romania", "France")]
+    response = client.post("/v1/search", json={"sample": "three flags.png", "boxes": boxes})
+    assert [result["evidence"][0]["titles"] for result in response.json()["results"]] == [["Romania"], ["France"]]
+
+
+@pytest.fixture
+def little(start, little_pack_folder, tiny_encoder, tmp_path):
+    """A client of a server with the little world, searched for real."""
+    picture = tmp_path / "two.png"
+    picture.write_bytes(little_png(np.hstack([little_flag("Spain"), little_flag("Italy")])))
+    shelf = Shelf([little_pack_folder], tiny_encoder)
+    runtime = Runtime("toy", Player(), shelf, Limits(), (Sample(picture, "Two", ()),))
+    with httpx.Client(base_url=start(runtime), timeout=60) as client:
+        yield client
+    shelf.close()
+
+
+def test_a_fused_search_gives_one_cited_result(little):
+    queries = [{"sample": "two.png", "boxes": [[0, 0, 60, 40], [60, 0, 120, 40]]}, {"text": "capital of Italy"}]
+    response = little.post("/v1/search", json={"fuse": True, "queries": queries, "k": 3})
+    assert response.status_code == 200, response.text
+    (result,) = response.json()["results"]
+    assert 0 < result["found"] <= 1 and len(result["evidence"]) == 3
+    best, second = result["evidence"][:2]
+    assert best["titles"] == ["Italy"] and second["titles"] == ["Spain"]
+    assert {one["channel"]: one["rank"] for one in best["ranks"]} == {"image_to_image": 1, "words": 1}
+    passage = best["passages"][0]
+    assert (passage["pack"], passage["article"], passage["section"]) == ("little", "Italy", "Capital city")
+    start, stop = passage["span"]
+    assert stop - start == len(passage["text"]) and passage["paragraph"] and passage["licence"] == "CC0"
+    image = little.get(f"/v1/images/{best['image']['pack']}/{best['image']['image']}")
+    assert image.content == little_png(little_flag("Italy")) and best["image"]["licence"] == "MIT"
+    assert best["score"] > second["score"] > 0
+
+
+def test_unfused_results_say_their_ranks_too(little):
+    (result,) = little.post("/v1/search", json={"sample": "two.png", "box": [0, 0, 60, 40]}).json()["results"]
+    assert result["evidence"][0]["ranks"] == [{"channel": "image_to_image", "rank": 1}]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"queries": [{"text": "a"}], "fuse": "yes"}, "'fuse' is 'yes'"),
+        ({"queries": [{"text": "a"}], "k": 3}, "needs 'fuse'"),
+        ({"queries": [{"text": "a"}], "fuse": True, "k": 0}, "from 1 to 50"),
+        ({"queries": [{"text": "a"}], "fuse": True, "k": 51}, "from 1 to 50"),
+        ({"queries": [{"text": "a"}], "fuse": True, "k": 2.5}, "from 1 to 50"),
+        ({"queries": [{"text": "a"}], "fuse": True, "k": True}, "from 1 to 50"),
+        ({"fuse": True, "text": "a"}, "unknown field 'fuse'"),
+        ({"sample": "three flags.png", "boxes": []}, "an empty one"),
+        ({"sample": "three flags.png", "boxes": [[0, 0, 1]]}, "x0 < x1"),
+        ({"sample": "three flags.png", "boxes": [[0, 0, 1, 1]], "box": [0, 0, 1, 1]}, "one of them"),
+        ({"text": "a", "boxes": [[0, 0, 1, 1]]}, "cut from"),
+        ({"queries": [{"sample": "three flags.png", "boxes": [[0, 0, 9, 9]] * 17}] * 2}, "34 boxes"),
+    ],
+)
+def test_a_fused_search_says_what_is_wrong(client, body, says):
+    response = client.post("/v1/search", json=body)
+    assert response.status_code == 422 and says in response.json()["error"]["message"], response.text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import base64
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -13,11 +15,12 @@ from little_folder import write_flag, write_little_folder
 from little_world import FLAGS, flag, png
 from played import Player
 
+from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.config import Limits
 from gog_edge.indexing.build import build_pack
 from gog_edge.indexing.changes import remove
 from gog_edge.indexing.sources.open import open_source
-from gog_edge.retrieval.manifest import read_manifest
+from gog_edge.retrieval.manifest import MANIFEST, read_manifest
 from gog_edge.retrieval.shelf import Shelf
 from gog_edge.runtime import Runtime
 from gog_edge.types import Answer, ImageSearch, TextSearch
@@ -25,10 +28,10 @@ from gog_edge.types import Answer, ImageSearch, TextSearch
 EDITIONS = 8
 # Runs `gog-edge` with the words of each line, and says when it is done.
 COMMANDS = """
-import sys
+import shlex, sys
 from gog_edge.cli import app
 for line in sys.stdin:
-    app(line.split(), standalone_mode=False)
+    app(shlex.split(line), standalone_mode=False)
     print("done", flush=True)
 """
 # An episode that looks and then reads, with time between: a switch falls between its two searches.
@@ -131,7 +134,7 @@ def test_nothing_fails_while_a_pack_is_changed_again_and_again(url, folder, tmp_
             write_flag(tmp_path / f"news{edition}", "Spain", f"Spain has news: edition {edition}.")
             run(f"pack add {folder} {tmp_path / f'news{edition}'} --encoder {tiny_encoder_folder} --workers 1")
             if edition % 2:
-                run(f"pack remove {folder} --article {others.pop()}.png")
+                run(f"pack remove {folder} --article '{others.pop()}.png'")
             if edition % 3 == 0:
                 run(f"pack compact {folder} --encoder {tiny_encoder_folder}")
             if edition % 4 == 0:  # every few changes are served one by one, others pass by unseen
@@ -153,18 +156,42 @@ def test_nothing_fails_while_a_pack_is_changed_again_and_again(url, folder, tmp_
     assert int(re.search(r'gog_edge_pack_switches_total{pack="little"} (\d+)', metrics)[1]) >= 3
 
 
-def test_a_broken_generation_is_told_and_the_old_one_is_served(url, folder):
-    remove(folder, articles=["Italy"])
-    path = folder / read_manifest(folder).tombstones.images
+def test_a_broken_generation_is_told_and_the_old_one_is_served(url, folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    path = other / remove(other, articles=["Italy"]).tombstones.images
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
-    (folder / "MANIFEST.json").touch()
+    shutil.copytree(other / "tombstones", folder / "tombstones")
+    (other / MANIFEST).replace(folder / MANIFEST)
     with httpx.Client(base_url=url, timeout=60) as client:
         end = time.monotonic() + 20
-        while not (state := client.get("/readyz").json()["packs"][0])["refused"] and state["generation"] == 1:
+        while not (state := client.get("/readyz").json()["packs"][0])["refused"]:
             assert time.monotonic() < end
             time.sleep(0.01)
-        if state["generation"] == 1:  # else it was served before it was spoilt
-            assert "is altered" in state["refused"]
-            assert 'gog_edge_pack_refusals_total{pack="little"} 1' in client.get("/metrics").text
+        assert state["generation"] == 1 and "is altered" in state["refused"]
+        assert 'gog_edge_pack_refusals_total{pack="little"} 1' in client.get("/metrics").text
         assert client.get("/readyz").status_code == 200
         assert search(client) == {0}
+
+
+def test_a_signal_lets_a_server_look_at_once(folder, tmp_path, tiny_encoder_folder):
+    """`python -m gog_edge.serve` over a bundle: changed by `gog-edge pack`, it serves what is new."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_encoder_folder, bundle / "encoder")
+    shutil.copytree(DEFAULT_BUNDLE / "policy", bundle / "policy")
+    pack = shutil.copytree(folder, bundle / "pack")
+    (bundle / "bundle.toml").write_text(
+        'schema = 1\nname = "toy"\n[policy]\npath = "policy"\n[encoder]\npath = "encoder"\n[[packs]]\npath = "pack"\n')
+    command = [sys.executable, "-m", "gog_edge.serve", "--port", "0", "--threads", "1", "--bundle", str(bundle)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        url = next(word for word in process.stdout.readline().split() if word.startswith("http://"))
+        with httpx.Client(base_url=url, timeout=60) as client:
+            assert search(client) == {0}
+            subprocess.run([sys.executable, "-m", "gog_edge.cli", "pack", "remove", str(pack), "--article", "Spain"],
+                           check=True, timeout=60, stdout=subprocess.DEVNULL)
+            process.send_signal(signal.SIGHUP)
+            wait_for(client, 2)
+            reply = client.post("/v1/search", json={"text": "Spain news edition"}).json()
+            assert editions(reply["results"]) == set()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) in (0, -signal.SIGTERM)
+        assert len(process.stderr.read().splitlines()) == 1  # what it takes of the memory

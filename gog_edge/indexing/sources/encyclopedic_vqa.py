@@ -20,7 +20,7 @@ from gog_edge.indexing.sources.base import Chunk
 from gog_edge.indexing.sources.files import PackedFile, Reopened, file_size, file_snapshot, group
 from gog_edge.indexing.sources.image_folder import ImageFolder
 from gog_edge.indexing.sources.licences import UNKNOWN
-from gog_edge.indexing.sources.paragraphs import one_line, split_paragraphs
+from gog_edge.indexing.sources.paragraphs import MAX_TITLE, one_line, split_paragraphs
 from gog_edge.retrieval.manifest import Snapshot
 
 LICENCE = "CC BY-SA 3.0"  # of Wikipedia's texts when it was made
@@ -68,11 +68,11 @@ class EncyclopedicVqaSource(Reopened):
 
     def _page(self, address: str, page: dict[str, Any]) -> Iterator[Item]:
         title = one_line(str(page["title"])) or address
-        sections = list(zip_longest(page["section_titles"], page["section_texts"], fillvalue=""))
+        sections = zip_longest(page["section_titles"], page["section_texts"], fillvalue="")
         paragraphs = tuple(
             paragraph
             for name, text in sections
-            for paragraph in split_paragraphs("" if name == page["title"] else one_line(str(name)), str(text))
+            for paragraph in split_paragraphs(_section(name, page["title"]), str(text))
         )
         if not paragraphs:
             yield Skipped("article has no text", address)
@@ -97,6 +97,11 @@ def is_page(value: Any) -> bool:
     """Whether this is an entry of such a file."""
     return (isinstance(value, dict) and isinstance(value.get("title"), str)
             and all(isinstance(value.get(name), list) for name in ("section_titles", "section_texts")))
+
+
+def _section(name: Any, title: str) -> str:
+    """The lead's section bears the page's title, and has none here."""
+    return "" if name == title else one_line(str(name))[:MAX_TITLE]
 
 
 def _list(value: Any) -> list[Any]:

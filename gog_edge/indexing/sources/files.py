@@ -143,4 +143,9 @@ def date_of(path: Path) -> str:
     found = _DATE.search(path.name)
     if found:
         return "-".join(part for part in found.groups() if part)
+    return changed_on(path)
+
+
+def changed_on(path: Path) -> str:
+    """The day of a file's last change, ISO 8601."""
     return datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat()

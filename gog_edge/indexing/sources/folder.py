@@ -19,7 +19,7 @@ from gog_edge.errors import SourceError
 from gog_edge.files import sha256_of
 from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Item, Skipped
 from gog_edge.indexing.sources.base import Chunk
-from gog_edge.indexing.sources.files import Reopened, date_of
+from gog_edge.indexing.sources.files import Reopened, changed_on
 from gog_edge.indexing.sources.image_folder import load_thumbnail
 from gog_edge.indexing.sources.licences import UNKNOWN
 from gog_edge.indexing.sources.paragraphs import one_line, split_paragraphs
@@ -54,8 +54,8 @@ class FolderSource(Reopened):
         digest = sha256()
         for name in (*self._files, *self._texts):
             digest.update(f"{name}\0{sha256_of(self.path / name)}\n".encode("utf-8", "surrogateescape"))
-        newest = max((self.path / name for name in self._files), key=lambda path: path.stat().st_mtime)
-        return Snapshot(self.path.resolve().name, date_of(newest), "", digest.hexdigest(), self.licence)
+        newest = max(changed_on(self.path / name) for name in self._files)
+        return Snapshot(self.path.resolve().name, newest, "", digest.hexdigest(), self.licence)
 
     def prepare(self, work: Path) -> None:
         """Nothing is to be sorted."""

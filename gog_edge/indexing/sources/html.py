@@ -15,7 +15,7 @@ from selectolax.lexbor import LexborHTMLParser, LexborNode
 from gog_edge.indexing.drafts import Skipped
 from gog_edge.indexing.sources import html_rules as rules
 from gog_edge.indexing.sources.figures import FORMULA, Figure, classes_of, is_infobox, read_figures
-from gog_edge.indexing.sources.paragraphs import one_line, split_text
+from gog_edge.indexing.sources.paragraphs import MAX_TITLE, one_line, split_text
 
 _LINE, _CELL = "\x1e", "\x1f"  # set into the tree where a line or a cell begins; in no text of a page
 _LATEX = re.compile(r"^\{\\(?:displaystyle|textstyle) (.*)\}$", re.DOTALL)
@@ -107,7 +107,7 @@ class _Paragraphs:
 
     def _take(self, tag: str, node: LexborNode) -> None:
         if tag in rules.HEADINGS:
-            self._enter(rules.HEADINGS[tag], one_line(node.text()))
+            self._enter(rules.HEADINGS[tag], one_line(node.text())[:MAX_TITLE])
         elif self._dropped or tag in ("h1", "figure", "-comment") or is_figure(node):
             return
         elif _is_inline(tag):
@@ -180,6 +180,6 @@ def is_figure(node: LexborNode) -> bool:
 
 
 def _is_link_list(node: LexborNode) -> bool:
-    """Whether at least half of a list's lines point out of the snapshot: external links, in any language."""
+    """Whether more than half of a list's lines hold a link out of the snapshot: external links, in any language."""
     lines = node.css("li")
     return bool(lines) and 2 * len(node.css("li a.external")) >= len(lines) + 1

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 MAX_CHARACTERS = 1200
+MAX_TITLE = 200  # characters: of a section's title, which stands beside each of its paragraphs
 # Where a text may be cut, the best places first: between lines, after a sentence, after a clause, between words, and in
 # scripts without spaces anywhere between two of their characters.
 _BREAKS = tuple(

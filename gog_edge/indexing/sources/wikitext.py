@@ -9,7 +9,7 @@ from typing import Any
 import mwparserfromhell
 
 from gog_edge.indexing.sources.html_rules import DROPPED_SECTIONS
-from gog_edge.indexing.sources.paragraphs import clean_lines, one_line, split_text
+from gog_edge.indexing.sources.paragraphs import MAX_TITLE, clean_lines, one_line, split_text
 
 MAX_CHARACTERS = 4 * 2**20  # twice what MediaWiki stores of a page
 HIDDEN_LINKS = frozenset(("file", "image", "category", "media"))  # namespaces, in lower case; every wiki knows these
@@ -38,7 +38,7 @@ def read_wikitext(text: str, hidden: Collection[str] = HIDDEN_LINKS) -> Iterator
         loose = []
         if dropped and node.level > dropped:
             continue
-        title = one_line(_text(node.title, hidden))
+        title = one_line(_text(node.title, hidden))[:MAX_TITLE]
         path = [(level, name) for level, name in path if level < node.level] + [(node.level, title)]
         dropped = node.level if title.casefold() in DROPPED_SECTIONS else 0
     yield from () if dropped else _paragraphs(path, loose)

@@ -26,6 +26,7 @@ from gog_edge.indexing.sources.paragraphs import one_line, split_paragraphs
 from gog_edge.retrieval.manifest import Snapshot
 
 LICENCE = "CC BY-SA 3.0"  # of the texts, as the dataset says
+TAKEN = "2021"  # the year it came out; the day of Wikipedia in it is not told
 NEEDED = ("language", "page_url", "image_url", "page_title")
 KEPT = (*NEEDED, "hierarchical_section_title", "caption_reference_description", "caption_attribution_description",
         "caption_alt_text_description", "is_main_image", "attribution_passes_lang_id", "context_page_description",
@@ -61,7 +62,7 @@ class WitSource(Reopened):
                 _columns(path, next(_rows(file), []))
             digest.update(sha256_of(path).encode())
         name = f"wit-{self.language or 'all'}"
-        return Snapshot(name, "2021-08-30", "", digest.hexdigest(), self.licence)  # the day it was taken
+        return Snapshot(name, TAKEN, "", digest.hexdigest(), self.licence)
 
     def prepare(self, work: Path) -> None:
         """Write `work`/wit-LANGUAGE.sqlite; killed, it goes on after the last rows that were committed."""

@@ -81,9 +81,7 @@ def test_what_cannot_be_used_is_counted(tmp_path):
 
 
 def test_names_in_another_encoding_are_read(tmp_path):
-    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
-    with open(path, "wb") as stream:
-        stream.write(picture(1, "PNG"))
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(picture(1, "PNG"))
     FolderSource(tmp_path).snapshot()
     (article,) = Read(FolderSource(tmp_path)).articles.values()
     assert article.key == "caf?.png" and article.title == "caf?"

@@ -28,6 +28,11 @@ def test_headings_are_found_in_whatever_holds_them():
     assert read_page(html).paragraphs == (("One", "a"), ("Two", "b"), ("Three", "c"))
 
 
+def test_titles_of_sections_are_bounded():
+    ((section, text),) = read_page(f"<h2>{'long ' * 1000}</h2><p>a</p>").paragraphs
+    assert len(section) <= 200 and text == "a"
+
+
 def test_inline_markup_and_entities_leave_no_gaps():
     html = "<p>H<sub>2</sub>O &amp; <i>more</i>,\n  5&nbsp;km&sup2; <b>so</b>\u00adft.<sup class=reference>1</sup></p>"
     assert texts(html) == ["H2O & more, 5 km² soft."]
@@ -57,7 +62,8 @@ def test_an_infobox_is_read_after_the_lead():
         '<div style="color:red; display: none">no</div>', '<table class="ambox"><tr><td>no</table>',
         '<ol class="references"><li>no</li></ol>', '<div id="toc"><ul><li>no</li></ul></div>',
         '<span id="coordinates">no</span>', '<div role="navigation">no</div>', '<sup class="mw-ref reference">no</sup>',
-        "<!--htdig_noindex--><div>no</div><!--/htdig_noindex-->", "<noscript>no</noscript>", "<template>no</template>", '<div class="printfooter">no</div>',
+        "<!--htdig_noindex--><div>no</div><!--/htdig_noindex-->",
+        "<noscript>no</noscript>", "<template>no</template>", '<div class="printfooter">no</div>',
         "<figure><img src=a.png><figcaption>no</figcaption></figure>",
         '<div class="thumb"><div class="thumbinner"><div class="thumbcaption">no</div></div></div>',
         '<ul class="gallery"><li class="gallerybox"><div class="gallerytext">no</div></li></ul>',
@@ -85,8 +91,8 @@ def test_text_outside_of_any_block_is_kept():
 
 def test_formulas_are_spelled():
     html = ('<p>As <span class="mwe-math-element"><span style="display: none;">'
-            '<math alttext="{\\displaystyle E=mc^{2}}"><mi>E</mi></math></span><img src="f.svg" class="mwe-math-fallback-image-inline" '
-            'alt="x"></span> says.</p>')
+            '<math alttext="{\\displaystyle E=mc^{2}}"><mi>E</mi></math></span>'
+            '<img src="f.svg" class="mwe-math-fallback-image-inline" alt="x"></span> says.</p>')
     page = read_page(html)
     assert page.paragraphs == (("", "As E=mc^{2} says."),)
     assert not page.figures and [skipped.reason for skipped in page.skipped] == ["image is a formula"]

@@ -3,9 +3,11 @@
 import gzip
 import multiprocessing
 import os
+import resource
 import signal
 import sqlite3
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 from reading import Read, check_contract
@@ -155,6 +157,23 @@ def test_sorting_goes_on_after_a_kill(folder, tmp_path):
     process.join()
     assert 200 <= rows < 1200
     assert Read(prepared(folder, tmp_path / "killed")).items == Read(prepared(folder, tmp_path / "whole")).items
+
+
+def prepare_on_a_full_disk(folder, work):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    try:
+        WitSource(folder, WITHOUT).prepare(work)
+    except SourceError as exc:
+        return str(exc)
+    return "prepared"
+
+
+def test_a_full_disk_is_told_and_what_was_sorted_is_kept(folder, tmp_path):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        told = pool.submit(prepare_on_a_full_disk, folder, tmp_path / "full").result(60)
+    assert "wit-en.sqlite' cannot be written" in told and "make room" in told
+    assert Read(prepared(folder, tmp_path / "full")).items == Read(prepared(folder, tmp_path / "whole")).items
 
 
 def test_unsorted_rows_are_not_read(folder):

@@ -23,8 +23,8 @@ def world(path):
     return check_contract(ZimSource(path))
 
 
-def small(folder, **options):
-    return write_world(folder / "small.zim", 40, **options)
+def small(folder):
+    return write_zim(folder / "small.zim", articles(40))
 
 
 def test_all_articles_come_with_their_sections(world):
@@ -96,11 +96,13 @@ def test_the_snapshot_tells_what_it_is(path):
     ],
 )
 def test_the_licence_is_the_one_named(tmp_path, metadata, given, expected):
-    source = ZimSource(small(tmp_path, metadata=metadata), licence=given)
+    entries = [("A", "Here", '<p>Text.</p><img src="i.png">', "text/html"),
+               ("i.png", "", picture(1, "PNG"), "image/png")]
+    source = ZimSource(write_zim(tmp_path / "a.zim", entries, metadata=metadata), licence=given)
     assert source.snapshot().licence == expected
     read = Read(source)
     assert {article.licence for article in read.articles.values()} == {expected}
-    assert {image.licence for image in read.images} == {"unknown"}  # no ZIM tells the licences of its pictures
+    assert [image.licence for image in read.images] == ["unknown"]  # no ZIM tells the licences of its pictures
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])

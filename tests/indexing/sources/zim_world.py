@@ -16,8 +16,8 @@ WIKIPEDIA = {"Title": "Made world", "Name": "wikipedia_en_made", "Date": "2026-0
              "Creator": "Wikipedia", "Flavour": "maxi", "Publisher": "nobody"}  # fmt: skip
 _WORDS = (
     "river", "castle", "bridge", "painter", "valley", "harbour", "museum", "tower", "battle", "garden", "market",
-    "temple", "island", "forest", "railway", "station", "cathedral", "mountain", "village", "lake", "theatre", "sculpture",
-    "dynasty", "festival", "glacier", "lighthouse",
+    "temple", "island", "forest", "railway", "station", "cathedral", "mountain", "village", "lake", "theatre",
+    "sculpture", "dynasty", "festival", "glacier", "lighthouse",
 )  # fmt: skip
 _VERBS = ("crosses", "overlooks", "resembles", "replaced", "inspired", "borders", "preceded", "surrounds")
 FOREIGN = {"Москва": "Вид на реку зимой", "القاهرة": "منظر النهر ليلا", "東京": "夜の川の眺め"}

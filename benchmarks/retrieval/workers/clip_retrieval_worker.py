@@ -1,0 +1,74 @@
+"""clip-retrieval's back end: the index that autofaiss chooses within its default of 4 GB, searched by KnnService.
+
+Its service takes one query a call and asks FAISS to reconstruct what it found; HTTP and JSON around it are left out, in
+its favour, as are deduplication and the safety model.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from loop import Engine, Ids, K, Queries, main
+
+
+class ClipRetrieval(Engine):
+    """One query a call."""
+
+    name = "clip-retrieval"
+    one_by_one = True
+
+    def build(self) -> None:
+        """Write the index."""
+        from autofaiss import build_index
+
+        vectors = self.home / "embeddings"
+        vectors.mkdir()
+        for number, (_, part) in enumerate(self.shards()):
+            np.save(vectors / f"{number:06d}.npy", part.astype(np.float32))
+        build_index(
+            embeddings=str(vectors), index_path=str(self.home / "image.index"),
+            index_infos_path=str(self.home / "infos.json"), max_index_memory_usage="4G", current_memory_available="8G",
+            metric_type="ip", nb_cores=self.threads,
+        )  # fmt: skip
+        for path in vectors.iterdir():
+            path.unlink()
+
+    def open(self) -> None:
+        """Make ready."""
+        from importlib.metadata import version
+
+        import faiss
+        from clip_retrieval.clip_back import KnnService, load_index
+
+        self._faiss = faiss
+        # Rows are numbered from 0 in the order of the shards, as ids are here.
+        self._index = load_index(str(self.home / "image.index"), enable_faiss_memory_mapping=False)
+        self._resource = SimpleNamespace(
+            image_index=self._index, text_index=None, metadata_is_ordered_by_ivf=False, safety_model=None,
+            violence_detector=None,
+        )  # fmt: skip
+        self._service = KnnService(clip_resources={"images": self._resource})
+        infos = json.loads((self.home / "infos.json").read_text())
+        versions = f"clip-retrieval {version('clip-retrieval')}, autofaiss {version('autofaiss')}"
+        self.about = f"{versions}: {infos['index_key']}"
+        graph = hasattr(self._index, "hnsw")
+        name = "efSearch" if graph else "nprobe" if faiss.try_extract_index_ivf(self._index) else ""
+        values = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768)
+        self.points = [f"{name}={value}" for value in values] if name else [""]
+
+    def set(self, point: Any) -> None:
+        """Search so."""
+        if point:
+            self._faiss.ParameterSpace().set_index_parameters(self._index, point)
+
+    def search(self, queries: Queries) -> Ids:
+        """Nearest ids."""
+        _, ids = self._service.knn_search(queries, "image", K, self._resource, False, False, False)
+        return np.array([list(ids) + [-1] * (K - len(ids))], dtype=np.int64)
+
+
+if __name__ == "__main__":
+    main(ClipRetrieval)
