@@ -32,7 +32,7 @@ def physical_cores() -> int:
     return max(1, len(siblings))
 
 
-def session_options(threads: int | None = None) -> ort.SessionOptions:
+def session_options(threads: int | None = None, *, spinning: bool = True) -> ort.SessionOptions:
     """How every graph runs here; `threads`: one for each physical core when None."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or physical_cores()
@@ -40,13 +40,17 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
     options.log_severity_level = 3
     # Threads spin while a graph runs (small operators follow each other closely) and sleep between runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     return options
 
 
 def open_session(
-    path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU, optimised: bool = False
+    path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU, optimised: bool = False,
+    spinning: bool = True,
 ) -> ort.InferenceSession:
     """Load a graph on exactly the providers asked for; BackendError otherwise. `optimised` graphs are left as they are.
+
+    Without `spinning`, threads sleep within a run, too, wherever they wait for others.
     """
     missing = [name for name in providers if name not in ort.get_available_providers()]
     if missing:
@@ -54,7 +58,7 @@ def open_session(
             f"ONNX Runtime {ort.__version__} here has no {', '.join(missing)} (it has "
             f"{', '.join(ort.get_available_providers())}); install the build that has it or ask for another provider"
         )
-    options = session_options(threads)
+    options = session_options(threads, spinning=spinning)
     if optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
@@ -72,9 +76,12 @@ class OrtGraph:
     """A graph without state."""
 
     def __init__(
-        self, path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU, optimised: bool = False
+        self, path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU, optimised: bool = False,
+        spinning: bool = True,
     ) -> None:
-        self._session = open_session(path, threads=threads, providers=providers, optimised=optimised)
+        self._session = open_session(
+            path, threads=threads, providers=providers, optimised=optimised, spinning=spinning
+        )
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

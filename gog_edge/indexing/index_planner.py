@@ -99,7 +99,7 @@ def _all(rows: int, dim: int) -> Iterator[Plan]:
         yield Plan("SQfp16", "", exact_bytes(rows, dim), exact=True)
     if dim % 8 == 0 and rows >= 1_024:
         for code, size in (
-            (f"PQ{dim // 2}x4fsr", dim // 4), (f"PQ{dim // 4}x4fsr", dim // 8), ("RaBitQfs", dim // 8 + 12)
+            (f"PQ{dim // 2}x4fsr", dim // 4), (f"PQ{dim // 4}x4fsr", dim // 8), ("RaBitQfs", dim // 8 + 8)
         ):  # fmt: skip
             yield Plan(f"{_lists(rows, dim)},{code}", "nprobe", lists_bytes(rows, dim, size))
     yield Plan(f"HNSW{GRAPH_LINKS},SQ8", "efSearch", graph_bytes(rows, dim))

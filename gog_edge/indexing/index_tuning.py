@@ -12,6 +12,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from gog_edge.errors import PackError
 from gog_edge.indexing.index_planner import CANDIDATES, Plan
 from gog_edge.retrieval.faiss_file import read_index, search_params
 from gog_edge.retrieval.index import IndexEntry, VectorIndex
@@ -37,7 +38,13 @@ class Trial:
 
 
 def make_trial(shards: VectorShards, queries: Vectors | None, on_progress: OnProgress | None = None) -> Trial:
-    """Search exactly, block by block; stored vectors mixed with others stand in for `queries` that are not there."""
+    """Search exactly, block by block; stored vectors mixed with others stand in for `queries` that are not there.
+
+    Raises:
+        PackError: the queries are of another length than the vectors.
+    """
+    if queries is not None and (queries.ndim != 2 or queries.shape[1] != shards.dim):
+        raise PackError(f"queries of shape {queries.shape}, wanted [n, {shards.dim}]; embed them as the pack was")
     held_out = queries is not None and len(queries) > 0
     asked = queries if queries is not None and held_out else _disturbed(shards)
     asked = np.ascontiguousarray(asked[:MAX_QUERIES], dtype=np.float32)

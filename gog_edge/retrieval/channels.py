@@ -21,7 +21,7 @@ TEXT_TO_IMAGE = "text_to_image"
 TEXT_TO_CAPTION = "text_to_caption"
 WORDS = "words"
 CANDIDATES = 24  # images compared with a query, in each pack
-DEPTH = 10  # places of a ranking that count: what stands lower only resembles
+DEPTH = 6  # places of a ranking that count: what stands lower only resembles
 SPARE = 2  # further groups of images that are looked up, for those that name nothing new
 
 

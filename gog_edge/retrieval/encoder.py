@@ -92,8 +92,11 @@ class Encoder:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.enable_truncation(length)
         tokenizer.enable_padding(length=length, pad_id=pad)
+        # An encoder works beside a policy that speaks, or beside what decodes pictures: threads that spin while they
+        # wait would take the cores from these, and on a busy box that halves its own speed.
         image, text = (
-            OrtGraph(folder / name, threads=threads, providers=providers) for name in ("image.onnx", "text.onnx")
+            OrtGraph(folder / name, threads=threads, providers=providers, spinning=False)
+            for name in ("image.onnx", "text.onnx")
         )
         return cls(fingerprint, spec, image, text, tokenizer)
 

@@ -37,7 +37,7 @@ class Reading:
 
 def evidence_of(packs: Mapping[str, Pack], claims: Sequence[Claim], reading: Reading) -> tuple[Evidence, ...]:
     """Evidence of claims, in their order."""
-    chosen = [_paragraphs(packs, claim, reading) for claim in claims]
+    chosen = _paragraphs(packs, claims, reading)
     titles: dict[Key, str] = {}
     images: dict[Key, ImageRef] = {}
     passages: dict[Key, Passage] = {}  # here a key's number is a paragraph's
@@ -62,17 +62,25 @@ def evidence_of(packs: Mapping[str, Pack], claims: Sequence[Claim], reading: Rea
     )
 
 
-def _paragraphs(packs: Mapping[str, Pack], claim: Claim, reading: Reading) -> list[Key]:
-    """Paragraphs of a claim's articles; each article's best before any second one."""
-    per_article: list[list[Key]] = []
-    for name, article in claim.keys[: claim.passages]:
-        store = packs[name].store
-        ids = reading.matched.get((name, article)) or [
-            match.paragraph for match in store.rank(reading.terms, claim.passages, article)
-        ]
-        per_article.append([(name, paragraph) for paragraph in ids or store.leads([article]).values()])
-    turns = [own[depth] for depth in range(claim.passages) for own in per_article if depth < len(own)]
-    return turns[: claim.passages]
+def _paragraphs(packs: Mapping[str, Pack], claims: Sequence[Claim], reading: Reading) -> list[list[Key]]:
+    """Paragraphs of each claim's articles; each article's best before any second one."""
+    found: dict[Key, list[Key]] = {}
+    for claim in claims:
+        for name, article in claim.keys[: claim.passages]:
+            ids = reading.matched.get((name, article)) or [
+                match.paragraph for match in packs[name].store.rank(reading.terms, claim.passages, article)
+            ]
+            found[name, article] = [(name, paragraph) for paragraph in ids]
+    for name, pack in packs.items():
+        silent = [article for owner, article in found if owner == name and not found[owner, article]]
+        leads = pack.store.leads(silent) if silent else {}
+        found |= {(name, article): [(name, paragraph)] for article, paragraph in leads.items()}
+    return [_in_turns([found[key] for key in claim.keys[: claim.passages]], claim.passages) for claim in claims]
+
+
+def _in_turns(per_article: Sequence[Sequence[Key]], most: int) -> list[Key]:
+    turns = [own[depth] for depth in range(most) for own in per_article if depth < len(own)]
+    return turns[:most]
 
 
 def _main_images(pack: Pack, articles: Sequence[int]) -> dict[int, ImageRef]:

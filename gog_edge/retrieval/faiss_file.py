@@ -73,9 +73,12 @@ def omp_threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def _limits(size: int) -> Iterator[None]:
-    """No array read inside may be larger than the file that it stands in."""
+    """Nothing read inside may be longer than the file that it stands in.
+
+    Bytes have eight times that: FAISS makes room beside product codes for tables that no file holds.
+    """
     before = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
-    faiss.set_deserialization_vector_byte_limit(size)
+    faiss.set_deserialization_vector_byte_limit(8 * size)
     faiss.set_deserialization_loop_limit(size)
     try:
         yield

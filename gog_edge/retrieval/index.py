@@ -142,17 +142,25 @@ class VectorIndex:
     def _search(self, queries: Vectors, k: int, hidden: NDArray[np.bool_]) -> Hits:
         """First without looking at what is hidden, which is quick; then, for queries that lack hits, thoroughly."""
         crowd, alive = len(self.shards) / self.shards.distinct, len(self) / len(self.shards)
-        found = [self._find(part, queries, math.ceil(part.ask(k, crowd) / alive)) for part in self._parts]
+        counts = [math.ceil(part.ask(k, crowd) / alive) for part in self._parts]
+        found = [self._find(part, queries, count) for part, count in zip(self._parts, counts, strict=True)]
         hits = self._distinct_hits(queries, found, k, hidden)
-        ask, wider = k, 1
-        without = np.flatnonzero(hidden)
-        while len(lacking := np.flatnonzero(hits.ids[:, -1] < 0)) and ask < min(THOROUGH, len(self.shards)):
+        ask, wider, without = max(counts), 1, np.flatnonzero(hidden)
+        lacking = np.flatnonzero((hits.ids[:, -1] < 0) | self._mostly_hidden(found, hidden))
+        while len(lacking) and ask < min(THOROUGH, 8 * len(self.shards)):
             ask, wider = 8 * ask, 8 * wider
             some = queries[lacking]
             found = [part.find(some, ask, without=without, wider=wider) for part in self._parts]
             better = self._distinct_hits(some, found, k, hidden)
             hits.scores[lacking], hits.ids[lacking] = better.scores, better.ids
+            lacking = lacking[better.ids[:, -1] < 0]
         return hits
+
+    @staticmethod
+    def _mostly_hidden(found: list[Found], hidden: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Of which queries most that was found is hidden: the few others need not be the nearest."""
+        rows = np.concatenate([rows for _, rows in found], axis=1)
+        return np.asarray((hidden[rows] & (rows >= 0)).mean(axis=1) > 0.5)
 
     def _find(self, part: _Part, queries: Vectors, count: int) -> Found:
         """Candidates, by several threads of our own where there are enough queries."""

@@ -10,7 +10,16 @@ import numpy as np
 from gog_edge.config import GazeConfig
 from gog_edge.errors import PackError, RequestError
 from gog_edge.retrieval.calibration import FOUND
-from gog_edge.retrieval.channels import CANDIDATES, DEPTH, IMAGE_TO_CAPTION, IMAGE_TO_IMAGE, WORDS, Channels, Look, Thing
+from gog_edge.retrieval.channels import (
+    CANDIDATES,
+    DEPTH,
+    IMAGE_TO_CAPTION,
+    IMAGE_TO_IMAGE,
+    WORDS,
+    Channels,
+    Look,
+    Thing,
+)
 from gog_edge.retrieval.crops import CropCache, crops_of
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.evidence import Claim, Reading, evidence_of

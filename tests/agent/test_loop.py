@@ -96,7 +96,8 @@ def test_events_tell_the_story_in_order(tell):
 def test_the_record_is_what_ask_prints(tell):
     value = json.loads(json.dumps(tell(GAZE_RED, answer("rubel")).record.to_json()))
     assert {"answer", "found", "citations", "steps", "timings_ms", "trace"} <= value.keys()
-    assert value["citations"][0].keys() == {"pack", "article", "section", "paragraph", "text", "span", "image", "licence"}
+    told = {"pack", "article", "section", "paragraph", "text", "span", "image", "licence"}
+    assert value["citations"][0].keys() == told
     assert {"action", "box", "query", "evidence", "ms"} <= value["steps"][0].keys()
     assert value["timings_ms"].keys() == {"prefill", "decode", "search", "total"}
     assert value["timings_ms"]["total"] >= value["timings_ms"]["search"] > 0

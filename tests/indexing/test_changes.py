@@ -1,6 +1,7 @@
 """Articles and images taken out of a pack, by name."""
 
 import hashlib
+import resource
 
 import numpy as np
 import pytest
@@ -186,3 +187,17 @@ def test_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(PackError, match="cannot be written"), writing(tmp_path / "file" / "pack"):
         pass
+
+
+@pytest.mark.parametrize("limit", [100, 1_000])
+def test_a_full_disk_leaves_the_generation_in_force(folder, opened, limit):
+    """Where the tombstones find no room, or the manifest."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))  # as a disk that takes no more
+    try:
+        with pytest.raises(PackError, match="disk of .* is full"):
+            remove(folder, articles=["Spain"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert verify_pack(folder).generation == 1 and opened().store.article("Spain") is not None
+    assert remove(folder, articles=["Spain"]).generation == 2

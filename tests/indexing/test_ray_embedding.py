@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def broad_pictures():
 
 @pytest.fixture
 def ray_home():
-    """A folder short enough for Ray's sockets; whoever bears its name in the environment is of this test."""
+    """A folder short enough for Ray's sockets and logs."""
     home = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     yield home
     for number in processes(home):
@@ -51,16 +52,19 @@ def ray_home():
 
 
 def processes(home):
-    """Live processes that were started with this home: number and command."""
+    """Live processes that write their logs below this home: number and command."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment, command = ((folder / name).read_bytes() for name in ("environ", "cmdline"))
-        except OSError:
-            continue  # it has ended, or is another's
-        if f"RAY_TMPDIR={home}".encode() in environment.split(b"\0"):
-            found[int(folder.name)] = command.decode()
+        with suppress(OSError):  # it has ended, or is another's
+            if any(opened(link).startswith(home) for link in (folder / "fd").iterdir()):
+                found[int(folder.name)] = (folder / "cmdline").read_text()
     return found
+
+
+def opened(link):
+    with suppress(OSError):  # closed meanwhile
+        return str(link.readlink())
+    return ""
 
 
 def workers(home):
@@ -98,49 +102,53 @@ def read(folder, encoder, groups, **options):
     return lambda: build_pack(ListedSource(groups), folder, **build)
 
 
-def test_killed_and_run_again_it_embeds_only_what_is_left(tmp_path, tiny_encoder_folder, tiny_encoder, ray_home):
-    finish = read(tmp_path / "pack", tiny_encoder, broad_pictures(), shard_rows=2)
-    shutil.copytree(tmp_path / "pack", tmp_path / "alone")
+def test_killed_and_run_again_it_embeds_what_is_left_and_names_what_fails(
+    tmp_path, tiny_encoder_folder, tiny_encoder, ray_home
+):
+    pack, total = tmp_path / "pack", 2 * SHARDS
+    finish = read(pack, tiny_encoder, broad_pictures(), shard_rows=2)
+    shutil.copytree(pack, tmp_path / "alone")
+    blocked = pack / "vectors" / f"000001-captions-{SHARDS - 1:06d}.ids.npy.part"
+    blocked.mkdir(parents=True)
 
-    first = start(tmp_path / "pack", tiny_encoder_folder, ray_home)
-    wait_until(lambda: len(done(tmp_path / "pack")) >= 3, 60)
+    first = start(pack, tiny_encoder_folder, ray_home)
+    wait_until(lambda: len(done(pack)) >= 3, 60)
     first.kill()
     first.communicate(timeout=30)
     wait_until(lambda: not workers(ray_home), 30)  # they end with it
-    kept = done(tmp_path / "pack")
-    assert 3 <= len(kept) < 2 * SHARDS
+    kept = done(pack)
+    assert 3 <= len(kept) < total - 1
 
-    second = start(tmp_path / "pack", tiny_encoder_folder, ray_home)
-    out, err = second.communicate(timeout=90)
-    assert second.returncode == 0, err
-    result = json.loads(out.splitlines()[-1])
-    assert result["shards"] == 2 * SHARDS - len(kept)
-    now = done(tmp_path / "pack")
-    assert len(now) == 2 * SHARDS and {name: now[name] for name in kept} == kept
+    before = set(processes(ray_home))
+    second = start(pack, tiny_encoder_folder, ray_home)
+    _, err = second.communicate(timeout=90)
+    said = " ".join(err.split())
+    assert second.returncode == 1 and f"1 of {total - len(kept)} shards were not embedded" in said
+    assert f"'vectors/000001-captions-{SHARDS - 1:06d}.npy' (IsADirectoryError" in said
+    assert "the others are done: run the same command again" in said
+    wait_until(lambda: not set(processes(ray_home)) - before, 15)  # it leaves nothing behind
+    now = done(pack)
+    assert len(now) == total - 1 and {name: now[name] for name in kept} == kept
 
+    blocked.rmdir()
     manifest = finish()
-    assert {name: value for name, value in done(tmp_path / "pack").items() if name in now} == now
-    assert verify_pack(tmp_path / "pack") == manifest and manifest.counts.images == 2 * SHARDS
+    assert {name: value for name, value in done(pack).items() if name in now} == now
+    assert verify_pack(pack) == manifest and manifest.counts.images == 2 * SHARDS
     alone = resume(tmp_path / "alone", tiny_encoder)
     alone.embed()
     alone.close()
-    assert bytes_of(tmp_path / "alone") == bytes_of(tmp_path / "pack")
+    assert bytes_of(tmp_path / "alone") == bytes_of(pack)
 
 
-def test_shards_that_fail_are_named_and_the_others_are_done(tmp_path, tiny_encoder_folder, tiny_encoder, ray_home):
-    finish = read(tmp_path / "pack", tiny_encoder, little_groups(), shard_rows=2)
-    blocked = tmp_path / "pack" / "vectors" / "000001-images-000001.ids.npy.part"
-    blocked.mkdir(parents=True)
+def test_where_nothing_is_left_no_ray_is_started(tmp_path, tiny_encoder_folder, tiny_encoder, ray_home):
+    read(tmp_path / "pack", tiny_encoder, little_groups())
+    whole = resume(tmp_path / "pack", tiny_encoder)
+    whole.embed()
+    whole.close()
     command = start(tmp_path / "pack", tiny_encoder_folder, ray_home)
-    _, err = command.communicate(timeout=90)
-    said = " ".join(err.split())
-    assert command.returncode == 1 and "1 of 10 shards were not embedded" in said
-    assert "'vectors/000001-images-000001.npy' (IsADirectoryError" in said and "the others are done" in said
-    assert len(done(tmp_path / "pack")) == 9
-    wait_until(lambda: not processes(ray_home), 10)
-    blocked.rmdir()
-    assert finish() == verify_pack(tmp_path / "pack")
-    assert len(done(tmp_path / "pack")) == 10
+    out, err = command.communicate(timeout=60)
+    assert command.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["shards"] == 0 and not list(Path(ray_home).iterdir())
 
 
 def test_what_cannot_be_embedded_is_said(tmp_path, tiny_encoder_folder, tiny_encoder):
