@@ -19,7 +19,7 @@ from gog_edge.errors import PackError
 from gog_edge.files import sync_files
 from gog_edge.indexing.index_planner import EXACT_MS, Plan, plan_of, plans
 from gog_edge.indexing.index_tuning import OnProgress, Trial, make_trial, measured, tuned
-from gog_edge.retrieval.faiss_file import omp_threads
+from gog_edge.retrieval.faiss_file import KINDS, KINDS_SAID, omp_threads
 from gog_edge.retrieval.index import IndexEntry
 from gog_edge.retrieval.vectors import VectorShards
 from gog_edge.types import Vectors
@@ -112,6 +112,8 @@ def _filled(shards: VectorShards, factory: str, on_progress: OnProgress | None) 
     """A trained index that holds all rows."""
     try:
         index = faiss.index_factory(shards.dim, factory, faiss.METRIC_INNER_PRODUCT)
+        if not isinstance(index, KINDS):
+            raise PackError(f"no index '{factory}': it is a {type(index).__name__}; searched are {KINDS_SAID}")
         _train(index, shards, on_progress)
         _refine_lists(index, FILLING)
         for block in shards.blocks():

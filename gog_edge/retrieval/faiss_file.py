@@ -13,6 +13,8 @@ import faiss
 from gog_edge.errors import PackError
 
 _faiss: Any = faiss  # its type stubs lack the search parameters
+KINDS = (faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexFlatCodes)  # that are searched
+KINDS_SAID = "inverted lists, HNSW graphs and flat codes, nothing around them"
 _READING = threading.Lock()  # FAISS's limits are the process's
 
 
@@ -28,11 +30,8 @@ def read_index(path: Path) -> Any:
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except (OSError, RuntimeError, MemoryError) as exc:
         raise PackError(f"pack: '{path}' is no index that can be opened ({exc}); build the pack again") from exc
-    if not isinstance(index, (faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexFlatCodes)):
-        raise PackError(
-            f"pack: '{path}' is a {type(index).__name__}; searched are inverted lists, HNSW graphs and flat codes; "
-            "build the pack again"
-        )
+    if not isinstance(index, KINDS):
+        raise PackError(f"pack: '{path}' is a {type(index).__name__}; searched are {KINDS_SAID}; build the pack again")
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise PackError(f"pack: '{path}' does not compare by inner product; build the pack again")
     if isinstance(index, faiss.IndexIVFFastScan):

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from gog_edge.errors import PackError, PictureError
 from gog_edge.files import OnBytes
 from gog_edge.picture import decode_picture
-from gog_edge.retrieval.encoder import Encoder
+from gog_edge.retrieval.encoder import INTERCHANGEABLE_COSINE, Encoder
 from gog_edge.retrieval.index import Hits, VectorIndex
 from gog_edge.retrieval.manifest import Counts, Manifest, Space, read_manifest, verify_files_of
 from gog_edge.retrieval.segment import StoredPicture
@@ -21,8 +21,6 @@ from gog_edge.retrieval.store import Store
 from gog_edge.retrieval.vectors import Ids, Rows, VectorShards
 from gog_edge.types import Vectors
 
-# The stored vector of the golden image and one embedded now differ by rounding only: fp16 storage, another provider.
-GOLDEN_COSINE = 0.99
 SPOT_CHECKS = 64  # ids of vectors that are looked up in the store at open; `verify_pack` looks at all
 
 
@@ -146,10 +144,10 @@ class Pack:
         found = int(self.images.search(vector, 1).ids[0, 0])
         row = self.images.shards.first_rows(np.array([golden], dtype=np.int64))
         cosine = float(self.images.shards.take(row)[0] @ vector[0]) if row[0] >= 0 else 0.0
-        if found != golden or cosine < GOLDEN_COSINE:
+        if found != golden or cosine < INTERCHANGEABLE_COSINE:
             raise PackError(
                 f"pack '{self.name}': its golden image {golden} found image {found} and is at cosine {cosine:.4f} to "
-                f"its own vector (wanted {GOLDEN_COSINE}); this encoder computes other vectors; build it again here"
+                f"its own vector (wanted {INTERCHANGEABLE_COSINE}); this encoder computes other vectors; build it again here"
             )
 
 
