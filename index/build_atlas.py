@@ -15,15 +15,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from gog_edge.errors import ArtifactError, GogEdgeError
 from gog_edge.indexing.atlas.countries import from_geonames
 from gog_edge.indexing.atlas.flags import load_flag_icons
 from gog_edge.indexing.atlas_pack import SCENES, build_atlas
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.manifest import Manifest
+from gog_edge.show_pack import show_pack
 
 INSTALLED = Path("node_modules/flag-icons")
 
@@ -36,23 +33,6 @@ def find_flags(named: Path | None) -> Path:
             f"flag-icons: there is no '{source}'; run `npm pack flag-icons@7.5.0` and pass it as --flags"
         )
     return source
-
-
-def as_table(manifest: Manifest) -> Table:
-    """What was built, for people."""
-    table = Table("what", "value", title=f"pack '{manifest.name}', generation {manifest.generation}")
-    counts, index = manifest.counts, manifest.images.index
-    table.add_row("articles, paragraphs, images", f"{counts.articles}, {counts.paragraphs}, {counts.images}")
-    if manifest.encoder is not None:
-        table.add_row("encoder", f"{manifest.encoder.name}, {manifest.encoder.dim} values")
-    if index is not None:
-        table.add_row("index", f"{index.factory}, recall@{index.recall_k} {index.recall:.3f}")
-    for name, one in (("pictures", manifest.image_calibration), ("words", manifest.text_calibration)):
-        if one is not None:
-            rates = f"accepts {one.true_accept:.3f} of the present, {one.false_accept:.3f} of the absent"
-            table.add_row(f"found, {name}", f"{rates} (held-out half)")
-    table.add_row("size", f"{sum(entry.size for entry in manifest.files) / 2**20:.1f} MiB")
-    return table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GogEdgeError as exc:
         print(f"build_atlas: {exc}", file=sys.stderr)
         return 1
-    Console().print(as_table(manifest))
+    show_pack(args.out, manifest)
     seconds = round(time.perf_counter() - started, 2)
     print(json.dumps({"pack": str(args.out), "seconds": seconds, "manifest": manifest.to_json()}))
     return 0

@@ -18,6 +18,7 @@ All is made block by block from a seed: eight million rows take eight gigabytes 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +62,8 @@ class World:
         topics = rng.standard_normal((TOPICS, dim), dtype=np.float32) @ basis
         topic = np.arange(KINDS) % TOPICS
         shares = 1 / (10.0 + topic) / (1 + np.arange(KINDS) // TOPICS)
-        kinds = np.sqrt(TOPIC) * topics[topic]
-        kinds += np.sqrt(KIND) * (rng.standard_normal((KINDS, dim), dtype=np.float32) @ basis)
+        kinds = math.sqrt(TOPIC) * topics[topic]
+        kinds += math.sqrt(KIND) * (rng.standard_normal((KINDS, dim), dtype=np.float32) @ basis)
         spread = rng.uniform(0.7, 1.2, KINDS).astype(np.float32)
         return cls(dim, common / np.linalg.norm(common), basis, kinds, shares / shares.sum(), spread, seed)
 
@@ -73,8 +74,8 @@ class World:
         thing = np.cumsum(first)
         count = int(thing[-1]) + 1
         kind = rng.choice(KINDS, count, p=self.shares)
-        things = self.kinds[kind] + np.sqrt(THING) * self.spread[kind, None] * self._noise(rng, count)
-        view = np.sqrt(1 - TOPIC - KIND - THING) * self._noise(rng, rows)
+        things = self.kinds[kind] + math.sqrt(THING) * self.spread[kind, None] * self._noise(rng, count)
+        view = math.sqrt(1 - TOPIC - KIND - THING) * self._noise(rng, rows)
         again = np.flatnonzero(rng.random(rows) < REPEATED)
         again = again[again > 0]
         view[again] = view[again - 1] + 0.2 * view[again]
@@ -86,7 +87,7 @@ class World:
         things = self._rest(stored)
         absent = rng.random(len(things)) < ABSENT
         kind = rng.choice(KINDS, len(things), p=self.shares)
-        new = self._unit(self.kinds[kind] + self._noise(rng, len(things)) * np.sqrt(1 - TOPIC - KIND))
+        new = self._unit(self.kinds[kind] + self._noise(rng, len(things)) * math.sqrt(1 - TOPIC - KIND))
         things[absent] = new[absent]
         around = self._unit(self.kinds[rng.choice(KINDS, 1, p=self.shares)] + self._noise(rng, 1))
         near = rng.uniform(0.5, 0.9, (CROPS, 1)).astype(np.float32)
@@ -105,7 +106,7 @@ class World:
 
     def _cone(self, rest: NDArray[np.float32]) -> Vectors:
         """Into the cone: unit vectors."""
-        return self._unit(np.sqrt(CONE) * self.common + np.sqrt(1 - CONE) * rest)
+        return self._unit(math.sqrt(CONE) * self.common + math.sqrt(1 - CONE) * rest)
 
     def _rest(self, vectors: Vectors) -> NDArray[np.float32]:
         """What a vector is beside the common direction, of unit length."""
@@ -126,6 +127,6 @@ def _write_shard(world: World, start: int, rows: int, folder: Path) -> tuple[Pat
     stem = folder / f"part-{start // BLOCK:06d}-{rows}"
     vectors, ids = stem.with_suffix(".npy"), stem.with_suffix(".ids.npy")
     if not ids.exists():
-        np.save(vectors, world.block(start // BLOCK)[:rows].astype(np.float16))
+        np.save(vectors, world.block(start // BLOCK, rows).astype(np.float16))
         np.save(ids, np.arange(start, start + rows, dtype=np.int64))
     return vectors, ids

@@ -145,12 +145,12 @@ class VectorIndex:
         counts = [math.ceil(part.ask(k, crowd) / alive) for part in self._parts]
         found = [self._find(part, queries, count) for part, count in zip(self._parts, counts, strict=True)]
         hits = self._distinct_hits(queries, found, k, hidden)
-        ask, wider, without = max(counts), 1, np.flatnonzero(hidden)
+        ask, wider = max(counts), 1
         lacking = np.flatnonzero((hits.ids[:, -1] < 0) | self._mostly_hidden(found, hidden))
         while len(lacking) and ask < min(THOROUGH, 8 * len(self.shards)):
             ask, wider = 8 * ask, 8 * wider
             some = queries[lacking]
-            found = [part.find(some, ask, without=without, wider=wider) for part in self._parts]
+            found = [part.find(some, ask, without=np.flatnonzero(hidden), wider=wider) for part in self._parts]
             better = self._distinct_hits(some, found, k, hidden)
             hits.scores[lacking], hits.ids[lacking] = better.scores, better.ids
             lacking = lacking[better.ids[:, -1] < 0]

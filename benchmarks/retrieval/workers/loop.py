@@ -92,7 +92,7 @@ def serve(engine: Engine) -> None:
     started = time.perf_counter()
     engine.open()
     opened = time.perf_counter() - started
-    queries = np.load(engine.folder / "queries.npy")
+    queries = np.load(engine.folder / "queries.npy").astype(np.float32)
     engine.set(engine.points[0])
     search(engine, queries[:2], 8)
     print(json.dumps({"about": engine.about, "open_s": opened, "points": engine.points}), flush=True)
