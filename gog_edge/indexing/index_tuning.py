@@ -111,7 +111,7 @@ def _points(entry: IndexEntry, plan: Plan, trial: Trial, recall: float, path: Pa
 def _places(found: Rows, truth: Rows) -> NDArray[np.int64]:
     """Where in `found` [n, c] each true row [n, k] stands; c where it is missing."""
     same = found[:, None, :] == truth[:, :, None]
-    return np.where(same.any(axis=2), same.argmax(axis=2), found.shape[1])
+    return np.asarray(np.where(same.any(axis=2), same.argmax(axis=2), found.shape[1]), dtype=np.int64)
 
 
 def _worse_half(hit: NDArray[np.bool_]) -> float:

@@ -160,15 +160,16 @@ class VectorIndex:
     def _mostly_hidden(found: list[Found], hidden: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Of which queries most that was found is hidden: the few others need not be the nearest."""
         rows = np.concatenate([rows for _, rows in found], axis=1)
-        return np.asarray((hidden[rows] & (rows >= 0)).mean(axis=1) > 0.5)
+        return np.asarray(2 * np.count_nonzero(hidden[rows] & (rows >= 0), axis=1) > rows.shape[1])
 
     def _find(self, part: _Part, queries: Vectors, count: int) -> Found:
         """Candidates, by several threads of our own where there are enough queries."""
-        slices = np.array_split(queries, max(1, min(self._threads, len(queries) // SLICE)))
+        parts = min(self._threads, len(queries) // SLICE)
+        if parts < 2:
+            return part.find(queries, count)
+        slices = np.array_split(queries, parts)
         later = [self._helpers.submit(part.find, some, count) for some in slices[1:]]
         found = [part.find(slices[0], count), *(one.result() for one in later)]
-        if len(found) == 1:
-            return found[0]
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
 
     def _distinct_hits(self, queries: Vectors, found: list[Found], k: int, hidden: NDArray[np.bool_]) -> Hits:

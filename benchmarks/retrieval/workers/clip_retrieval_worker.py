@@ -6,12 +6,22 @@ its favour, as are deduplication and the safety model.
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 from loop import Engine, Ids, K, Queries, main
+
+
+def without_init(name: str) -> None:
+    """Import a package without what its `__init__` imports: here inference, with torch and wandb."""
+    spec = importlib.util.find_spec(name)
+    package = ModuleType(name)
+    package.__path__ = list(spec.submodule_search_locations or ()) if spec else []
+    sys.modules[name] = package
 
 
 class ClipRetrieval(Engine):
@@ -41,6 +51,8 @@ class ClipRetrieval(Engine):
         from importlib.metadata import version
 
         import faiss
+
+        without_init("clip_retrieval")
         from clip_retrieval.clip_back import KnnService, load_index
 
         self._faiss = faiss
@@ -56,7 +68,7 @@ class ClipRetrieval(Engine):
         self.about = f"{versions}: {infos['index_key']}"
         graph = hasattr(self._index, "hnsw")
         name = "efSearch" if graph else "nprobe" if faiss.try_extract_index_ivf(self._index) else ""
-        values = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768)
+        values = (8, 16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512, 768)
         self.points = [f"{name}={value}" for value in values] if name else [""]
 
     def set(self, point: Any) -> None:

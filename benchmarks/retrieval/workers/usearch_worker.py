@@ -30,7 +30,7 @@ class Usearch(Engine):
 
         self._index = Index.restore(str(self.home / "index.usearch"))
         self.about = f"usearch {usearch.__version__}, HNSW {self._index.connectivity} links, {self.dtype}"
-        self.points = [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768]
+        self.points = [16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512, 768]
 
     def set(self, point: Any) -> None:
         """Search so."""
