@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,8 +29,9 @@ from benchmarks.retrieval.corpus import make_corpus
 from benchmarks.retrieval.engines import OURS, PEERS, environments, peer_names
 from benchmarks.retrieval.race import Figures, opened, race
 from benchmarks.retrieval.vectors import World
+from benchmarks.retrieval.whole_pack import WholeFigures
 from gog_edge.engines.ort import physical_cores
-from gog_edge.errors import GogEdgeError
+from gog_edge.errors import BackendError, GogEdgeError
 from gog_edge.files import write_json
 
 SIZES = "10000,100000,1000000"
@@ -63,6 +65,23 @@ def vector_section(args: argparse.Namespace) -> Section:
     about = {one.engine: one.about for one in figures} | {name: f"missing: {why}" for name, why in missing.items()}
     line = vector_line(figures) | {"missing": missing, "vectors": [asdict(one) for one in figures]}
     return Section(line, as_table(figures), as_groups(figures), about)
+
+
+def whole_section(args: argparse.Namespace) -> Section:
+    """Time the whole search after encoding, in a process of its own. Raises BackendError with what it said."""
+    command = [sys.executable, "-m", "benchmarks.retrieval.whole_pack", str(max(args.sizes)), str(args.work),
+               str(args.encoder)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BackendError(f"the whole search could not be timed:\n{done.stderr[-2000:]}")
+    one = WholeFigures(**json.loads(done.stdout.splitlines()[-1]))
+    table = Table("images", "1 crop p50", "8 crops p50", "p95", "8 / 1", "MiB in memory", "opened s",
+                  title="The whole search after encoding, ms")  # fmt: skip
+    ratio = one.p50_ms_8 / one.p50_ms_1
+    table.add_row(f"{one.rows:,}", f"{one.p50_ms_1:.2f}", f"{one.p50_ms_8:.2f}", f"{one.p95_ms_8:.2f}", f"{ratio:.2f}",
+                  f"{one.resident_mib:.0f}", f"{one.open_s:.2f}")  # fmt: skip
+    line = {f"whole_{name}": value for name, value in asdict(one).items()}
+    return Section(line | {"whole_8_over_1": round(ratio, 3)}, table, {})
 
 
 def vector_line(figures: Sequence[Figures]) -> dict[str, object]:
@@ -130,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", default="all", help=f"all, none, or of {', '.join(PEERS)}, with commas between")
     parser.add_argument("--peer-env", action="append", default=[], metavar="NAME=PATH",
                         help="a peer's virtual environment")  # fmt: skip
+    parser.add_argument("--encoder", type=Path, help="times the whole search too, in a pack of this encoder")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-retrieval"), help="keeps vectors and indexes")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="JSON and picture go here")
     parser.add_argument("--threads", type=int, default=physical_cores())
@@ -137,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     load = round(psutil.getloadavg()[0], 2)
     try:
-        sections = [vector_section(args)]
+        sections = [vector_section(args), *([whole_section(args)] if args.encoder else [])]
     except GogEdgeError as exc:
         sys.stderr.write(f"error: {exc}\n")
         return 1

@@ -1,17 +1,23 @@
 """A pack of made vectors with articles, captions and pictures around them: what a whole search takes, at any size.
 
-Vectors are those of `benchmarks.retrieval.vectors`; the encoder is a ViT-B-32 of random weights, whose dimension they
-have. There is no golden image, since no made vector is any picture's.
+    python -m benchmarks.retrieval.whole_pack 1000000 runs/bench-retrieval encoder
+
+Vectors are those of `benchmarks.retrieval.vectors`; the encoder must have their 512 dimensions and is not run: crops are
+vectors too. There is no golden image, since no made vector is any picture's. The last line is the result as JSON.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import shutil
 import struct
+import sys
 import time
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +31,7 @@ from gog_edge.indexing.drafts import ArticleDraft, ImageDraft
 from gog_edge.indexing.generation import NextGeneration, PackOptions
 from gog_edge.indexing.store_writer import StoreWriter
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.manifest import Manifest, Shard, Snapshot, Space
+from gog_edge.retrieval.manifest import MANIFEST, Manifest, SearchTarget, Shard, Snapshot, Space
 from gog_edge.retrieval.pack import Pack
 from gog_edge.retrieval.retriever import Retriever
 from gog_edge.retrieval.vectors import VectorShards
@@ -52,7 +58,7 @@ class WholeFigures:
 
 
 def write_pack(folder: Path, rows: int, encoder: Encoder, work: Path) -> Manifest:
-    """Write a pack of `rows` made images; nothing where it is there. `work` keeps the vectors."""
+    """Write a pack of `rows` made images. `work` keeps the vectors."""
     world = World.make(encoder.dim)
     files = write_shards(world, rows, work)
     shutil.rmtree(folder, ignore_errors=True)
@@ -70,7 +76,7 @@ def write_pack(folder: Path, rows: int, encoder: Encoder, work: Path) -> Manifes
         manifest = Manifest(
             name="made", generation=1, parent=None, snapshot=SNAPSHOT, encoder=encoder.fingerprint,
             segments=(segment,), images=images, captions=Space(), tombstones=None, counts=segment.counts,
-            duplicate_cosine=0.995, golden=None, report=None, files=(),
+            duplicate_cosine=0.995, golden=None, report=None, files=(), target=SearchTarget(None, 0.95),
         )  # fmt: skip
         generation.close()
         return commit(folder, manifest, None)
@@ -143,3 +149,21 @@ def _seconds(retriever: Retriever, crops: Vectors) -> float:
     began = time.perf_counter()
     retriever.search_vectors(crops)
     return time.perf_counter() - began
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command: write the pack where it is not there yet, and measure it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=int, help="images of the pack")
+    parser.add_argument("work", type=Path, help="keeps vectors and packs, as benchmarks.bench_retrieval does")
+    parser.add_argument("encoder", type=Path, help="encoder folder of 512 dimensions")
+    args = parser.parse_args(argv)
+    encoder, folder = Encoder.open(args.encoder), args.work / f"pack-{args.rows}"
+    if not (folder / MANIFEST).is_file():
+        write_pack(folder, args.rows, encoder, args.work / "vectors")
+    print(json.dumps(asdict(measure_pack(folder, encoder))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

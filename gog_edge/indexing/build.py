@@ -7,13 +7,14 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from gog_edge.errors import PackError
+from gog_edge.errors import PackError, SourceError
 from gog_edge.files import write_atomic
-from gog_edge.indexing.commit import current, writing
+from gog_edge.indexing.commit import LOCK, current, prune, writing
 from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Item, RedirectDraft, Skipped
 from gog_edge.indexing.generation import NextGeneration, OnProgress, PackOptions
 from gog_edge.indexing.sources.base import Chunk, Source
@@ -59,6 +60,9 @@ def build_pack(
         PackError: the folder holds something else, is being written, or its disk is full.
         SourceError: the snapshot cannot be read; what was read before stays.
     """
+    done = None if update or add else _same_build(source, folder, name, encoder)
+    if done is not None:
+        return done
     with _begun(source, folder, name, encoder, options, update=update, add=add) as generation:
         _ensure_store(generation, source, workers, command, on_progress)
         return generation.finish(only=update, on_progress=on_progress)
@@ -85,17 +89,30 @@ def read_snapshot(
         _ensure_store(generation, source, workers, command, on_progress)
 
 
+def _same_build(source: Source, folder: Path, name: str, encoder: Encoder | None) -> Manifest | None:
+    """The pack that a first build of just this made, where it was stopped after its commit."""
+    made = current(folder)
+    fingerprint = None if encoder is None else encoder.fingerprint
+    if made is None or made.parent is not None or (made.name, made.encoder) != (name, fingerprint):
+        return None
+    if made.snapshot != source.snapshot():
+        return None
+    with writing(folder):
+        prune(folder)
+    return made
+
+
 @contextmanager
 def _begun(source: Source, folder: Path, name: str, encoder: Encoder | None, options: PackOptions | None, *,
            update: bool, add: bool) -> Iterator[NextGeneration]:
     """The generation that a build begins or goes on with, under the pack's lock."""
+    _check_folder(folder)
     with writing(folder):
         parent = current(folder)
         if parent is not None and not (update or add):
             raise PackError(f"'{folder}' holds pack '{parent.name}' already; choose another folder, or --update it")
         if parent is None and (update or add):
             raise PackError(f"'{folder}' holds no pack; build one there first")
-        _check_folder(folder)
         generation = NextGeneration(folder, name=name, snapshot=source.snapshot(), encoder=encoder,
                                     options=options or PackOptions(), parent=parent)
         try:
@@ -113,10 +130,11 @@ def _ensure_store(generation: NextGeneration, source: Source, workers: int | Non
 
 
 def _check_folder(folder: Path) -> None:
-    """A folder with something else in it is not built into."""
-    own = {"LOCK", BUILD, "MANIFEST.json", "generations", "store", "vectors", "index", "tombstones", "reports"}
-    strange = [path.name for path in folder.iterdir() if path.name not in own]
-    if strange and not (folder / "MANIFEST.json").is_file():
+    """A folder with something else in it is not built into, nor is one that only looks like a pack's."""
+    if (folder / LOCK).exists() or not folder.is_dir():
+        return
+    strange = sorted(path.name for path in folder.iterdir())
+    if strange:
         raise PackError(f"'{folder}' holds '{strange[0]}', which is no part of a pack; choose a new folder")
 
 
@@ -139,14 +157,14 @@ def _write_store(generation: NextGeneration, source: Source, workers: int, on_pr
 
 
 def _read(source: Source, writer: StoreWriter, workers: int, on_progress: OnProgress | None) -> None:
-    chunks = source.chunks()
+    chunks, total = source.chunks(), source.size
     done = sum(chunk.size for chunk in islice(chunks, writer.chunks))
     for chunk, items in read_ahead(source, chunks, workers):
         with writer.chunk(chunk.number):
             write_items(writer, items)
         done += chunk.size
         if on_progress is not None:
-            on_progress(READING, done, source.size)
+            on_progress(READING, done, total)
 
 
 def read_ahead(source: Source, chunks: Iterator[Chunk], workers: int) -> Iterator[tuple[Chunk, list[Item]]]:
@@ -163,7 +181,12 @@ def read_ahead(source: Source, chunks: Iterator[Chunk], workers: int) -> Iterato
         try:
             while waiting:
                 chunk, future = waiting.popleft()
-                items = future.result()
+                try:
+                    items = future.result()
+                except BrokenProcessPool as exc:
+                    raise SourceError(f"a reading process died at part {chunk.number} of the snapshot (killed for "
+                                      "memory, or by a file that no library survives); what was read stays: start the "
+                                      "same command with --workers 1 to see why") from exc
                 waiting.extend((more, pool.submit(_parse, more)) for more in islice(chunks, 1))
                 yield chunk, items
         finally:

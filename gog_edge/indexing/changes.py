@@ -12,8 +12,9 @@ import numpy as np
 from gog_edge.errors import PackError
 from gog_edge.files import full_disk_said
 from gog_edge.indexing.commit import changing, commit, prune, write_tombstones
-from gog_edge.indexing.heldout import isolated_image
+from gog_edge.indexing.heldout import golden_image
 from gog_edge.indexing.mortality import dead_images, live_counts
+from gog_edge.retrieval.index import VectorIndex
 from gog_edge.retrieval.manifest import Manifest
 from gog_edge.retrieval.pack import open_shards, read_tombstones
 from gog_edge.retrieval.store import Store
@@ -101,7 +102,8 @@ def _golden(folder: Path, parent: Manifest, dead: Ids) -> int | None:
     """The parent's where it is still there: with fewer images around it, it only finds itself more surely."""
     if parent.golden is None or parent.golden not in dead:
         return parent.golden
-    return isolated_image(open_shards(folder, parent.images, parent.encoder.dim if parent.encoder else 0), dead)
+    shards = open_shards(folder, parent.images, parent.encoder.dim if parent.encoder else 0)
+    return golden_image(VectorIndex.open(folder, parent.images.index, shards, tombstones=dead), dead, None)
 
 
 def _ids(values: Iterable[int]) -> Ids:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +30,8 @@ from gog_edge.retrieval.vectors import Ids
 
 SETTINGS = f"{BUILD}/settings.json"  # of a build that can go on
 LOCK = "LOCK"
-OWN_FOLDERS = ("store", "vectors", "index", "tombstones", "reports")  # nothing else in a pack is ever removed
+OWN_FOLDERS = ("store", "vectors", "index", "tombstones", "reports")
+_OWN_NAME = re.compile(r"\d{6}[-.].*")  # begins with its generation; nothing else in a pack is ever removed
 
 
 @contextmanager
@@ -56,10 +59,20 @@ def changing(folder: Path) -> Iterator[Manifest]:
     """
     read_manifest(folder)  # before a lock file is made in a folder of another kind
     with writing(folder):
-        if (folder / SETTINGS).is_file():
+        if unfinished(folder) is not None:
             raise PackError(f"'{folder}' holds an unfinished build of its next generation; finish it with "
                             f"{command_of(folder)}, or remove '{folder / BUILD}'")
         yield read_manifest(folder)
+
+
+def unfinished(folder: Path) -> dict[str, Any] | None:
+    """The settings of a build that can go on; None where none was begun, or where it came into force all the same."""
+    note = folder / SETTINGS
+    if not note.is_file():
+        return None
+    begun = read_json(note, what="pack", error=PackError)
+    manifest = current(folder)
+    return None if manifest is not None and manifest.generation >= int(begun["generation"]) else begun
 
 
 def current(folder: Path) -> Manifest | None:
@@ -94,6 +107,8 @@ def commit(folder: Path, manifest: Manifest, parent: Manifest | None) -> Manifes
     known = {} if parent is None else {entry.path: entry for entry in parent.files}
     paths = sorted(set(manifest.paths))
     sync_files(folder / path for path in paths if path not in known)
+    for parent_folder in {(folder / path).parent for path in paths if path not in known}:
+        _sync_folder(parent_folder)
     fresh = {entry.path: entry for entry in describe_files(folder, [path for path in paths if path not in known])}
     whole = replace(manifest, files=tuple(known.get(path) or fresh[path] for path in paths))
     put_in_force(folder, whole)
@@ -105,6 +120,7 @@ def put_in_force(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a generation, MANIFEST.json last."""
     (folder / GENERATIONS).mkdir(exist_ok=True)
     write_json(generation_path(folder, manifest.generation), manifest.to_json())
+    _sync_folder(folder / GENERATIONS)
     write_json(folder / MANIFEST, manifest.to_json())
     _sync_folder(folder)
 
@@ -132,7 +148,7 @@ def unnamed(folder: Path) -> list[Path]:
         path
         for own in OWN_FOLDERS
         for path in sorted((folder / own).glob("*"))
-        if path.relative_to(folder).as_posix() not in named
+        if _OWN_NAME.fullmatch(path.name) and path.relative_to(folder).as_posix() not in named
     ]
 
 

@@ -164,7 +164,8 @@ def _ahead(work: Callable[[Sequence[tuple[int, bytes]]], T],
 def _embed_captions(plan: ShardPlan, reader: SegmentReader, encoder: Encoder) -> Iterator[Embedded]:
     """What is written under the segment's images; where nothing is, the title of the article.
 
-    Links to images of earlier segments stand in the first shard: a caption that is new there is embedded here.
+    Links to images of earlier segments stand in the first shard: a caption that is new there is embedded here. What
+    earlier segments embedded is not embedded again.
     """
     for batch in _batches(_distinct_captions(plan, reader), BATCH):
         ids = np.array([image for image, _ in batch], dtype=np.int64)

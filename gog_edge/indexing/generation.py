@@ -15,20 +15,21 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from gog_edge.errors import PackError
 from gog_edge.files import full_disk_said, read_json, write_json
-from gog_edge.indexing.commit import SETTINGS, commit, prune, write_report, write_tombstones
+from gog_edge.indexing.commit import SETTINGS, commit, prune, unfinished, write_report, write_tombstones
 from gog_edge.indexing.embedding import CAPTIONS, ShardPlan, embed_shards, plan_shards
-from gog_edge.indexing.heldout import heldout_crops, isolated_image
+from gog_edge.indexing.heldout import golden_image, heldout_crops
+from gog_edge.indexing.index_planner import plans
 from gog_edge.indexing.index_writer import build_index
 from gog_edge.indexing.mortality import dead_images, live_counts, replaced
 from gog_edge.indexing.store_writer import Start, StoreWriter
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.index import IndexEntry
+from gog_edge.retrieval.index import IndexEntry, VectorIndex
 from gog_edge.retrieval.manifest import BUILD, Manifest, SearchTarget, Segment, Snapshot, Space, command_of
 from gog_edge.retrieval.pack import read_tombstones
 from gog_edge.retrieval.segment import SegmentReader
@@ -36,6 +37,7 @@ from gog_edge.retrieval.vectors import Ids, VectorShards
 from gog_edge.types import Vectors
 
 SHARD_ROWS = 16_384  # about four minutes of a ViT-B-32 on two cores: what a kill costs at most
+RETARGETED = {"duplicate_cosine", "memory", "recall", "factory"}  # options that may change while a build goes on
 DELTA_ROWS = 20_000  # rows beside the index that are searched exactly, at most, or
 DELTA_SHARE = 0.05  # this share of the indexed ones
 QUERIES = 256  # held-out crops that an index is measured with
@@ -98,19 +100,26 @@ class NextGeneration:
             "options": asdict(self.options),
         }  # fmt: skip
         settings = json.loads(json.dumps(settings))
-        note = self.folder / SETTINGS
-        if note.is_file():
-            begun = read_json(note, what="pack", error=PackError)
-            if begun != settings:
-                key = next(key for key in settings if begun.get(key) != settings[key])
-                raise PackError(
-                    f"'{self.folder}' holds an unfinished build with another {key} ({begun.get(key)}, now "
-                    f"{settings[key]}); finish it with {command_of(self.folder)}, or remove '{self.folder / BUILD}'"
-                )
-            return
-        prune(self.folder)
-        note.parent.mkdir(parents=True)
-        write_json(note, settings)
+        begun = unfinished(self.folder)
+        if begun is None:
+            prune(self.folder)
+            (self.folder / BUILD).mkdir(parents=True)
+        else:
+            self._check_begun(begun, settings)
+        if begun != settings:
+            for index in (self.folder / BUILD).glob("index-*.json"):
+                index.unlink()  # was made for another target
+            write_json(self.folder / SETTINGS, settings)
+
+    def _check_begun(self, begun: dict[str, Any], settings: dict[str, Any]) -> None:
+        """PackError where what was begun has other texts or vectors than what is to be."""
+        for old, new in ((begun, {**settings, "options": begun["options"]}), (begun["options"], settings["options"])):
+            for key, value in new.items():
+                if key not in RETARGETED and old.get(key) != value:
+                    raise PackError(
+                        f"'{self.folder}' holds an unfinished build with another {key} ({old.get(key)}, now {value}); "
+                        f"finish it with {command_of(self.folder)}, or remove '{self.folder / BUILD}'"
+                    )
 
     def close(self) -> None:
         """Close what is open; what is done stays."""
@@ -177,9 +186,7 @@ class NextGeneration:
 
         `share` of the memory that the search may take is this index's.
         """
-        indexed = space.index.rows if space.index else 0
-        allowed = max(DELTA_ROWS, DELTA_SHARE * indexed) if indexed else 0
-        if space.rows - indexed <= allowed:
+        if self._covered(space):
             return space
         note = self.folder / BUILD / f"index-{kind}.json"
         if note.is_file():
@@ -193,34 +200,39 @@ class NextGeneration:
         write_json(note, asdict(entry))
         return Space(space.shards, entry)
 
+    @staticmethod
+    def _covered(space: Space) -> bool:
+        """Whether so few rows stand beside the index that they may be searched exactly."""
+        indexed = space.index.rows if space.index else 0
+        allowed = max(DELTA_ROWS, DELTA_SHARE * indexed) if indexed else 0
+        return space.rows - indexed <= allowed
+
     def shards(self, space: Space) -> VectorShards:
-        """The vectors of a space, mapped."""
+        """The vectors of a space."""
         dim = self.encoder.dim if self.encoder else 0
         return VectorShards.open([(self.folder / s.vectors, self.folder / s.ids) for s in space.shards], dim)
 
     # --- the commit ---------------------------------------------------------------------------
 
-    def finish(self, *, removed: Ids | None = None, only: bool = False,
-               on_progress: OnProgress | None = None) -> Manifest:
+    def finish(self, *, only: bool = False, on_progress: OnProgress | None = None) -> Manifest:
         """Embed, index and commit.
 
         Args:
-            removed: ids of articles of earlier segments that go.
             only: what this generation's source does not hold any more goes too.
             on_progress: is told (stage, done, total).
 
         Raises:
             PackError: the disk is full, or no index reaches the wanted recall; what is done stays for the next try.
         """
-        if self.parent is not None and removed is None and self._brings_nothing(self.parent, only):
+        if self.parent is not None and self._brings_nothing(self.parent, only):
             prune(self.folder)
             return self.parent
         with full_disk_said(self.folder, PackError):
+            self._check_memory()
             spaces = self.embed(on_progress)
             readers = [*self._earlier, SegmentReader.open(self.folder / self.store)]
             try:
                 gone = np.union1d(self._gone, replaced(readers[-1], self._earlier, only=only))
-                gone = gone if removed is None else np.union1d(gone, removed)
                 dead = dead_images(readers, gone, self._dead, readers[-1])
                 images, captions = self._indexed(spaces, readers, dead, on_progress)
                 counts = live_counts(readers, gone, dead)
@@ -240,13 +252,29 @@ class NextGeneration:
                 counts=counts,
                 target=SearchTarget(self.options.memory, self.options.recall),
                 duplicate_cosine=self.options.duplicate_cosine,
-                golden=isolated_image(self.shards(images), dead) if images.rows else None,
+                golden=self._golden(images, dead),
                 report=report,
                 files=(),
                 image_calibration=None if self.parent is None else self.parent.image_calibration,
                 text_calibration=None if self.parent is None else self.parent.text_calibration,
             )
             return commit(self.folder, manifest, self.parent)
+
+    def _golden(self, images: Space, dead: Ids) -> int | None:
+        if not images.rows:
+            return None
+        index = VectorIndex.open(self.folder, images.index, self.shards(images), tombstones=dead)
+        return golden_image(index, dead, None if self.parent is None else self.parent.golden)
+
+    def _check_memory(self) -> None:
+        """PackError where no index can fit: said before days of embedding, not after."""
+        options = self.options
+        if options.memory is None or self.encoder is None or options.factory is not None:
+            return
+        rows = self.segment().counts.images + (0 if self.parent is None else self.parent.images.rows)
+        share = 2 if options.captions else 1
+        if rows:
+            plans(rows, self.encoder.dim, options.memory // share)
 
     def _brings_nothing(self, parent: Manifest, only: bool) -> bool:
         """Whether all of it is there already: as when a command is started again that was stopped after its commit."""
@@ -261,6 +289,8 @@ class NextGeneration:
     def _indexed(self, spaces: tuple[Space, Space], readers: list[SegmentReader], dead: Ids,
                  on_progress: OnProgress | None) -> tuple[Space, Space]:
         if self.encoder is None:
+            return spaces
+        if all(self._covered(space) for space in spaces):
             return spaces
         queries = heldout_crops(readers, dead, self.encoder, QUERIES)
         rows = sum(space.rows for space in spaces)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from PIL import Image
 
 from gog_edge.picture import decode_picture
 from gog_edge.retrieval.encoder import Encoder
+from gog_edge.retrieval.index import VectorIndex
 from gog_edge.retrieval.segment import SegmentReader
 from gog_edge.retrieval.vectors import Ids, VectorShards
 from gog_edge.types import Pixels, Vectors
@@ -50,13 +52,28 @@ def heldout_crops(readers: Sequence[SegmentReader], dead: Ids, encoder: Encoder,
     return np.concatenate([encoder.embed_images(looks[at : at + BATCH]) for at in range(0, len(looks), BATCH)])
 
 
-def isolated_image(shards: VectorShards, dead: Ids) -> int | None:
-    """The live image, of a sample, that is farthest from all others: only its own encoder brings it back."""
+def golden_image(index: VectorIndex, dead: Ids, before: int | None) -> int | None:
+    """The live image that every opening asks for: it must find itself.
+
+    That of `before` where it still does, or else the one, of a sample, that is farthest from all others: only its own
+    encoder brings it back. None where no image of the sample finds itself.
+    """
+    shards = index.shards
+    kept = [] if before is None or before in dead else [before]
+    for image in chain(kept, _lonely(shards, dead)):
+        row = shards.first_rows(np.array([image], dtype=np.int64))
+        if row[0] >= 0 and int(index.search(shards.take(row), 1).ids[0, 0]) == image:
+            return image
+    return None
+
+
+def _lonely(shards: VectorShards, dead: Ids) -> Iterator[int]:
+    """Live images of a sample, the one that is farthest from all others first."""
     rows = np.unique(np.linspace(0, len(shards) - 1, min(ISOLATED_SAMPLE, len(shards))).astype(np.int64))
     ids = shards.ids_of(rows)
     rows, ids = rows[~np.isin(ids, dead)], ids[~np.isin(ids, dead)]
     if not len(rows):
-        return None
+        return
     mine = shards.take(rows)
     nearest = np.full(len(rows), -1.0, dtype=np.float32)
     at = 0
@@ -65,4 +82,4 @@ def isolated_image(shards: VectorShards, dead: Ids) -> int | None:
         cosines = np.where(ids[:, None] == own[None, :], -1.0, mine @ block.T)  # [sample, block]
         nearest = np.maximum(nearest, cosines.max(axis=1))
         at += len(block)
-    return int(ids[np.argmin(nearest)])
+    yield from ids[np.argsort(nearest, kind="stable")].tolist()

@@ -15,12 +15,16 @@ BATCH = 5_000  # ids of one question to a store
 
 def replaced(new: SegmentReader, earlier: Sequence[SegmentReader], *, only: bool) -> Ids:
     """Articles of earlier segments that `new` holds in another version; with `only`, or does not hold at all."""
-    kept = new.kept()
     found: list[int] = []
-    for reader in earlier:
-        for keys in reader.keys(BATCH):
-            again = new.known(keys)
-            found += [article for key, article in keys.items() if key in again or (only and article not in kept)]
+    if only:
+        kept = new.kept()
+        for reader in earlier:
+            for keys in reader.keys(BATCH):
+                again = new.known(keys)
+                found += [article for key, article in keys.items() if key in again or article not in kept]
+    else:  # what is added may be little, and what was there much
+        for keys in new.keys(BATCH):
+            found += [article for reader in earlier for article, _ in reader.known(keys).values()]
     return np.array(sorted(found), dtype=np.int64)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from gog_edge.errors import BackendError, PackError
 from gog_edge.files import full_disk_said, sync_files
 from gog_edge.retrieval.manifest import Manifest, read_manifest, verify_files_of
-from gog_edge.retrieval.pack import read_tombstones
+from gog_edge.retrieval.pack import open_shards, read_tombstones
 from gog_edge.retrieval.server import DTYPES, PROPERTY, SPACES, Holding, Origin
 from gog_edge.retrieval.store import Store
 from gog_edge.retrieval.vectors import Ids, VectorShards
@@ -87,8 +87,7 @@ def read_vectors(path: Path, batch: int) -> Iterator[tuple[Ids, Ids, Vectors]]:
 
 def _live(folder: Path, manifest: Manifest, origin: Origin, dead: Ids) -> tuple[VectorShards, Ids]:
     """The vectors of a space, and the rows of what is still there."""
-    space = getattr(manifest, origin.space)
-    shards = VectorShards.open([(folder / one.vectors, folder / one.ids) for one in space.shards], origin.dim)
+    shards = open_shards(folder, getattr(manifest, origin.space), origin.dim)
     ids = shards.ids_of(np.arange(len(shards), dtype=np.int64))
     return shards, np.flatnonzero(~np.isin(ids, dead)).astype(np.int64)
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gog_edge.errors import BackendError, PackError
-from gog_edge.files import read_json
-from gog_edge.indexing.commit import SETTINGS, current, writing
+from gog_edge.indexing.commit import current, unfinished, writing
 from gog_edge.indexing.embedding import OnShard, ShardPlan, embed_shard
 from gog_edge.indexing.generation import NextGeneration, PackOptions
 from gog_edge.retrieval.encoder import Encoder
@@ -97,11 +96,10 @@ def embed_with_ray(folder: Path, encoder: Path, workers: Workers, on_shard: OnSh
 
 def resume(folder: Path, encoder: Encoder) -> NextGeneration:
     """The generation that a build stopped in after reading. Raises PackError as `embed_with_ray` does."""
-    note = folder / SETTINGS
-    if not note.is_file():
+    begun = unfinished(folder)
+    if begun is None:
         raise PackError(f"'{folder}' holds no unfinished build; run `python -m index.build_pack SOURCE {folder} "
                         "--stop-after reading` first")
-    begun = read_json(note, what="pack", error=PackError)
     generation = NextGeneration(folder, name=begun["name"], snapshot=Snapshot(**begun["snapshot"]), encoder=encoder,
                                 options=PackOptions(**begun["options"]), parent=current(folder))
     if not generation.store_done:

@@ -34,7 +34,10 @@ _COPIES = {
     ),
     "pixels": "INSERT INTO pixels SELECT * FROM old.pixels WHERE image NOT IN dead ORDER BY image",
     "links": "INSERT INTO links SELECT * FROM old.links WHERE image NOT IN dead AND article NOT IN gone",
-    "skipped": "INSERT OR REPLACE INTO skipped SELECT * FROM old.skipped",
+    "skipped": (
+        "INSERT INTO skipped SELECT * FROM old.skipped WHERE true "
+        "ON CONFLICT (reason) DO UPDATE SET count = count + excluded.count"
+    ),
 }
 OnCopy = Callable[[int, int], None]  # tables that are copied, tables in all
 

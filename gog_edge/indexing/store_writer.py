@@ -44,7 +44,7 @@ CREATE TABLE images (
 CREATE TABLE pixels (image INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE links (
     image INTEGER NOT NULL, article INTEGER NOT NULL, position INTEGER NOT NULL, caption TEXT NOT NULL,
-    PRIMARY KEY (image, article)
+    known INTEGER NOT NULL, PRIMARY KEY (image, article)
 ) WITHOUT ROWID;
 CREATE TABLE skipped (reason TEXT PRIMARY KEY, count INTEGER NOT NULL, examples TEXT NOT NULL);
 CREATE TABLE build_chunks (number INTEGER PRIMARY KEY);
@@ -73,6 +73,7 @@ DROP TABLE temp.vocabulary;
 CREATE TABLE counted AS SELECT (SELECT count(*) FROM articles) AS articles,
     (SELECT count(*) FROM paragraphs) AS paragraphs, (SELECT count(*) FROM images) AS images;
 """
+_TAKEN = "SELECT (SELECT count(*) FROM articles WHERE key = ?) + (SELECT count(*) FROM kept WHERE key = ?)"
 _FINISHED = f"DROP TABLE build_chunks; DROP TABLE build_redirects; PRAGMA user_version = {STORE_SCHEMA};"
 _RESOLVE = (
     "INSERT OR IGNORE INTO names (key, article, redirect, name) SELECT r.key, a.id, 1, r.name FROM build_redirects r "
@@ -170,7 +171,7 @@ class StoreWriter:
         """
         if not name_key(draft.title):
             raise DraftRefused("title without any word", draft.title or draft.key, "name it or leave it out")
-        if self._value("SELECT count(*) FROM articles WHERE key = ?", draft.identity):
+        if self._value(_TAKEN, draft.identity, draft.identity):
             raise DraftRefused("two articles of one key", draft.identity, "merge them or make one a redirect")
         digest = _digest(draft, images)
         same = self._unchanged(draft.identity, digest)
@@ -260,9 +261,24 @@ class StoreWriter:
 
     def _link(self, image: int, articles: Sequence[int], caption: str) -> None:
         taken = int(self._value("SELECT count(*) FROM links WHERE image = ?", image))
-        rows = [(image, article, taken + n, caption) for n, article in enumerate(articles)
+        said = self._said_of(image)
+        rows = [(image, article, taken + n, caption, int((caption or self._title(article)) in said))
+                for n, article in enumerate(articles)
                 if article >= self._start.article]  # those of earlier segments are unchanged: they have their links
-        self._sql.executemany("INSERT OR IGNORE INTO links VALUES (?, ?, ?, ?)", rows)
+        self._sql.executemany("INSERT OR IGNORE INTO links VALUES (?, ?, ?, ?, ?)", rows)
+
+    def _said_of(self, image: int) -> set[str]:
+        """What earlier segments embedded as captions of an image."""
+        if image >= self._start.image:
+            return set()
+        links = [link for reader in self._earlier for link in reader.links_of([image])]
+        titles: dict[int, str] = {}
+        for reader in self._earlier:
+            titles |= reader.titles(link.article for link in links if not link.caption)
+        return {link.caption or titles.get(link.article, "") for link in links}
+
+    def _title(self, article: int) -> str:
+        return str(self._sql.execute("SELECT title FROM articles WHERE id = ?", [article]).fetchone()[0])
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -286,6 +302,8 @@ class StoreWriter:
             self._sql.commit()
             if not self.finished:
                 self._resolve_redirects()
+                # A write-ahead log would hold the whole word index once more beside the file.
+                self._sql.execute("PRAGMA journal_mode = DELETE")
                 self._sql.executescript("BEGIN;" + WORD_INDEX + _FINISHED + "COMMIT;")
             self._compact()
         counts = self.counts

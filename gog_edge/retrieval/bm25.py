@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from heapq import nsmallest
 
 from gog_edge.retrieval.segment import Match, SegmentReader
 
@@ -20,19 +21,18 @@ def idf(rows: int, holding: int) -> float:
     return value if value > 0 else LEAST_IDF
 
 
-def rank_by(reader: SegmentReader, terms: Sequence[str], limit: int, judge: SegmentReader) -> list[Match]:
-    """A segment's best paragraphs, each word worth what it is worth in the segment `judge`.
+def rank_by(reader: SegmentReader, factors: Mapping[str, float], limit: int) -> list[Match]:
+    """A segment's best paragraphs, the part of each word in BM25 times its factor: what it is worth elsewhere.
 
-    Each word is searched by itself, so that its part of the score can be valued anew: for segments that are small.
+    Every paragraph that holds a word counts, whatever the segment's own order: for words that stand in few.
     """
-    found: dict[int, Match] = {}
-    for term in terms:
-        factor = _worth(judge, term) / _worth(reader, term)
-        for match in reader.rank([term], limit):
-            before = found.get(match.paragraph)
-            score = factor * match.score + (before.score if before else 0.0)
-            found[match.paragraph] = Match(match.paragraph, match.article, score)
-    return sorted(found.values(), key=lambda match: (-match.score, match.paragraph))[:limit]
+    found: dict[int, float] = {}
+    for term, factor in factors.items():
+        for paragraph, score in reader.scores(term):
+            found[paragraph] = found.get(paragraph, 0.0) + factor * score
+    best = nsmallest(limit, found, key=lambda paragraph: (-found[paragraph], paragraph))
+    articles = reader.articles_of(best)
+    return [Match(paragraph, articles[paragraph], found[paragraph]) for paragraph in best]
 
 
 def rank_within(reader: SegmentReader, article: int, worths: Mapping[str, float], limit: int) -> list[Match]:
@@ -48,7 +48,3 @@ def rank_within(reader: SegmentReader, article: int, worths: Mapping[str, float]
             found[paragraph] = found.get(paragraph, 0.0) + worth * count * (K1 + 1) / (count + K1)
     best = sorted(found, key=lambda paragraph: (-found[paragraph], paragraph))[:limit]
     return [Match(paragraph, article, found[paragraph]) for paragraph in best]
-
-
-def _worth(reader: SegmentReader, term: str) -> float:
-    return idf(reader.counts().paragraphs, reader.frequency(term))

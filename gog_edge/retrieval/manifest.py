@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gog_edge.errors import PackError
-from gog_edge.files import FileEntry, OnBytes, read_json, verify_files
+from gog_edge.files import HASH_AT_OPEN_BYTES, FileEntry, OnBytes, read_json, verify_files
 from gog_edge.retrieval.calibration import IMAGE_FEATURES, TEXT_FEATURES, Calibration
 from gog_edge.retrieval.encoder import Fingerprint
 from gog_edge.retrieval.index import IndexEntry
@@ -200,7 +200,7 @@ class Manifest:
                 image_calibration=_calibration(raw["calibration"], "image", IMAGE_FEATURES),
                 text_calibration=_calibration(raw["calibration"], "text", TEXT_FEATURES),
             )
-        except (KeyError, TypeError, ValueError) as exc:
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise PackError(f"pack: its manifest is not usable ({exc!r}); build the pack again") from exc
 
     def calibrated(self, image: Calibration | None, text: Calibration | None) -> Manifest:
@@ -242,10 +242,14 @@ def verify_files_of(folder: Path, manifest: Manifest, *, full: bool, vectors: bo
                     on_bytes: OnBytes | None = None) -> None:
     """Compare files with the manifest's sizes and hashes; PackError names the first that is missing or altered.
 
-    Without `full`, large files are compared by size only; without `vectors`, those of vectors and indexes are left out.
+    Without `full`, large files are compared by size only, and so are vectors and indexes that are large together: a
+    pack must open in a second, and its golden image tells whether they are its own. Without `vectors` those are left
+    out.
     `on_bytes` is told how much was hashed.
     """
     manifest.check_listed()
-    elsewhere = () if vectors else {*manifest.images.paths, *manifest.captions.paths}
-    entries = [entry for entry in manifest.files if entry.path not in elsewhere]
-    verify_files(folder, entries, what="pack", error=PackError, full=full, on_bytes=on_bytes)
+    spaces = {*manifest.images.paths, *manifest.captions.paths}
+    entries = [entry for entry in manifest.files if vectors or entry.path not in spaces]
+    large = sum(entry.size for entry in entries if entry.path in spaces) > HASH_AT_OPEN_BYTES
+    verify_files(folder, entries, what="pack", error=PackError, full=full, by_size=spaces if large else (),
+                 on_bytes=on_bytes)

@@ -147,7 +147,7 @@ class Pack:
         if found != golden or cosine < INTERCHANGEABLE_COSINE:
             raise PackError(
                 f"pack '{self.name}': its golden image {golden} found image {found} and is at cosine {cosine:.4f} to "
-                f"its own vector (wanted {INTERCHANGEABLE_COSINE}); this encoder computes other vectors; build it again here"
+                f"its own vector (wanted {INTERCHANGEABLE_COSINE}); this encoder computes other vectors; build it again"
             )
 
 

@@ -38,6 +38,7 @@ _UNRANKED = (
     "SELECT f.rowid, p.article, 0.0 FROM (SELECT rowid FROM words WHERE words MATCH ? LIMIT ?) f "
     "JOIN paragraphs p ON p.id = f.rowid"
 )
+_SCORES = "SELECT rowid, -rank FROM words WHERE words MATCH ?"
 _HOLDS = f"SELECT 1 FROM words WHERE words MATCH ? {_WITHIN} LIMIT 1"
 _FREQUENCY = "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ?)"
 _GIVEN = "IN (SELECT value FROM json_each(?))"
@@ -197,8 +198,8 @@ class SegmentReader:
         return [Link(*row) for row in self._rows(sql, _json(articles))]
 
     def captions(self, after: tuple[int, int], count: int) -> list[Link]:
-        """The next links behind (image, article), in that order."""
-        sql = ("SELECT image, article, position, caption FROM links WHERE (image, article) > (?, ?) "
+        """The next links behind (image, article), in that order, less those whose caption was embedded before."""
+        sql = ("SELECT image, article, position, caption FROM links WHERE (image, article) > (?, ?) AND NOT known "
                "ORDER BY image, article LIMIT ?")
         return [Link(*row) for row in self._rows(sql, *after, count)]
 
@@ -280,6 +281,10 @@ class SegmentReader:
     def rank(self, terms: Sequence[str], limit: int) -> list[Match]:
         """Paragraphs that hold any of `terms` (as `search_terms` gives them) by BM25: the more, the longer."""
         return [Match(*row) for row in self._rows(_RANK, match_any(terms), limit)]
+
+    def scores(self, term: str) -> list[tuple[int, float]]:
+        """Every paragraph that holds a term, and its BM25, in no order."""
+        return self._rows(_SCORES, match_any([term]))
 
     def first_holding(self, terms: Sequence[str], limit: int) -> list[Match]:
         """The first paragraphs that hold all of `terms`, without a score."""

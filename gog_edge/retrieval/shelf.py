@@ -126,14 +126,14 @@ class Shelf:
         """
         with self._looking:
             for number, place in enumerate(self._places):
-                if self._retired:
+                served = self._edition
+                if served is None or self._retired:
                     return
                 again = place.refused and (hurry or time.monotonic() > place.again)
                 if again or _mark_of(place.folder) != place.mark:
-                    self._switch(number, place)
+                    self._switch(number, place, served)
 
-    def _switch(self, number: int, place: _Place) -> None:
-        served = self._served()
+    def _switch(self, number: int, place: _Place, served: _Edition) -> None:
         pack: Pack | None = None
         place.mark = _mark_of(place.folder)
         try:
@@ -149,9 +149,14 @@ class Shelf:
             self._refuse(place, exc)
             return
         with self._lock:
-            self._edition = edition
-            self._retired.append(served)
-            place.switches, place.refused = place.switches + 1, ""
+            closed = self._edition is None  # meanwhile
+            if not closed:
+                self._edition = edition
+                self._retired.append(served)
+                place.switches, place.refused = place.switches + 1, ""
+        if closed:
+            pack.close()
+            return
         self._close_unused()
         _log.info("pack '%s': generation %d is served", pack.name, pack.manifest.generation)
 

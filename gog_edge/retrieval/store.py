@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,9 @@ class Store:
         """`gone`: ids of articles that are no longer there."""
         self._segments = list(segments)
         self._gone = frozenset(gone)
-        self._largest = max(self.readers, key=lambda reader: reader.counts().paragraphs, default=None)
+        self._largest = max(range(len(self._segments)), key=self._paragraphs, default=0)
         self._images: dict[int, ImageRow] = {}
-        self._frequencies: dict[str, int] = {}
+        self._frequencies: dict[str, tuple[int, ...]] = {}  # of each segment
 
     @classmethod
     def open(cls, folder: Path, segments: Sequence[Segment], gone: Collection[int] = ()) -> Store:
@@ -70,7 +71,7 @@ class Store:
 
     def counts(self) -> Counts:
         """Rows of all segments, dead ones included."""
-        each = [reader.counts() for reader in self.readers]
+        each = [segment.counts for segment, _ in self._segments]
         return Counts(*(sum(getattr(one, name) for one in each) for name in Counts.__slots__))
 
     def image_ids(self) -> NDArray[np.int64]:
@@ -171,7 +172,7 @@ class Store:
         affordable = self._affordable(terms)
         if not affordable:
             return self._first_holding(terms, limit)
-        found = [match for reader in self.readers for match in self._rank_live(reader, affordable, limit)]
+        found = [match for place in range(len(self._segments)) for match in self._rank_live(place, affordable, limit)]
         return sorted(found, key=lambda match: (-match.score, match.paragraph))[:limit]
 
     def _affordable(self, terms: Sequence[str]) -> list[str]:
@@ -190,8 +191,9 @@ class Store:
         for wanted in (list(worths), sorted(worths, key=self.frequency)[:1]):
             score = sum(worths[term] for term in wanted)
             readers = self.readers if wanted else []
-            found = (match for reader in readers for match in reader.first_holding(wanted, limit))
-            live = [replace(match, score=score) for match in found if match.article not in self._gone]
+            found = [match for reader in readers
+                     for match in self._live_matches(partial(reader.first_holding, wanted), limit)]
+            live = [replace(match, score=score) for match in found]
             if live:
                 return live[:limit]
         return []
@@ -201,13 +203,19 @@ class Store:
         rows = self.counts().paragraphs
         return {term: idf(rows, self.frequency(term)) for term in terms if self.frequency(term)}
 
-    def _rank_live(self, reader: SegmentReader, terms: Sequence[str], limit: int) -> list[Match]:
+    def _rank_live(self, place: int, terms: Sequence[str], limit: int) -> list[Match]:
+        reader = self.readers[place]
+        if place == self._largest:
+            return self._live_matches(partial(reader.rank, terms), limit)
+        # valued as the largest values them: the scores of all segments compare
+        factors = {term: self._worth(self._largest, term) / self._worth(place, term) for term in terms}
+        return self._live_matches(partial(rank_by, reader, factors), limit)
+
+    def _live_matches(self, find: Callable[[int], list[Match]], limit: int) -> list[Match]:
+        """The first that are still there, of what `find` gives when it is asked for so many."""
         asked = limit
         while True:
-            if self._largest is None or reader is self._largest:
-                matches = reader.rank(terms, asked)
-            else:  # valued as the largest values them: the scores of all segments compare
-                matches = rank_by(reader, terms, asked, self._largest)
+            matches = find(asked)
             live = [match for match in matches if match.article not in self._gone]
             if len(live) >= limit or len(matches) < asked:
                 return live[:limit]
@@ -215,13 +223,23 @@ class Store:
 
     def frequency(self, term: str) -> int:
         """How many paragraphs hold a term, dead ones included; counts are remembered."""
-        count = self._frequencies.get(term)
-        if count is None:
-            count = sum(reader.frequency(term) for reader in self.readers)
+        return sum(self._frequencies_of(term))
+
+    def _frequencies_of(self, term: str) -> tuple[int, ...]:
+        counts = self._frequencies.get(term)
+        if counts is None:
+            counts = tuple(reader.frequency(term) for reader in self.readers)
             if len(self._frequencies) > REMEMBERED_TERMS:
                 self._frequencies = {}
-            self._frequencies[term] = count
-        return count
+            self._frequencies[term] = counts
+        return counts
+
+    def _worth(self, place: int, term: str) -> float:
+        """The idf of a term in one segment."""
+        return idf(self._paragraphs(place), self._frequencies_of(term)[place])
+
+    def _paragraphs(self, place: int) -> int:
+        return self._segments[place][0].counts.paragraphs
 
     def holds(self, article: int, term: str) -> bool:
         """Whether an article (title and sections included) holds a term."""

@@ -8,7 +8,7 @@ from little_world import FACTS, FLAGS, articles, flag, png
 
 from gog_edge.errors import PackError, SourceError
 from gog_edge.indexing.build import build_pack
-from gog_edge.indexing.commit import writing
+from gog_edge.indexing.commit import changing, writing
 from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Skipped
 from gog_edge.indexing.generation import PackOptions
 from gog_edge.retrieval.manifest import MANIFEST, Snapshot, generation_path, read_manifest
@@ -122,7 +122,7 @@ def test_folders_with_something_else_and_packs_are_not_built_over(tmp_path, tiny
         build(tmp_path / "mine", little_groups(), tiny_encoder)
     build(tmp_path / "pack", little_groups(), tiny_encoder)
     with pytest.raises(PackError, match="holds pack 'little' already"):
-        build(tmp_path / "pack", little_groups(), tiny_encoder)
+        build(tmp_path / "pack", little_groups(), tiny_encoder, name="other")
     with pytest.raises(PackError, match="holds no pack"):
         build(tmp_path / "new", little_groups(), tiny_encoder, update=True)
 
@@ -221,6 +221,73 @@ def test_a_new_caption_of_an_old_image_is_embedded(tmp_path, tiny_encoder):
     assert hits.ids[0, 0] == 1 and hits.scores[0, 0] > 0.99
     assert pack.store.images([1])[1].caption == "blue"
     pack.close()
+
+
+def test_captions_that_stay_are_not_embedded_again(tmp_path, tiny_encoder):
+    folder = tmp_path / "pack"
+    first = build(folder, little_groups(), tiny_encoder)
+    for number in range(3):
+        later = build(folder, changed(little_groups(), "Spain", f"News {number}."), tiny_encoder, update=True)
+    assert later.generation == 4 and later.captions.rows == first.captions.rows
+
+
+def test_the_second_of_two_articles_of_one_key_never_replaces_the_first(tmp_path, tiny_encoder):
+    """Not in a later update of the same snapshot either."""
+    folder = tmp_path / "pack"
+    groups = (*little_groups(), (ArticleDraft("France", (("", "Another France."),), "CC0"),))
+    build(folder, groups, tiny_encoder)
+    assert build(folder, groups, tiny_encoder, update=True).generation == 1
+    assert "Another" not in " ".join(found(folder, tiny_encoder, TextQuery("France"))[1])
+
+
+def test_another_memory_or_recall_costs_no_embedding(tmp_path, tiny_encoder):
+    folder = tmp_path / "pack"
+    with pytest.raises(PackError, match="no index .* fits"):
+        build(folder, little_groups(), tiny_encoder, options=PackOptions(shard_rows=4, memory=10))
+    assert not list((folder / "vectors").glob("*"))  # said before anything was embedded
+
+    def stop(stage, done, total):
+        if stage == "captions":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, little_groups(), tiny_encoder, options=PackOptions(shard_rows=4, memory=2**20), on_progress=stop)
+    made = {path.name: path.stat().st_mtime_ns for path in (folder / "vectors").glob("*images*")}
+    manifest = build(folder, little_groups(), tiny_encoder, options=PackOptions(shard_rows=4, recall=0.9))
+    assert made and {name: (folder / "vectors" / name).stat().st_mtime_ns for name in made} == made
+    assert manifest.target.recall == 0.9 and manifest.target.memory is None
+
+
+def test_other_shards_are_another_build(tmp_path, tiny_encoder):
+    folder = tmp_path / "pack"
+    with pytest.raises(SourceError):
+        build_pack(ListedSource(little_groups(), breaks_at=1), folder, name="little", encoder=tiny_encoder, workers=1)
+    with pytest.raises(PackError, match="another shard_rows"):
+        build(folder, little_groups(), tiny_encoder, options=PackOptions(shard_rows=5))
+
+
+def test_a_build_that_was_killed_behind_its_commit_is_done(tmp_path, tiny_encoder):
+    folder = tmp_path / "pack"
+    first = build(folder, little_groups(), tiny_encoder)
+    (folder / "build").mkdir()
+    settings = {"generation": 1, "name": "little", "snapshot": {}, "encoder": {}, "options": {}}
+    (folder / "build/settings.json").write_text(json.dumps(settings))
+    with changing(folder) as manifest:
+        assert manifest == first
+    assert build(folder, little_groups(), tiny_encoder) == first
+    assert not (folder / "build").exists()
+    assert build(folder, changed(little_groups(), "Spain", "News."), tiny_encoder, update=True).generation == 2
+
+
+def test_files_of_others_are_never_removed(tmp_path, tiny_encoder):
+    folder = tmp_path / "pack"
+    (folder / "reports").mkdir(parents=True)
+    (folder / "reports/thesis.txt").write_text("years of work")
+    with pytest.raises(PackError, match="reports"):
+        build(folder, little_groups(), tiny_encoder)
+    (folder / "LOCK").touch()
+    build(folder, little_groups(), tiny_encoder)
+    assert (folder / "reports/thesis.txt").read_text() == "years of work"
 
 
 def test_a_generation_removes_the_files_of_the_one_before_its_parent(tmp_path, tiny_encoder):

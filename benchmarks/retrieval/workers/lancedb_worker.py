@@ -1,4 +1,4 @@
-"""LanceDB: IVF_HNSW_SQ or IVF_PQ, both refined with the stored vectors; a batch is one call."""
+"""LanceDB: IVF_HNSW_SQ, refined with the stored vectors; a batch is one call."""
 
 from __future__ import annotations
 
