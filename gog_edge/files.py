@@ -22,6 +22,7 @@ from gog_edge.errors import ArtifactError
 # Whole-file hashing at open is worth its time up to here; larger files are checked by size, and by `verify`.
 HASH_AT_OPEN_BYTES = 64 * 2**20
 BLOCK_BYTES = 2**20
+OTHER_FILES = 512  # that a process has open besides its vectors: connections, stores, models
 OnBytes: TypeAlias = Callable[[int], None]
 
 
@@ -127,14 +128,15 @@ def full_disk_said(where: Path, error: type[ArtifactError] = ArtifactError) -> I
 
 
 def allow_open_files(more: int) -> None:
-    """Let this process keep `more` files open beside what it may now, as far as the system allows: 1,024 are usual."""
+    """Let this process open `more` files and some others, as far as the system allows: 1,024 in all are usual."""
     if sys.platform == "win32":
         return  # counts handles otherwise
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
-        wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+        wanted = max(soft, sum(1 for _ in Path("/dev/fd").iterdir()) + more + OTHER_FILES)
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 

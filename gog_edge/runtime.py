@@ -60,6 +60,9 @@ class Packs(Protocol):
     def wake(self) -> None:
         """Look at once."""
 
+    def close(self) -> None:
+        """Lend nothing any more; what is lent stays open until it is given back."""
+
 
 @dataclass(frozen=True, slots=True)
 class Runtime:

@@ -19,7 +19,7 @@ from gog_edge.errors import PackError
 from gog_edge.files import read_json
 from gog_edge.planner import as_size
 from gog_edge.retrieval.calibration import Calibration
-from gog_edge.retrieval.manifest import Manifest, Space
+from gog_edge.retrieval.manifest import Manifest, Space, generation_path
 
 FINISHING = "finishing"  # what is done after the last stage that tells of itself
 
@@ -45,7 +45,8 @@ def pack_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """The same as one object: the manifest without its list of files, what was skipped, and sizes in bytes."""
     value = manifest.to_json()
     value.pop("files")
-    value |= {"skipped": read_skipped(folder, manifest), "bytes": _bytes(manifest), "bytes_on_disk": _disk(folder)}
+    value |= {"skipped": read_skipped(folder, manifest), "bytes": _bytes(manifest), "bytes_on_disk": _disk(folder),
+              "bytes_superseded": superseded_bytes(folder, manifest)}
     return value
 
 
@@ -72,8 +73,7 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "encoder", f"{manifest.encoder.name}, {manifest.encoder.dim} values"
     yield "pictures", _about_space(manifest.images)
     yield "captions", _about_space(manifest.captions)
-    yield "found, pictures", _about_calibration(manifest.image_calibration)
-    yield "found, words", _about_calibration(manifest.text_calibration)
+    yield from _calibrations(manifest)
 
 
 def _about_space(space: Space) -> str:
@@ -86,6 +86,17 @@ def _about_space(space: Space) -> str:
             f"for one crop, {index.p50_ms_8:.2f} ms for eight")
 
 
+def recalibrated(before: Manifest, after: Manifest) -> list[str]:
+    """What a calibration says now, and what it took the place of: a line for pictures, a line for words."""
+    return [f"{what}: {now}; before: {then}" if then != now else f"{what}: {now}, as before"
+            for (what, then), (_, now) in zip(_calibrations(before), _calibrations(after), strict=True)]
+
+
+def _calibrations(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    yield "found, pictures", _about_calibration(manifest.image_calibration)
+    yield "found, words", _about_calibration(manifest.text_calibration)
+
+
 def _about_calibration(one: Calibration | None) -> str:
     if one is None:
         return "not calibrated"
@@ -93,7 +104,23 @@ def _about_calibration(one: Calibration | None) -> str:
 
 
 def _on_disk(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    yield "size", f"{as_size(_bytes(manifest))}, {as_size(_disk(folder))} with the generation before"
+    yield "size", as_size(_bytes(manifest))
+    yield "on disk", f"{as_size(_disk(folder))}{about_superseded(folder, manifest)}"
+
+
+def about_superseded(folder: Path, manifest: Manifest) -> str:
+    """What the next change will free: files that only the generation before still names. Empty where there is none."""
+    size = superseded_bytes(folder, manifest)
+    return f"; {as_size(size)} of it are the generation before's, which the next change removes" if size else ""
+
+
+def superseded_bytes(folder: Path, manifest: Manifest) -> int:
+    """Bytes of the files that the generation before needs and this one does not: kept for who has it open."""
+    if manifest.parent is None or not generation_path(folder, manifest.parent).is_file():
+        return 0
+    before = read_json(generation_path(folder, manifest.parent), what="pack", error=PackError)
+    own = {entry.path for entry in manifest.files}
+    return sum(int(entry["size"]) for entry in before["files"] if entry["path"] not in own)
 
 
 def _bytes(manifest: Manifest) -> int:

@@ -15,7 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gog_edge.errors import ArtifactError, GogEdgeError
+from gog_edge.cli.errors import FAILURES, explained
+from gog_edge.errors import ArtifactError
 from gog_edge.indexing.atlas.countries import from_geonames
 from gog_edge.indexing.atlas.flags import load_flag_icons
 from gog_edge.indexing.atlas_pack import SCENES, build_atlas
@@ -50,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifest = build_atlas(
             args.out, encoder=Encoder.open(args.encoder), countries=countries, flags=flags, scenes=args.scenes
         )
-    except GogEdgeError as exc:
-        print(f"build_atlas: {exc}", file=sys.stderr)
+    except FAILURES as exc:
+        print(f"build_atlas: {explained(exc)}", file=sys.stderr)
         return 1
     show_pack(args.out, manifest)
     seconds = round(time.perf_counter() - started, 2)

@@ -20,11 +20,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gog_edge.errors import GogEdgeError, InputError
+from gog_edge.cli.errors import FAILURES, explained
+from gog_edge.errors import InputError
 from gog_edge.indexing.build import READING, build_pack, read_snapshot
 from gog_edge.indexing.calibrate import calibrate_pack
 from gog_edge.indexing.generation import SHARD_ROWS, PackOptions
-from gog_edge.indexing.sources.open import KINDS, open_source
+from gog_edge.indexing.sources.base import Source
 from gog_edge.planner import parse_size
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import MANIFEST, Manifest, read_manifest
@@ -46,7 +47,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--update", action="store_true", help="the pack that is there becomes this snapshot: only what "
                         "changed is embedded, what it does not hold any more goes")
     parser.add_argument("--images", type=Path, help="folder of images, for snapshots that hold addresses alone")
-    parser.add_argument("--kind", choices=list(KINDS), help="what SOURCE is (default: told by its first bytes)")
+    parser.add_argument("--kind", help="what SOURCE is (default: told by its first bytes)")
     parser.add_argument("--language", default="en", help="of WIT's rows; empty for all (%(default)s)")
     parser.add_argument("--licence", help="of texts, and of a folder's pictures, where SOURCE names none")
     parser.add_argument("--memory", help="what the search may take, as 2G (default: what is quickest)")
@@ -57,7 +58,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         "in it; `gog-edge pack calibrate` does later")
     parser.add_argument("--shard-rows", type=int, help="pictures that are embedded at a time: what a kill costs "
                         f"(default: {SHARD_ROWS:,})")
-    parser.add_argument("--workers", type=int, help="processes that read (default: one a core)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read (default: one a core)")
     parser.add_argument("--stop-after", choices=[READING], help="leave the embedding to index.embed_ray; the same "
                         "command without goes on from there")
     return parser.parse_args(argv)
@@ -77,6 +78,8 @@ def _options(args: argparse.Namespace, before: Manifest | None) -> PackOptions:
         if args.shard_rows < 1:
             raise InputError(f"shards of {args.shard_rows} rows; give at least 1")
         values["shard_rows"] = args.shard_rows
+    if args.workers < 0:
+        raise InputError(f"{args.workers} workers; give at least 1, or 0 for one a core")
     values["tiles"] |= args.tiles
     values["captions"] &= not args.no_captions
     return PackOptions(**values)
@@ -87,20 +90,31 @@ def _build(args: argparse.Namespace, command: str, stages: Stages) -> Manifest |
     name = args.name or (args.out.resolve().name if before is None else before.name)
     settings: dict[str, Any] = {
         "name": name, "encoder": None if args.text_only else Encoder.open(args.encoder),
-        "options": _options(args, before), "workers": args.workers, "update": args.update, "command": command,
+        "options": _options(args, before), "workers": args.workers or None, "update": args.update, "command": command,
         "on_progress": stages,
     }  # fmt: skip
-    source = open_source(args.source, kind=args.kind, images=args.images, language=args.language, licence=args.licence)
+    source = _source(args)
     if args.stop_after == READING:
         read_snapshot(source, args.out, **settings)
         return None
     manifest = build_pack(source, args.out, **settings)
-    if args.text_only or args.no_calibration:
+    if args.text_only or args.no_calibration or (not args.update and _calibrated(manifest)):
         return manifest
     stages(CALIBRATING, 0, 1)
     manifest = calibrate_pack(args.out, settings["encoder"])
     stages(CALIBRATING, 1, 1)
     return manifest
+
+
+def _source(args: argparse.Namespace) -> Source:
+    from gog_edge.indexing.sources.open import open_source  # readers need the extra `index`: --help does not
+
+    return open_source(args.source, kind=args.kind, images=args.images, language=args.language, licence=args.licence)
+
+
+def _calibrated(manifest: Manifest) -> bool:
+    """Whether it is: not so where the same command was stopped between the commit and the calibration."""
+    return manifest.image_calibration is not None or manifest.text_calibration is not None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"build_pack: stopped; {GOES_ON}", file=sys.stderr)
         return 130
-    except GogEdgeError as exc:
-        print(f"build_pack: {exc}", file=sys.stderr)
+    except FAILURES as exc:
+        print(f"build_pack: {explained(exc)}", file=sys.stderr)
         return 1
     if manifest is None:
         print(json.dumps({"pack": str(args.out), "stopped_after": args.stop_after}))

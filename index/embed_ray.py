@@ -18,7 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gog_edge.errors import GogEdgeError
+from gog_edge.cli.errors import FAILURES, explained
+from gog_edge.errors import InputError
 from gog_edge.indexing.ray_embedding import LOCAL, Workers, embed_with_ray
 from gog_edge.show_pack import Stages
 
@@ -33,12 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cores", type=int, default=1, help="of each worker (%(default)s)")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    workers = Workers(args.workers, args.cores, args.address)
     try:
+        if min(args.workers, args.cores) < 1:
+            raise InputError(f"{args.workers} workers of {args.cores} cores; give at least 1 of each")
+        workers = Workers(args.workers, args.cores, args.address)
         with Stages() as stages:
             shards = embed_with_ray(args.out, args.encoder, workers, stages)
-    except GogEdgeError as exc:
-        print(f"embed_ray: {exc}", file=sys.stderr)
+    except FAILURES as exc:
+        print(f"embed_ray: {explained(exc)}", file=sys.stderr)
         return 1
     print(json.dumps({"pack": str(args.out), "shards": shards, "seconds": round(time.perf_counter() - started, 2)}))
     return 0

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gog_edge.errors import GogEdgeError
+from gog_edge.cli.errors import FAILURES, explained
 from gog_edge.indexing.parquet_export import export_parquet, read_holding
 from gog_edge.retrieval.server import DTYPES
 
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         files = {path.name: read_holding(path).rows for path in export_parquet(args.pack, args.out, dtype=args.dtype)}
-    except GogEdgeError as exc:
-        print(f"export_parquet: {exc}", file=sys.stderr)
+    except FAILURES as exc:
+        print(f"export_parquet: {explained(exc)}", file=sys.stderr)
         return 1
     print(json.dumps({"out": str(args.out), "rows": files, "seconds": round(time.perf_counter() - started, 2)}))
     return 0

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from gog_edge.cli.errors import FAILURES, explained
 from gog_edge.config import MilvusConfig
-from gog_edge.errors import GogEdgeError
 from gog_edge.indexing.milvus_loading import KINDS, Loaded, load_export
 from gog_edge.indexing.parquet_export import export_parquet
 from gog_edge.retrieval.manifest import MANIFEST
@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Stages() as stages:
             loaded = load(args, stages)
-    except GogEdgeError as exc:
-        print(f"load_milvus: {exc}", file=sys.stderr)
+    except FAILURES as exc:
+        print(f"load_milvus: {explained(exc)}", file=sys.stderr)
         return 1
     spaces = {one.alias: asdict(one) for one in loaded}
     print(json.dumps({"uri": args.uri, "seconds": round(time.perf_counter() - started, 2), "aliases": spaces}))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.retrieval.whole_pack 1000000 runs/bench-retrieval encoder
 
-Vectors are those of `benchmarks.retrieval.vectors`; the encoder must have their 512 dimensions and is not run: crops are
-vectors too. There is no golden image, since no made vector is any picture's. The last line is the result as JSON.
+Vectors are those of `benchmarks.retrieval.vectors`; the encoder must have their 512 dimensions and is not run, since
+crops are vectors too. There is no golden image: no made vector is any picture's. The last line is the result as JSON.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from gog_edge.cli.errors import errors_shown
 from gog_edge.errors import InputError
 
 if TYPE_CHECKING:
+    from gog_edge.bundle import Bundle
     from gog_edge.indexing.generation import PackOptions
     from gog_edge.indexing.sources.open import Kind
     from gog_edge.retrieval.encoder import Encoder
@@ -45,16 +46,21 @@ def info(pack: PackArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def verify(pack: PackArgument, as_json: JsonOption = False) -> None:
-    """Read everything of a pack and compare it; exit code 1, and the first fault by name, when something is wrong."""
+    """Read everything of a pack and compare it; exit code 1, and the first fault by name, when something is wrong.
+
+    Vectors that a Milvus server searches, as the bundle around the pack says, need not be here.
+    """
     with errors_shown(1):
         from gog_edge.retrieval.manifest import read_manifest
         from gog_edge.retrieval.pack import verify_pack
         from gog_edge.show_pack import Stages
 
         with Stages() as stages:
-            total = sum(entry.size for entry in read_manifest(pack).files)
-            manifest = verify_pack(pack, stages.counting("comparing files", total))
-    _done(manifest, "is whole", as_json)
+            before = read_manifest(pack)
+            server = _server_of(pack, before)
+            total = sum(entry.size for entry in before.files)
+            manifest = verify_pack(pack, stages.counting("comparing files", total), vectors=server is None)
+    _done(manifest, "is whole" if server is None else f"is whole but for its vectors, which lie on {server}", as_json)
 
 
 @app.command()
@@ -66,7 +72,7 @@ def add(
     kind: Annotated[str | None, typer.Option(help="What SOURCE is; told by its first bytes when left out.")] = None,
     language: Annotated[str, typer.Option(help="Of WIT's rows.")] = "en",
     licence: Annotated[str | None, typer.Option(help="Of what the source names none for.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that read; 0 for one a core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read; 0 for one a core.")] = 0,
     memory: MemoryOption = None,
     recall: RecallOption = None,
     as_json: JsonOption = False,
@@ -114,18 +120,20 @@ def calibrate(
                                                 "count as found.")] = 0.05,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how surely it is known that a thing is in the pack, with looks at its own pictures."""
+    """Measure how surely it is known that a thing is in the pack, with looks at its own pictures and its own words.
+
+    What was measured before is replaced, also where it was measured with better pictures, as the atlas's scenes are.
+    """
     with errors_shown():
         from gog_edge.indexing.calibrate import calibrate_pack
         from gog_edge.retrieval.manifest import read_manifest
-        from gog_edge.show_pack import show_pack, waiting
+        from gog_edge.show_pack import recalibrated, waiting
 
         with waiting("looking at its pictures"):
             before = read_manifest(pack)
-            opened = _needed(_encoder(pack, before, encoder), before)
-            manifest = calibrate_pack(pack, opened, target_false_accept=false_accept)
+            manifest = calibrate_pack(pack, _encoder(pack, before, encoder), target_false_accept=false_accept)
     if not as_json:
-        show_pack(pack, manifest)
+        typer.echo("\n".join(recalibrated(before, manifest)))
     _done(manifest, "is calibrated", as_json)
 
 
@@ -137,40 +145,50 @@ def compact(
     recall: RecallOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a pack of many generations as one, without what is no longer there; nothing is embedded again."""
+    """Write a pack of many generations as one, without what is no longer there; no picture is embedded again."""
     with errors_shown(interrupted="the pack is as it was"):
         from gog_edge.indexing.compact import compact as make_one
         from gog_edge.retrieval.manifest import read_manifest
-        from gog_edge.show_pack import Stages
+        from gog_edge.show_pack import Stages, about_superseded
 
         with Stages() as stages:
             before = read_manifest(pack)
             opened = _encoder(pack, before, encoder)
             manifest = make_one(pack, opened, _options(before, memory, recall), stages)
+        freed = about_superseded(pack, manifest)
     sizes = " to ".join(f"{sum(entry.size for entry in one.files) / 2**20:,.1f}" for one in (before, manifest))
-    _done(manifest, f"went from {sizes} MiB", as_json)
+    _done(manifest, f"went from {sizes} MiB{freed}", as_json)
 
 
 def _encoder(pack: Path, manifest: Manifest, named: Path | None) -> Encoder | None:
     """The encoder that was named, or that of the bundle around the pack; None for a pack of texts alone."""
-    from gog_edge.bundle import FILE, open_bundle
     from gog_edge.retrieval.encoder import Encoder
 
     if manifest.encoder is None:
         return None
     if named is not None:
         return Encoder.open(named)
-    bundle = next((folder for folder in pack.resolve().parents if (folder / FILE).is_file()), None)
+    bundle = _bundle_of(pack)
     if bundle is None:
         raise InputError(f"'{pack}' lies in no bundle that would tell its encoder '{manifest.encoder.name}'; give "
                          "--encoder DIR")
-    return Encoder.open(open_bundle(bundle).encoder)
+    return Encoder.open(bundle.encoder)
 
 
-def _needed(encoder: Encoder | None, manifest: Manifest) -> Encoder:
-    if encoder is None:
-        raise InputError(f"pack '{manifest.name}' has no pictures; there is nothing to calibrate")
-    return encoder
+def _server_of(pack: Path, manifest: Manifest) -> str | None:
+    """Where the vectors lie that are not here, if the bundle around the pack says so."""
+    if all((pack / path).is_file() for path in (*manifest.images.paths, *manifest.captions.paths)):
+        return None
+    bundle = _bundle_of(pack)
+    servers = {} if bundle is None else bundle.servers
+    return next((server.uri for path, server in servers.items() if path.resolve() == pack.resolve()), None)
+
+
+def _bundle_of(pack: Path) -> Bundle | None:
+    from gog_edge.bundle import FILE, open_bundle
+
+    root = next((folder for folder in pack.resolve().parents if (folder / FILE).is_file()), None)
+    return None if root is None else open_bundle(root)
 
 
 def _options(manifest: Manifest, memory: str | None, recall: float | None) -> PackOptions:

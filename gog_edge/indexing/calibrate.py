@@ -11,12 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from gog_edge.errors import PackError
 from gog_edge.indexing.calibration_queries import HeldOut, held_out_looks, held_out_texts
-from gog_edge.indexing.commit import put_in_force, writing
+from gog_edge.indexing.commit import changing, put_in_force
 from gog_edge.retrieval.calibration import IMAGE_FEATURES, TEXT_FEATURES, Calibration
 from gog_edge.retrieval.channels import IMAGE_TO_CAPTION, Look
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.fusion import Key, Ranking, fuse
-from gog_edge.retrieval.manifest import Manifest, read_manifest
+from gog_edge.retrieval.manifest import Manifest
 from gog_edge.retrieval.pack import Pack
 from gog_edge.retrieval.ranking import rank_words
 
@@ -42,7 +42,7 @@ class _Line:
         return x @ self.weights + self.bias
 
 
-def calibrate_pack(folder: Path, encoder: Encoder, *, target_false_accept: float = TARGET_FALSE_ACCEPT,
+def calibrate_pack(folder: Path, encoder: Encoder | None, *, target_false_accept: float = TARGET_FALSE_ACCEPT,
                    queries: int = QUERIES, seed: int = 0) -> Manifest:
     """Calibrate a pack with looks at its own pictures and with its own words, and put the result in force.
 
@@ -50,7 +50,7 @@ def calibrate_pack(folder: Path, encoder: Encoder, *, target_false_accept: float
 
     Args:
         folder: a pack; who has it open goes on with what it read.
-        encoder: the pack's own.
+        encoder: the pack's own; None for a pack of texts alone.
         target_false_accept: share, 0..1, of things that are not there that may count as found.
         queries: pictures, and texts, at most.
         seed: of what is drawn.
@@ -60,11 +60,10 @@ def calibrate_pack(folder: Path, encoder: Encoder, *, target_false_accept: float
     """
     if not 0 <= target_false_accept < 1:
         raise PackError(f"a target of {target_false_accept} for false accepts; give a share from 0 to below 1")
-    with writing(folder):
+    with changing(folder):
         pack = Pack.open(folder, encoder)
         try:
-            looks = held_out_looks(pack, encoder, queries, seed)
-            image = calibrate_looks(looks, target_false_accept) if _enough(looks.present, looks.absent) else None
+            image = _calibrate_looks_of(pack, encoder, target_false_accept, queries, seed)
             known, unknown = held_out_texts(pack.store, pack.manifest, queries, seed)
             text = calibrate_texts(pack, known, unknown, target_false_accept=target_false_accept) \
                 if _enough(known, unknown) else None
@@ -73,6 +72,14 @@ def calibrate_pack(folder: Path, encoder: Encoder, *, target_false_accept: float
         manifest = pack.manifest.calibrated(image, text)
         put_in_force(folder, manifest)
     return manifest
+
+
+def _calibrate_looks_of(pack: Pack, encoder: Encoder | None, target: float, queries: int,
+                        seed: int) -> Calibration | None:
+    if encoder is None:
+        return None
+    looks = held_out_looks(pack, encoder, queries, seed)
+    return calibrate_looks(looks, target) if _enough(looks.present, looks.absent) else None
 
 
 def _enough(present: Sized, absent: Sized) -> bool:
@@ -157,9 +164,16 @@ def fit_calibration(
     )
 
 
-def write_calibration(folder: Path, *, image: Calibration | None, text: Calibration | None) -> None:
-    """Store calibrations in a pack's manifest; who has the pack open keeps the old ones. PackError when no pack."""
-    put_in_force(folder, read_manifest(folder).calibrated(image, text))
+def write_calibration(folder: Path, *, image: Calibration | None, text: Calibration | None) -> Manifest:
+    """Put calibrations in force that were fitted elsewhere; who has the pack open keeps the old ones.
+
+    Raises:
+        PackError: no pack, or another process writes it.
+    """
+    with changing(folder) as manifest:
+        calibrated = manifest.calibrated(image, text)
+        put_in_force(folder, calibrated)
+    return calibrated
 
 
 def _fit(present: Matrix, absent: Matrix, target: float) -> _Line:

@@ -37,6 +37,8 @@ _OWN_NAME = re.compile(r"\d{6}[-.].*")  # begins with its generation; nothing el
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Hold a pack's lock; PackError when another process writes it, or nobody may."""
+    if folder.exists() and not folder.is_dir():
+        raise PackError(f"'{folder}' is a file, and a pack is a folder; choose another name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / LOCK).open("w")

@@ -1,10 +1,15 @@
-"""Makes one segment of a pack's segments, without what is no longer there. Nothing is embedded again; ids stay."""
+"""Makes one segment of a pack's segments, without what is no longer there; ids stay.
+
+No picture is embedded again. Captions are where an image has more of them than still stand under it: vectors do not say
+which text they are of.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +17,7 @@ from numpy.typing import NDArray
 from gog_edge.errors import PackError
 from gog_edge.files import full_disk_said, write_array
 from gog_edge.indexing.commit import changing, commit, prune
+from gog_edge.indexing.embedding import CAPTIONS, ShardPlan, distinct_captions, embed_captions
 from gog_edge.indexing.generation import QUERIES, OnProgress, PackOptions
 from gog_edge.indexing.heldout import heldout_crops
 from gog_edge.indexing.index_writer import build_index
@@ -34,7 +40,8 @@ def compact(folder: Path, encoder: Encoder | None, options: PackOptions | None =
 
     Args:
         folder: the pack.
-        encoder: its own: the new indexes are measured with looks at stored images. None for a pack of texts alone.
+        encoder: its own: it embeds captions, and the new indexes are measured with looks at stored images. None for a
+            pack of texts alone.
         options: rows of a shard, and what the search is to be; as the pack was built where left out.
         on_progress: is told (stage, done, total).
 
@@ -49,10 +56,13 @@ def compact(folder: Path, encoder: Encoder | None, options: PackOptions | None =
         gone, dead = read_tombstones(folder, parent)
         job = _Compaction(folder, parent, parent.generation + 1, gone, dead, options or PackOptions.of(parent),
                           on_progress)
-        manifest = job.without_indexes()
+        manifest = job.without_indexes(encoder)
         if encoder is not None:
             manifest = job.indexed(manifest, encoder)
         return commit(folder, manifest, parent)
+
+
+Rows: TypeAlias = tuple[Ids, NDArray[np.float16]]  # [n] and [n, dim]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +75,10 @@ class _Compaction:
     options: PackOptions
     on_progress: OnProgress | None
 
-    def without_indexes(self) -> Manifest:
+    def without_indexes(self, encoder: Encoder | None) -> Manifest:
         segment = self._segment()
-        images, captions = (self._space(kind, space) for kind, space in
-                            (("images", self.parent.images), ("captions", self.parent.captions)))
+        images = self._space("images", self.parent.images.rows, self._live(self.parent.images))
+        captions = self._space("captions", self.parent.captions.rows, self._captions(segment, encoder))
         return replace(
             self.parent, generation=self.number, parent=self.parent.generation, segments=(segment,), images=images,
             captions=captions, tombstones=None, counts=segment.counts,
@@ -88,26 +98,46 @@ class _Compaction:
         )
         return Segment(store, articles, paragraphs, images, counts)
 
-    def _space(self, kind: str, space: Space) -> Space:
+    def _space(self, kind: str, rows: int, parts: Iterator[Rows]) -> Space:
         shards: list[Shard] = []
         done = 0
-        for ids, vectors in _refilled(self._live(space), SHARDS_IN_ONE * self.options.shard_rows):
+        for ids, vectors in _refilled(parts, SHARDS_IN_ONE * self.options.shard_rows):
             name = f"vectors/{self.number:06d}-{kind}-{len(shards):06d}"
             shard = Shard(f"{name}.npy", f"{name}.ids.npy", len(ids))
             write_array(self.folder / shard.ids, ids)
             write_array(self.folder / shard.vectors, vectors)
             shards.append(shard)
             done += len(ids)
-            self._tell(f"{kind}' vectors", done, space.rows)
+            self._tell(f"{kind}' vectors", done, rows)
         return Space(tuple(shards))
 
-    def _live(self, space: Space) -> Iterator[tuple[Ids, NDArray[np.float16]]]:
+    def _live(self, space: Space) -> Iterator[Rows]:
         """Each shard without the rows of dead images, in order: the first row of an id stays its first."""
         for shard in space.shards:
             ids = np.load(self.folder / shard.ids, allow_pickle=False)
             vectors = np.load(self.folder / shard.vectors, mmap_mode="r", allow_pickle=False)
             live = ~np.isin(ids, self.dead)
             yield ids[live], vectors[live]
+
+    def _captions(self, segment: Segment, encoder: Encoder | None) -> Iterator[Rows]:
+        """As they are; those of images whose captions were corrected, or went with an article, embedded anew."""
+        space = self.parent.captions
+        if encoder is None or not space.rows:
+            return
+        plan = ShardPlan(CAPTIONS, self.number, 0, segment.images.first, segment.images.last)
+        reader = SegmentReader.open(self.folder / segment.store)
+        try:
+            said = np.fromiter((image for image, _ in distinct_captions(plan, reader)), dtype=np.int64)
+            stale = _more_often(np.concatenate([ids for ids, _ in self._live(space)]), said)
+            for ids, vectors in self._live(space):
+                kept = ~np.isin(ids, stale)
+                yield ids[kept], vectors[kept]
+            wanted = frozenset(stale.tolist())
+            captions = ((image, text) for image, text in distinct_captions(plan, reader) if image in wanted)
+            for ids, fresh in embed_captions(captions, encoder):
+                yield ids, fresh.astype(np.float16)
+        finally:
+            reader.close()
 
     def indexed(self, manifest: Manifest, encoder: Encoder) -> Manifest:
         reader = SegmentReader.open(self.folder / manifest.segments[0].store)
@@ -131,7 +161,14 @@ class _Compaction:
             self.on_progress(stage, done, total)
 
 
-def _refilled(parts: Iterator[tuple[Ids, NDArray[np.float16]]], rows: int) -> Iterator[tuple[Ids, NDArray[np.float16]]]:
+def _more_often(ids: Ids, others: Ids) -> Ids:
+    """Those of `ids` that stand there more often than in `others`, which are sorted."""
+    distinct, counts = np.unique(ids, return_counts=True)
+    first, last = (np.searchsorted(others, distinct, side) for side in ("left", "right"))
+    return distinct[counts > last - first]
+
+
+def _refilled(parts: Iterator[Rows], rows: int) -> Iterator[Rows]:
     """The same rows in shards of `rows`."""
     ids, vectors = np.empty(0, np.int64), np.empty((0, 0), np.float16)
     for more_ids, more in parts:

@@ -167,12 +167,18 @@ def _embed_captions(plan: ShardPlan, reader: SegmentReader, encoder: Encoder) ->
     Links to images of earlier segments stand in the first shard: a caption that is new there is embedded here. What
     earlier segments embedded is not embedded again.
     """
-    for batch in _batches(_distinct_captions(plan, reader), BATCH):
+    yield from embed_captions(distinct_captions(plan, reader), encoder)
+
+
+def embed_captions(captions: Iterable[tuple[int, str]], encoder: Encoder) -> Iterator[Embedded]:
+    """Ids [n] and vectors [n, dim] batch by batch, of what is written under images."""
+    for batch in _batches(captions, BATCH):
         ids = np.array([image for image, _ in batch], dtype=np.int64)
         yield ids, encoder.embed_texts([text for _, text in batch])
 
 
-def _distinct_captions(plan: ShardPlan, reader: SegmentReader) -> Iterator[tuple[int, str]]:
+def distinct_captions(plan: ShardPlan, reader: SegmentReader) -> Iterator[tuple[int, str]]:
+    """Images in order, each with every text that stands under it once."""
     at = (0 if plan.number == 0 else plan.first - 1, 2**62)
     seen: tuple[int, set[str]] = (0, set())
     while links := reader.captions(at, BATCH):

@@ -33,7 +33,11 @@ _COPIES = {
         "WHERE i.id NOT IN dead ORDER BY i.id"
     ),
     "pixels": "INSERT INTO pixels SELECT * FROM old.pixels WHERE image NOT IN dead ORDER BY image",
-    "links": "INSERT INTO links SELECT * FROM old.links WHERE image NOT IN dead AND article NOT IN gone",
+    # All captions are this one segment's own: none was embedded with an earlier one.
+    "links": (
+        "INSERT INTO links SELECT image, article, position, caption, 0 FROM old.links "
+        "WHERE image NOT IN dead AND article NOT IN gone"
+    ),
     "skipped": (
         "INSERT INTO skipped SELECT * FROM old.skipped WHERE true "
         "ON CONFLICT (reason) DO UPDATE SET count = count + excluded.count"

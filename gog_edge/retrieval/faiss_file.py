@@ -23,7 +23,7 @@ def read_index(path: Path) -> Any:
 
     Raises:
         PackError: it is no index, claims to hold more than the file has bytes, is of a kind that is not searched here,
-            or does not compare by inner product.
+            does not compare by inner product, or its parts are not of each other.
     """
     try:
         with _READING, _limits(path.stat().st_size):
@@ -34,9 +34,28 @@ def read_index(path: Path) -> Any:
         raise PackError(f"pack: '{path}' is a {type(index).__name__}; searched are {KINDS_SAID}; build the pack again")
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise PackError(f"pack: '{path}' does not compare by inner product; build the pack again")
+    _check_parts(path, index)
     if isinstance(index, faiss.IndexIVFFastScan):
         index.implem = 10  # query by query: a sixth quicker here than list by list, FAISS's choice for batches
     return index
+
+
+def _check_parts(path: Path, index: Any) -> None:
+    """What FAISS itself looks at differs from release to release; where parts disagree it reads memory not its own."""
+    if isinstance(index, faiss.IndexIVF):
+        _agree(path, "lists with centroids", index.nlist, index.quantizer.ntotal)
+        _agree(path, "dimensions of centroids", index.d, index.quantizer.d)
+    elif isinstance(index, faiss.IndexHNSW):
+        _agree(path, "vectors in its graph", index.ntotal, index.storage.ntotal)
+        _agree(path, "dimensions in its graph", index.d, index.storage.d)
+        _check_parts(path, faiss.downcast_index(index.storage))
+    elif isinstance(index, faiss.IndexFlatCodes):
+        _agree(path, "bytes of codes", index.ntotal * index.code_size, index.codes.size())
+
+
+def _agree(path: Path, what: str, said: int, held: int) -> None:
+    if said != held:
+        raise PackError(f"pack: '{path}' says that it has {said} {what}, and has {held}; copy or build the pack again")
 
 
 def search_params(

@@ -119,6 +119,10 @@ class VectorIndex:
         """Rows that can be found."""
         return len(self.shards) - len(self._dead)
 
+    def close(self) -> None:
+        """End the threads that help searching; nobody may be searching. A second time does nothing."""
+        self._helpers.shutdown()
+
     def search(self, queries: Vectors, k: int, *, without: Ids | None = None) -> Hits:
         """The k nearest ids of each query [n, dim]; what is dead, or in `without`, is never among them.
 
@@ -149,8 +153,8 @@ class VectorIndex:
         lacking = np.flatnonzero((hits.ids[:, -1] < 0) | self._mostly_hidden(found, hidden))
         while len(lacking) and ask < min(THOROUGH, 8 * len(self.shards)):
             ask, wider = 8 * ask, 8 * wider
-            some = queries[lacking]
-            found = [part.find(some, ask, without=np.flatnonzero(hidden), wider=wider) for part in self._parts]
+            some, without = queries[lacking], np.flatnonzero(hidden)
+            found = [part.find(some, ask, without=without, wider=wider) for part in self._parts]
             better = self._distinct_hits(some, found, k, hidden)
             hits.scores[lacking], hits.ids[lacking] = better.scores, better.ids
             lacking = lacking[better.ids[:, -1] < 0]

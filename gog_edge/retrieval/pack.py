@@ -18,7 +18,7 @@ from gog_edge.retrieval.index import Hits, VectorIndex
 from gog_edge.retrieval.manifest import Counts, Manifest, Space, read_manifest, verify_files_of
 from gog_edge.retrieval.segment import StoredPicture
 from gog_edge.retrieval.store import Store
-from gog_edge.retrieval.vectors import Ids, Rows, VectorShards
+from gog_edge.retrieval.vectors import Ids, Rows, VectorShards, read_ids
 from gog_edge.types import Vectors
 
 SPOT_CHECKS = 64  # ids of vectors that are looked up in the store at open; `verify_pack` looks at all
@@ -51,6 +51,9 @@ class SpaceIndex(Protocol):
     def search(self, queries: Vectors, k: int, *, without: Ids | None = None) -> Hits:
         """The k nearest of each query."""
 
+    def close(self) -> None:
+        """End what helps searching; nobody may be searching."""
+
 
 OpenIndex: TypeAlias = Callable[[Manifest, str, Ids], SpaceIndex]  # "images" or "captions", ids of images that are gone
 
@@ -67,12 +70,12 @@ class Pack:
     gone_images: frozenset[int] = field(repr=False)
 
     @classmethod
-    def open(cls, folder: Path, encoder: Encoder, open_index: OpenIndex | None = None) -> Pack:
+    def open(cls, folder: Path, encoder: Encoder | None, open_index: OpenIndex | None = None) -> Pack:
         """Open a pack and check it: files by hash, ids against vectors against rows, the encoder, a golden query.
 
         Args:
             folder: the pack.
-            encoder: its own.
+            encoder: its own; None will do for a pack of texts alone.
             open_index: gives the indexes of its spaces; its files of vectors and indexes are not looked for then.
 
         Raises:
@@ -85,7 +88,7 @@ class Pack:
         articles, images = read_tombstones(folder, manifest)
         store = Store.open(folder, manifest.segments, articles.tolist())
         try:
-            opener = open_index or _opener(folder, encoder.dim)
+            opener = open_index or _opener(folder, 0 if encoder is None else encoder.dim)
             pictures, captions = (opener(manifest, space, images) for space in ("images", "captions"))
             pack = cls(folder, manifest, store, pictures, captions, frozenset(images.tolist()))
             pack._check_counts()
@@ -109,8 +112,10 @@ class Pack:
         return self.store.main_images(articles, self.gone_images)
 
     def close(self) -> None:
-        """Close the store."""
+        """Close the store and the searches."""
         self.store.close()
+        self.images.close()
+        self.captions.close()
 
     def _check_counts(self) -> None:
         for segment, reader in zip(self.manifest.segments, self.store.readers, strict=True):
@@ -129,9 +134,9 @@ class Pack:
             raise PackError(f"pack '{self.name}': {images} image rows and {len(self.images)} vectors disagree; "
                             "build it again")
 
-    def _check_golden(self, encoder: Encoder) -> None:
+    def _check_golden(self, encoder: Encoder | None) -> None:
         golden = self.manifest.golden
-        if golden is None:
+        if golden is None or encoder is None:
             return
         stored = self.picture(golden)
         if stored is None:
@@ -155,27 +160,21 @@ def read_tombstones(folder: Path, manifest: Manifest) -> tuple[Ids, Ids]:
     """Ids of articles and of images that are no longer there, sorted; PackError where a file holds no ids."""
     if manifest.tombstones is None:
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    paths = [folder / manifest.tombstones.articles, folder / manifest.tombstones.images]
-    try:
-        articles, images = (np.load(path, allow_pickle=False) for path in paths)
-    except (OSError, ValueError) as exc:
-        raise PackError(f"pack '{manifest.name}': its tombstones cannot be read ({exc}); copy it again") from exc
-    for path, ids in zip(paths, (articles, images), strict=True):
-        if ids.dtype != np.int64 or ids.ndim != 1:
-            raise PackError(f"pack '{manifest.name}': '{path}' holds {ids.dtype} {ids.shape}, wanted int64 [n]")
+    files = manifest.tombstones.articles, manifest.tombstones.images
+    articles, images = (read_ids(folder / path) for path in files)
     return articles, images
 
 
-def verify_pack(folder: Path, on_bytes: OnBytes | None = None) -> Manifest:
+def verify_pack(folder: Path, on_bytes: OnBytes | None = None, *, vectors: bool = True) -> Manifest:
     """Read everything of a pack: every file by hash, every page of the store, every id and every vector.
 
-    `on_bytes` is told how much was hashed.
+    `on_bytes` is told how much was hashed. Without `vectors`, their files may lie elsewhere and are not looked for.
 
     Raises:
         PackError: names the first file, row or vector that is wrong.
     """
     manifest = read_manifest(folder)
-    verify_files_of(folder, manifest, full=True, on_bytes=on_bytes)
+    verify_files_of(folder, manifest, full=True, vectors=vectors, on_bytes=on_bytes)
     articles, images = read_tombstones(folder, manifest)
     store = Store.open(folder, manifest.segments, articles.tolist())
     try:
@@ -183,7 +182,7 @@ def verify_pack(folder: Path, on_bytes: OnBytes | None = None) -> Manifest:
         rows = store.image_ids()
     finally:
         store.close()
-    for kind in (manifest.images, manifest.captions):
+    for kind in (manifest.images, manifest.captions) if vectors else ():
         _verify_vectors(folder, manifest, kind, rows)
     return manifest
 
@@ -226,9 +225,11 @@ def _verify_vectors(folder: Path, manifest: Manifest, space: Space, rows: Ids) -
                             f"image {int(wrong[0])}; build it again")
 
 
-def _check_encoder(manifest: Manifest, encoder: Encoder) -> None:
+def _check_encoder(manifest: Manifest, encoder: Encoder | None) -> None:
     if manifest.encoder is None:
         return
+    if encoder is None:
+        raise PackError(f"pack '{manifest.name}' was built with encoder '{manifest.encoder.name}'; open it with that")
     mine, theirs = asdict(encoder.fingerprint), asdict(manifest.encoder)
     for key, value in theirs.items():
         if mine[key] != value:

@@ -103,7 +103,10 @@ class StoredPicture:
 
 
 class SegmentReader:
-    """Reads one segment, also when its file is removed meanwhile. Each call borrows one of a few connections."""
+    """Reads one segment, also when its file is removed meanwhile. Each call borrows one of a few connections.
+
+    Every call raises PackError where it comes upon damaged pages.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -120,7 +123,7 @@ class SegmentReader:
         reader = cls(path)
         try:
             reader._connect()
-            version = reader._value("PRAGMA user_version")
+            version = reader._connections[0].execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.Error as exc:
             reader.close()
             raise PackError(f"pack: '{path}' is no SQLite store ({exc}); copy or build the pack again") from exc
@@ -136,12 +139,9 @@ class SegmentReader:
 
     def check(self) -> None:
         """Let SQLite look at every page; PackError with what it finds."""
-        try:
-            said = [row[0] for row in self._rows("PRAGMA integrity_check(1)")]
-        except sqlite3.DatabaseError as exc:
-            said = [str(exc)]
-        if said != ["ok"]:
-            raise PackError(f"pack: '{self._path}' is damaged ({said[0]}); copy or build the pack again")
+        said = self._value("PRAGMA integrity_check(1)")
+        if said != "ok":
+            raise PackError(f"pack: '{self._path}' is damaged ({said}); copy or build the pack again")
 
     # --- what there is ------------------------------------------------------------------------
 
@@ -321,14 +321,21 @@ class SegmentReader:
         # immutable: a pack's files never change, so SQLite may skip locks and works on read-only media.
         source = f"file:{quote(str(self._path.resolve()))}?mode=ro&immutable=1"
         for _ in range(CONNECTIONS):
-            self._connections.append(sqlite3.connect(source, uri=True, check_same_thread=False))
-            self._idle.put(self._connections[-1])
+            connection = sqlite3.connect(source, uri=True, check_same_thread=False)
+            self._connections.append(connection)
+            connection.execute("PRAGMA trusted_schema = OFF")  # a pack may come from anywhere
+            self._idle.put(connection)
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         connection = self._idle.get()
         try:
             yield connection
+        except sqlite3.ProgrammingError:
+            raise  # a fault of ours
+        except sqlite3.DatabaseError as exc:
+            raise PackError(f"pack: '{self._path}' is damaged ({exc}); verify the pack, and copy or build it again "
+                            "if it is") from exc
         finally:
             self._idle.put(connection)
 

@@ -214,6 +214,9 @@ class MilvusIndex:
     def __len__(self) -> int:
         return self._holding.rows
 
+    def close(self) -> None:
+        """Nothing ends: the connection is the server's, which other packs search too."""
+
     def search(self, queries: Vectors, k: int, *, without: Ids | None = None) -> Hits:
         """The k nearest images of each query, as `VectorIndex.search` gives them.
 

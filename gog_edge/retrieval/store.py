@@ -19,6 +19,7 @@ REMEMBERED_TERMS = 50_000
 REMEMBERED_IMAGES = 100_000  # rows without pixels, about 50 MB
 # Paragraphs that one query may make BM25 look at: a word that stands everywhere tells little and costs most.
 AFFORDABLE_PARAGRAPHS = 20_000
+NEARLY_ALL = 0.95  # of the pack's paragraphs: words are worth in such a segment what they are worth in the pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,6 @@ class Store:
         """`gone`: ids of articles that are no longer there."""
         self._segments = list(segments)
         self._gone = frozenset(gone)
-        self._largest = max(range(len(self._segments)), key=self._paragraphs, default=0)
         self._images: dict[int, ImageRow] = {}
         self._frequencies: dict[str, tuple[int, ...]] = {}  # of each segment
 
@@ -205,10 +205,11 @@ class Store:
 
     def _rank_live(self, place: int, terms: Sequence[str], limit: int) -> list[Match]:
         reader = self.readers[place]
-        if place == self._largest:
+        rows, own = self.counts().paragraphs, self._segments[place][0].counts.paragraphs
+        if own >= NEARLY_ALL * rows:  # it values words as the whole pack does, and ranks them quickest
             return self._live_matches(partial(reader.rank, terms), limit)
-        # valued as the largest values them: the scores of all segments compare
-        factors = {term: self._worth(self._largest, term) / self._worth(place, term) for term in terms}
+        held = [(term, self._frequencies_of(term)[place]) for term in terms]
+        factors = {term: idf(rows, self.frequency(term)) / idf(own, count) for term, count in held if count}
         return self._live_matches(partial(rank_by, reader, factors), limit)
 
     def _live_matches(self, find: Callable[[int], list[Match]], limit: int) -> list[Match]:
@@ -233,13 +234,6 @@ class Store:
                 self._frequencies = {}
             self._frequencies[term] = counts
         return counts
-
-    def _worth(self, place: int, term: str) -> float:
-        """The idf of a term in one segment."""
-        return idf(self._paragraphs(place), self._frequencies_of(term)[place])
-
-    def _paragraphs(self, place: int) -> int:
-        return self._segments[place][0].counts.paragraphs
 
     def holds(self, article: int, term: str) -> bool:
         """Whether an article (title and sections included) holds a term."""

@@ -27,6 +27,8 @@ Ids = NDArray[np.int64]  # [n] int64, ids of images
 Rows = NDArray[np.int64]  # [n] int64, numbers of rows
 BLOCK_ROWS = 65_536
 _READ_BYTES = 2**30  # Linux reads no more than 2 GiB at once
+_MANY = 128  # ids that are more than one of so many rows are found quicker by a look at every row
+_NO_ARRAY = (OSError, ValueError, EOFError, MemoryError, OverflowError)  # what NumPy raises at damaged or lying files
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class VectorShards:
             for part in parts:
                 if part.dtype != parts[0].dtype:
                     raise PackError(f"pack: '{part.path}' holds {part.dtype}, shards before it {parts[0].dtype}")
-            opened = cls(parts, [_read_ids(path, part) for (_, path), part in zip(shards, parts, strict=True)], dim)
+            opened = cls(parts, [_ids_of_part(path, part) for (_, path), part in zip(shards, parts, strict=True)], dim)
         except BaseException:
             _close([part.handle for part in parts])
             raise
@@ -118,7 +120,10 @@ class VectorShards:
 
     def rows_of(self, ids: ArrayLike) -> Rows:
         """All rows of some ids, in no order."""
-        wanted = np.unique(np.asarray(ids, dtype=np.int64))
+        wanted = np.asarray(ids, dtype=np.int64)
+        if len(wanted) * _MANY > len(self):
+            return np.flatnonzero(np.isin(self._ids, wanted))
+        wanted = np.unique(wanted)
         left, right = (np.searchsorted(self._sorted, wanted, side=side) for side in ("left", "right"))
         runs = [np.arange(*run) for run in zip(left[left < right], right[left < right], strict=True)]
         places = np.concatenate(runs) if runs else np.empty(0, dtype=np.int64)
@@ -174,7 +179,7 @@ def _open_vectors(path: Path, dim: int) -> _Part:
             read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
             shape, columns_first, dtype = read(stream)
             offset, size = stream.tell(), path.stat().st_size
-    except (OSError, ValueError) as exc:
+    except _NO_ARRAY as exc:
         raise PackError(f"pack: '{path}' is no array ({exc}); copy or build it again") from exc
     if dtype not in (np.float16, np.float32) or columns_first or len(shape) != 2 or shape[1] != dim:
         raise PackError(f"pack: '{path}' holds {dtype} {shape}, wanted float16 or float32 [n, {dim}] in rows")
@@ -184,14 +189,27 @@ def _open_vectors(path: Path, dim: int) -> _Part:
     return _Part(path, os.open(path, os.O_RDONLY), offset, shape[0], dtype)
 
 
-def _read_ids(path: Path, part: _Part) -> Ids:
+def read_ids(path: Path) -> Ids:
+    """Read a NumPy file of ids: [n] int64.
+
+    Raises:
+        PackError: it is missing, truncated, no such file, or of another shape or type.
+    """
     try:
-        ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as exc:
+        with path.open("rb") as stream:  # not np.load, which takes archives and pickles for arrays too
+            ids = npy.read_array(stream, allow_pickle=False)
+    except _NO_ARRAY as exc:
         raise PackError(f"pack: '{path}' is no array ({exc}); copy or build it again") from exc
-    if ids.dtype != np.int64 or ids.shape != (part.rows,):
-        raise PackError(f"pack: '{path}' holds {ids.dtype} {ids.shape}, wanted int64 [{part.rows}]")
+    if ids.dtype != np.int64 or ids.ndim != 1:
+        raise PackError(f"pack: '{path}' holds {ids.dtype} {ids.shape}, wanted int64 [n]; copy or build it again")
     return np.asarray(ids)
+
+
+def _ids_of_part(path: Path, part: _Part) -> Ids:
+    ids = read_ids(path)
+    if len(ids) != part.rows:
+        raise PackError(f"pack: '{path}' holds {len(ids)} ids, wanted {part.rows}; copy or build it again")
+    return ids
 
 
 def _read_into(part: _Part, start: int, buffer: memoryview) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
 from functools import partial
@@ -56,6 +56,7 @@ STATUS: dict[type[Exception], int] = {  # the nearest class in an error's ancest
     BudgetExceeded: 504,
     GogEdgeError: 500,
 }
+PICTURES_HELD = 2  # of the largest size, decoded for one search
 RETRY_AFTER = "2"  # seconds; about one question
 CACHED = "private, max-age=3600"
 EVENT_STREAM = "text/event-stream"
@@ -174,7 +175,7 @@ class Service:
             self.metrics.count(outcome, time.monotonic() - began)
 
     def _search(self, body: SearchBody) -> Generator[tuple[SearchResult, ...], None, None]:
-        queries = [query for item in body.items for query in self._queries(item)]
+        queries = [*self._queries(body.items)]
         if body.fused is None:
             yield self.runtime.search(queries)
         else:
@@ -182,14 +183,21 @@ class Service:
             texts = [query for query in queries if isinstance(query, TextQuery)]
             yield (self.runtime.search_many(crops, texts, body.fused),)
 
-    def _queries(self, item: SearchItem) -> Iterator[Query]:
-        check = self.runtime.limits.check_question
-        question = check(item.question) if item.question else ""
-        if item.text is not None:
-            yield TextQuery(check(item.text), question)
-        if item.picture is not None:
-            picture = self.runtime.decode(self._bytes(item.picture))
-            yield from (picture_query(picture, question, box) for box in item.boxes or (None,))
+    def _queries(self, items: Iterable[SearchItem]) -> Iterator[Query]:
+        """Each text and box. Pictures are held together until all are searched, so that their sum is bounded too."""
+        check, most = self.runtime.limits.check_question, PICTURES_HELD * self.runtime.limits.picture_pixels
+        pixels = 0
+        for item in items:
+            question = check(item.question) if item.question else ""
+            if item.text is not None:
+                yield TextQuery(check(item.text), question)
+            if item.picture is not None:
+                picture = self.runtime.decode(self._bytes(item.picture))
+                pixels += picture.size.width * picture.size.height
+                if pixels > most:
+                    raise TooLarge(f"the pictures of this search have more than {most} pixels together; send smaller "
+                                   "ones, or several searches")
+                yield from (picture_query(picture, question, box) for box in item.boxes or (None,))
 
     async def _read(self, request: Request, parse: Callable[[str, bytes], T]) -> T:
         body = await read_body(request, self.runtime.limits.picture_bytes)

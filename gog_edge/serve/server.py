@@ -37,7 +37,7 @@ def serve(bundle: Path, config: ServeConfig) -> None:
                                   timeout_graceful_shutdown=GRACE)
         if hasattr(signal, "SIGHUP"):  # not on Windows
             signal.signal(signal.SIGHUP, lambda *_: runtime.packs.wake())
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.closing(runtime.packs), contextlib.suppress(KeyboardInterrupt):
             _Server(settings, f"gog_edge serves '{runtime.name}' at {url} (Ctrl+C stops it)\n").run([listener])
 
 

@@ -16,11 +16,11 @@ from starlette.requests import Request
 from gog_edge.agent.events import Workflow
 from gog_edge.config import Budget
 from gog_edge.errors import PictureError, QuestionError, RequestError, TooLarge
+from gog_edge.retrieval.retriever import MAX_K
 from gog_edge.types import Box
 
 MAX_QUERIES = 16  # in one search
 MAX_BOXES = 32  # over all its queries
-MAX_K = 50  # things in a fused result
 DEFAULT_K = 5
 BODY_SLACK = 64 * 2**10  # bytes for everything in a body that is not the picture
 _ASK_FIELDS = frozenset({"picture", "sample", "question", "workflow", "budget"})

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from listed_source import ListedSource
 from little_folder import write_flag, write_little_folder
 from little_world import FLAGS, flag
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from gog_edge.cli import app
 from gog_edge.indexing.build import build_pack
 from gog_edge.indexing.commit import writing
+from gog_edge.indexing.drafts import ArticleDraft
 from gog_edge.indexing.sources.open import open_source
 from gog_edge.retrieval.manifest import MANIFEST, read_manifest
 from gog_edge.retrieval.pack import Pack, verify_pack
@@ -116,6 +118,57 @@ def test_the_encoder_is_that_of_the_bundle_around_it(built, tmp_path, tiny_encod
     done = run("compact", pack)
     assert done.exit_code == 0, done.output
     assert read_manifest(pack).generation == 2
+
+
+def test_vectors_that_lie_on_a_server_need_not_be_here(built, tmp_path, tiny_encoder_folder):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_encoder_folder, bundle / "encoder")
+    pack = shutil.copytree(built, bundle / "packs" / "little")
+    toml = ('schema = 1\nname = "toy"\n[policy]\nurl = "http://127.0.0.1:9/v1"\nmodel = "m"\ndialect = "gog"\n'
+            '[encoder]\npath = "encoder"\n[[packs]]\npath = "packs/little"\n')
+    (bundle / "bundle.toml").write_text(toml + 'milvus = "http://10.0.0.5:19530"\n')
+    assert "is whole\n" in run("verify", pack).stdout
+    shutil.rmtree(pack / "vectors")
+    done = run("verify", pack)
+    assert done.exit_code == 0 and "its vectors, which lie on http://10.0.0.5:19530" in done.stdout, done.output
+    (bundle / "bundle.toml").write_text(toml)
+    done = run("verify", pack)
+    assert done.exit_code == 1 and "is missing" in done.stderr
+
+
+def test_compact_says_what_the_disk_still_holds(pack, tiny_encoder_folder):
+    run("remove", pack, "--article", "Chad")
+    done = run("compact", pack, "--encoder", tiny_encoder_folder)
+    assert done.exit_code == 0 and "the generation before's, which the next change removes" in done.stdout, done.output
+    before = json.loads(run("info", pack, "--json").stdout)
+    assert 0 < before["bytes_superseded"] <= before["bytes_on_disk"] - before["bytes"]
+    assert "which the next change removes" in " ".join(run("info", pack).stdout.split())
+    run("remove", pack, "--article", "Spain")
+    after = json.loads(run("info", pack, "--json").stdout)
+    assert after["bytes_on_disk"] < before["bytes_on_disk"] - before["bytes_superseded"] / 2
+
+
+def test_a_pack_of_texts_alone_is_calibrated_without_an_encoder(tmp_path):
+    groups = tuple((ArticleDraft(f"{chr(97 + n % 26) * 3}ton {n}", (("", "It lies by the sea."),), "CC0"),)
+                   for n in range(60))
+    build_pack(ListedSource(groups, 20), tmp_path / "texts", name="texts", encoder=None, workers=1)
+    done = run("calibrate", tmp_path / "texts")
+    assert done.exit_code == 0, done.output
+    assert "found, words: accepts" in done.stdout and "before: not calibrated" in done.stdout
+    assert read_manifest(tmp_path / "texts").text_calibration is not None
+    done = run("calibrate", tmp_path / "texts")
+    assert "found, words: accepts" in done.stdout and "as before" in done.stdout
+
+
+def test_fewer_than_no_workers(pack, tmp_path, tiny_encoder_folder):
+    done = run("add", pack, tmp_path, "--encoder", tiny_encoder_folder, "--workers", "-1")
+    assert done.exit_code == 2 and "--workers" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_the_disk_refuses_is_one_line(pack, tmp_path, tiny_encoder_folder):
+    done = run("add", pack, tmp_path / ("x" * 300), "--encoder", tiny_encoder_folder)
+    assert done.exit_code == 2 and "cannot be used (File name too long)" in done.stderr, done.output
+    assert done.stderr.strip().count("\n") == 0 and read_manifest(pack).generation == 1
 
 
 def test_without_a_bundle_the_encoder_is_asked_for(pack):

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -94,7 +95,8 @@ def test_an_update_embeds_only_what_changed(build, tmp_path, collection):
 @pytest.mark.parametrize("words, told", [
     (("--memory", "2X"), "no size"), (("--recall", "7"), "recall of 7"),
     (("--shard-rows", "0"), "at least 1"), (("--update",), "no pack"),
-    (("--name", "a/b"), "cannot be named"), (("--kind", "zim"), "no file"),
+    (("--name", "a/b"), "cannot be named"), (("--workers", "-1"), "-1 workers"),
+    (("--kind", "zip"), "no kind"), (("--kind", "zim"), "no file"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_one_line(build, tmp_path, collection, words, told):
     status, _, err = build(collection, tmp_path / "pack", *words)
@@ -105,12 +107,53 @@ def test_what_cannot_be_done_is_one_line(build, tmp_path, collection, words, tol
 
 def test_a_folder_that_holds_something_is_not_built_into(build, tmp_path, collection):
     build(collection, tmp_path / "pack", "--text-only")
-    status, _, err = build(collection, tmp_path / "pack", "--text-only")
+    status, _, err = build(collection, tmp_path / "pack", "--text-only", "--name", "other")
     assert status == 1 and "--update" in err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("dear")
     status, _, err = build(collection, tmp_path / "other", "--text-only")
     assert status == 1 and "letter.txt" in err and (tmp_path / "other" / "letter.txt").exists()
+
+
+def test_stopped_before_its_calibration_the_same_command_calibrates(build, tmp_path, collection):
+    build(collection, tmp_path / "pack")  # as far as the commit
+    status, last, _ = build(collection, tmp_path / "pack", CALIBRATED)
+    assert status == 0 and last["generation"] == 1 and last["calibration"]["image"] is not None
+    status, again, progress = build(collection, tmp_path / "pack", CALIBRATED)
+    assert status == 0 and again["calibration"] == last["calibration"] and "calibrating" not in progress
+
+
+def test_out_is_a_file(build, tmp_path, collection):
+    (tmp_path / "pack").write_text("dear")
+    status, _, err = build(collection, tmp_path / "pack", "--text-only")
+    assert status == 1 and "is a file" in err and (tmp_path / "pack").read_text() == "dear"
+
+
+def test_a_full_disk_while_it_reads(build, tmp_path, collection):
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, usual[1]))  # as a disk that takes no more
+    try:
+        status, _, err = build(collection, tmp_path / "pack", "--text-only")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert status == 1 and "full" in err and "make room" in err, err
+    assert build(collection, tmp_path / "pack", "--text-only")[0] == 0
+
+
+@pytest.mark.parametrize("module", ["selectolax", "ijson"])
+def test_what_is_not_installed_is_one_line(tmp_path, collection, module):
+    (tmp_path / "bare" / module).mkdir(parents=True)
+    (tmp_path / "bare" / module / "__init__.py").write_text(f'raise ModuleNotFoundError("No module", name="{module}")')
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "bare")}
+    words = [sys.executable, "-m", "index.build_pack", str(collection), str(tmp_path / "pack"), "--text-only"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and f"{module} is not installed; pip install" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_snapshot_that_may_not_be_read(build, tmp_path):
+    status, _, err = build(tmp_path / ("x" * 300), tmp_path / "pack", "--text-only")
+    assert status == 1 and "cannot be used (File name too long)" in err
 
 
 def test_a_snapshot_that_is_not_there(build, tmp_path):

@@ -20,12 +20,15 @@ from gog_edge.indexing.build import build_pack
 from gog_edge.indexing.changes import remove
 from gog_edge.indexing.commit import writing
 from gog_edge.indexing.compact import SHARDS_IN_ONE, compact
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft
+from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Skipped
 from gog_edge.indexing.generation import PackOptions
+from gog_edge.indexing.store_copy import copy_live
+from gog_edge.indexing.store_writer import Start, StoreWriter
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import MANIFEST, read_manifest
 from gog_edge.retrieval.pack import Pack, verify_pack
 from gog_edge.retrieval.retriever import Retriever
+from gog_edge.retrieval.segment import SegmentReader
 from gog_edge.types import ImageQuery, TextQuery
 
 SMALL = PackOptions(shard_rows=2, tiles=True)
@@ -138,6 +141,46 @@ def test_the_files_of_its_parent_stay_until_the_next_commit(folder, tiny_encoder
     compact(folder, tiny_encoder)
     assert {path.name for path in folder.iterdir()} >= {MANIFEST} and not (folder / "build").exists()
     assert verify_pack(folder).counts.articles == len(FACTS) - 1
+
+
+def captioned(caption):
+    image = ImageDraft(png(bars((10, 20, 30), (200, 100, 0))), caption, "CC0", "us", ("Cuba",), lead=True)
+    return (ArticleDraft("Cuba", (("Flag", f"Cuba: {caption}."),), "CC0"), image)
+
+
+@pytest.mark.parametrize("captions", [("a castel", "a castle"), ("one", "two", "three")])
+def test_captions_that_were_corrected_are_found_no_more(tmp_path, tiny_encoder, captions):
+    folder = tmp_path / "pack"
+    for number, caption in enumerate(captions):
+        build_pack(ListedSource((*little_groups(), captioned(caption))), folder, name="little", encoder=tiny_encoder,
+                   options=SMALL, workers=1, update=number > 0)
+    whole = build_pack(ListedSource((*little_groups(), captioned(captions[-1]))), tmp_path / "new", name="little",
+                       encoder=tiny_encoder, options=SMALL, workers=1)
+    assert read_manifest(folder).captions.rows == whole.captions.rows + len(captions) - 1
+    manifest = compact(folder, tiny_encoder, SMALL)
+    assert manifest.captions.rows == whole.captions.rows and verify_pack(folder) == manifest
+    mine, fresh = (sorted(row for own in vectors(one, "captions").values() for row in own)
+                   for one in (folder, tmp_path / "new"))
+    assert mine == fresh
+    later = build_pack(ListedSource((*little_groups(), captioned(captions[0]))), folder, name="little",
+                       encoder=tiny_encoder, options=SMALL, workers=1, update=True)
+    assert later.captions.rows == manifest.captions.rows + 1  # what went is embedded again when it comes back
+
+
+def test_what_was_skipped_is_counted_over_all_segments(tmp_path):
+    writers = []
+    for number, start in enumerate((Start(), Start(100, 100, 100))):
+        writer = StoreWriter(tmp_path / f"{number}.sqlite", start=start)
+        with writer.chunk(0):
+            writer.add_article(ArticleDraft(f"Place {number}", (("", "It is there."),), "CC0"))
+            for one in range(2 + number):
+                writer.skip(Skipped("image does not decode", f"{number}-{one}.png"))
+        writers.append(writer.finish(f"{number}.sqlite"))
+    stores = [tmp_path / segment.store for segment in writers]
+    copy_live(tmp_path / "one.sqlite", stores, np.empty(0, np.int64), np.empty(0, np.int64))
+    reader = SegmentReader.open(tmp_path / "one.sqlite")
+    assert [(reason, count) for reason, count, _ in reader.skipped()] == [("image does not decode", 5)]
+    reader.close()
 
 
 def test_a_pack_of_texts_alone(tmp_path):

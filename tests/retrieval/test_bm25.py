@@ -31,3 +31,27 @@ def test_a_paragraph_ranks_alike_in_a_segment_of_its_own(tmp_path, tiny_encoder,
     assert pack.store.titles([matches[0].article]) == {matches[0].article: "Mill"}
     assert matches[0].score > 2 * matches[1].score
     pack.close()
+
+
+def pebble(number):
+    """Of four words: many paragraphs say one of them three times, one says each once."""
+    words = ("granite", "basalt", "marble", "slate")
+    said = " ".join(words) if number == 150 else " ".join([words[number % 4]] * 3)
+    return (ArticleDraft(f"Pebble {number}", (("", f"{said} lies here."),), "CC0"),)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_a_paragraph_with_all_words_is_found_beside_a_larger_segment(tmp_path, tiny_encoder, limit):
+    """It is the best for no single word, in a segment nearly as large as the other."""
+    base = tuple((prose(number),) for number in range(240))
+    pebbles = tuple(pebble(number) for number in range(200))
+    build_pack(ListedSource((*base, *pebbles), 50), tmp_path / "one", name="stones", encoder=None, workers=1)
+    build_pack(ListedSource(base, 50), tmp_path / "two", name="stones", encoder=None, workers=1)
+    build_pack(ListedSource(pebbles, 50), tmp_path / "two", name="stones", encoder=None, workers=1, add=True)
+    one, two = (Pack.open(tmp_path / name, tiny_encoder) for name in ("one", "two"))
+    assert len(two.store.readers) == 2
+    found, wanted = ([(pack.store.titles([match.article])[match.article]) for match in
+                      pack.store.rank(("granite", "basalt", "marble", "slate"), limit)] for pack in (two, one))
+    assert found == wanted and found[0] == "Pebble 150"
+    one.close()
+    two.close()

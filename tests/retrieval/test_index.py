@@ -1,3 +1,4 @@
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 
 from gog_edge.errors import PackError
 from gog_edge.indexing.index_writer import build_index
+from gog_edge.retrieval.faiss_file import read_index
 from gog_edge.retrieval.index import MAX_K, THOROUGH, VectorIndex
 from gog_edge.retrieval.vectors import VectorShards
 
@@ -194,3 +196,69 @@ def test_damaged_and_lying_files_are_refused(tmp_path):
     path.unlink()
     with pytest.raises(PackError, match="a.faiss"):
         VectorIndex.open(tmp_path, entry, index.shards, tombstones=NONE)
+
+
+def flat_of(rows, dim=DIM):
+    index = faiss.IndexFlatIP(dim)
+    index.add(unit(rows)[:, :dim])
+    return index
+
+
+def whole(factory, rows=300):
+    index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(unit(rows))
+    index.add(unit(rows))
+    return index
+
+
+def with_other_centroids(quantizer):
+    index = whole("IVF8,SQ8")
+    index.own_fields, index.quantizer = False, quantizer
+    return index
+
+
+def with_other_storage(storage):
+    index = whole("HNSW16,Flat")
+    index.own_fields, index.storage = False, storage
+    return index
+
+
+def with_other_count(factory, count):
+    index = whole(factory)
+    index.ntotal = count
+    return index
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: with_other_centroids(flat_of(5)),
+        lambda: with_other_centroids(flat_of(8, 16)),
+        lambda: with_other_storage(flat_of(200)),
+        lambda: with_other_storage(flat_of(300, 16)),
+        lambda: with_other_count("Flat", 301),
+        lambda: with_other_count("SQfp16", 299),
+        lambda: with_other_count("HNSW16,SQ8", 400),
+    ],
+    ids=["centroids", "centroid width", "storage", "storage width", "more", "fewer", "graph"],
+)
+def test_indexes_whose_parts_disagree_are_refused(tmp_path, make):
+    """Written by FAISS after one part of a real index was exchanged for one that does not fit."""
+    faiss.write_index(make(), str(tmp_path / "a.faiss"))
+    with pytest.raises(PackError, match="a.faiss"):
+        read_index(tmp_path / "a.faiss")
+
+
+@pytest.mark.parametrize("factory", [factory for factory, _ in KINDS] + ["Flat", "IVF16_HNSW8,SQ8"])
+def test_indexes_as_faiss_writes_them_are_read(tmp_path, factory):
+    faiss.write_index(whole(factory, 700), str(tmp_path / "a.faiss"))
+    assert read_index(tmp_path / "a.faiss").ntotal == 700
+
+
+def test_closing_ends_the_threads_and_may_be_done_twice(tmp_path):
+    index, _ = opened(tmp_path, np.arange(99), unit(99))
+    index.search(unit(64), 3)
+    helpers = [thread for thread in threading.enumerate() if thread in index._helpers._threads]
+    index.close()
+    index.close()
+    assert not any(thread.is_alive() for thread in helpers)

@@ -257,6 +257,29 @@ def test_closed_while_it_is_used(shelf, opened):
         pass
 
 
+def test_closed_while_it_watches(shelf, folder, opened):
+    with shelf.watching(every=0.001):
+        shelf.close()
+        remove(folder, articles=["Spain"])
+        shelf.refresh()
+        time.sleep(0.05)
+        assert any(thread.name == "shelf" for thread in threading.enumerate())
+    assert opened.open == []
+
+
+def test_closed_while_a_new_generation_is_opened(folder, tiny_encoder, opened):
+    def closing(place, encoder):
+        pack = opened(place, encoder)
+        if len(opened.packs) > 1:
+            shelf.close()
+        return pack
+
+    shelf = Shelf([folder], tiny_encoder, closing)
+    remove(folder, articles=["Spain"])
+    shelf.refresh()
+    assert len(opened.packs) == 2 and opened.open == []
+
+
 @contextmanager
 def until(seconds=20):
     """Waits for what the block's list of conditions says."""

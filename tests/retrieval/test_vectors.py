@@ -1,11 +1,13 @@
+import io
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gog_edge.errors import PackError
-from gog_edge.retrieval.vectors import VectorShards
+from gog_edge.retrieval.vectors import VectorShards, read_ids
 
 DIM = 16
 HANDLES = Path("/proc/self/fd")
@@ -123,3 +125,72 @@ def test_a_file_that_shrinks_while_it_is_open_is_noticed(tmp_path):
     os.truncate(vectors, 200)
     with pytest.raises(PackError, match="became shorter"):
         shards.take([8])
+
+
+def npz(ids):
+    stream = io.BytesIO()
+    np.savez(stream, ids=ids)
+    return stream.getvalue()
+
+
+def npy_file(array, shape=None):
+    stream = io.BytesIO()
+    header = np.lib.format.header_data_from_array_1_0(array)
+    np.lib.format.write_array_header_1_0(stream, header if shape is None else header | {"shape": shape})
+    return stream.getvalue() + array.tobytes()
+
+
+IDS = np.arange(9, dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        npz(IDS),
+        b"",
+        b"no array",
+        npy_file(IDS)[:-3],
+        npy_file(IDS)[:40],
+        npy_file(IDS, (2**59,)),
+        npy_file(IDS, (10**30,)),
+        npy_file(IDS.astype(np.int32)),
+        npy_file(IDS.astype(">i8")),
+        npy_file(IDS.reshape(3, 3)),
+        npy_file(np.int64(3)),
+    ],
+    ids=["npz", "empty", "text", "short", "header", "huge", "vast", "int32", "big-endian", "square", "scalar"],
+)
+def test_files_that_hold_no_ids_are_refused(tmp_path, data):
+    path = tmp_path / "ids.npy"
+    path.write_bytes(data)
+    with pytest.raises(PackError, match="ids.npy"):
+        read_ids(path)
+    vectors, _ = shard(tmp_path, "one", IDS, unit(9))
+    with pytest.raises(PackError, match="ids.npy"):
+        VectorShards.open([(vectors, path)], DIM)
+
+
+def test_ids_are_read_as_they_were_written(tmp_path):
+    _, ids = shard(tmp_path, "one", IDS, unit(9))
+    np.testing.assert_array_equal(read_ids(ids), IDS)
+    with pytest.raises(PackError, match="two.npy"):
+        read_ids(tmp_path / "two.npy")
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_rows_of_few_and_of_many_ids_are_the_same(tmp_path, shuffled):
+    random = np.random.default_rng(5)
+    ids = np.sort(random.integers(0, 4000, 9000))
+    shards = two_shards(tmp_path, random.permutation(ids) if shuffled else ids, unit(9000), 3000)
+    for count in (1, 60, 80, 3000):
+        wanted = random.choice(5000, count, replace=False)
+        np.testing.assert_array_equal(np.sort(shards.rows_of(wanted)), np.flatnonzero(np.isin(shards.ids, wanted)))
+
+
+def test_opening_again_and_again_does_not_let_more_and_more_files_be_open(tmp_path):
+    files = [shard(tmp_path, str(number), np.arange(1), unit(1)) for number in range(20)]
+    VectorShards.open(files, DIM)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for _ in range(100):
+        VectorShards.open(files, DIM)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before

@@ -30,10 +30,22 @@ def store(tmp_path_factory):
     opened.close()
 
 
+@pytest.fixture(scope="module")
+def mostly_gone(store):
+    """The same, of which only the last article is still there."""
+    return Store(store._segments, range(1, ARTICLES))
+
+
 def test_a_word_that_stands_everywhere_brings_paragraphs_without_being_ranked(store):
     assert store.frequency("city") == 4 * ARTICLES > AFFORDABLE_PARAGRAPHS
     matches = store.rank(["city"], 8)
     assert len(matches) == 8 and len({match.score for match in matches}) == 1
+
+
+def test_a_word_that_stands_everywhere_finds_what_is_left(mostly_gone):
+    for terms in (["city"], ["city", "place"]):
+        matches = mostly_gone.rank(terms, 8)
+        assert {match.article for match in matches} == {ARTICLES} and len(matches) == len(SECTIONS)
 
 
 def test_of_common_words_paragraphs_with_all_of_them_come(store):

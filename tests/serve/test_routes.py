@@ -121,6 +121,17 @@ def test_wrong_search(client, body, status):
     assert set(response.json()["error"]) == {"type", "message"}
 
 
+def test_pictures_of_one_search_are_bounded_together(start, make_runtime):
+    picture = flag("Italy")
+    one = {"picture": base64.b64encode(png(picture)).decode()}
+    pixels = picture.width * picture.height
+    runtime = make_runtime(picture_pixels=3 * pixels // 2)  # so that three are too many, and two are not
+    with httpx.Client(base_url=start(runtime), timeout=60) as client:
+        assert client.post("/v1/search", json={"queries": [one] * 3}).status_code == 200
+        response = client.post("/v1/search", json={"queries": [one] * 4})
+    assert response.status_code == 413 and f"more than {3 * pixels // 2 * 2} pixels" in response.text
+
+
 def test_image_of_a_pack(client):
     response = client.get("/v1/images/flags/2")
     assert response.status_code == 200

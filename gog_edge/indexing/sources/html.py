@@ -7,6 +7,7 @@ Figures are told by both shapes that there are: `<figure>` with `<figcaption>`, 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,21 @@ from gog_edge.indexing.sources.figures import FORMULA, Figure, classes_of, is_in
 from gog_edge.indexing.sources.paragraphs import MAX_TITLE, one_line, split_text
 
 _LINE, _CELL = "\x1e", "\x1f"  # set into the tree where a line or a cell begins; in no text of a page
+MAX_DEPTH = 4000  # elements within elements: each new one makes the parser look at all around it
 _LATEX = re.compile(r"^\{\\(?:displaystyle|textstyle) (.*)\}$", re.DOTALL)
+
+# A comment, or a tag with its attributes, each ended as the tokenizer of the HTML standard ends it.
+_TAG = re.compile(
+    r"""<(?: !--(?:-?>|.*?(?:--!?>|\Z)) | [!?][^>]*+ | /[^a-zA-Z][^>]*+ | (/?)([a-zA-Z][^\s/>]*+)
+        (?: [\s/]++ | [^\s/>][^\s/>=]*+ (?: \s*+=\s*+ (?: "[^"]*+"? | '[^']*+'? | [^\s>"'][^\s>]*+ )?+ )?+ )*+ )""",
+    re.DOTALL | re.VERBOSE,
+)
+# Void elements, and those that end where another one like them begins.
+_SHALLOW = frozenset(
+    ("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr",
+     "p", "li", "dt", "dd", "tr", "td", "th", "tbody", "thead", "tfoot", "caption", "colgroup", "option", "optgroup",
+     "rp", "rt", "html", "head", "body")
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +45,29 @@ class Page:
     skipped: tuple[Skipped, ...]  # images
 
 
+def is_too_deep(html: str) -> bool:
+    """Whether more than MAX_DEPTH elements stand open at once, about: the parser would take minutes over such a page.
+
+    Not counted are elements that may be left open; a tag that ends nothing counts for nothing.
+    """
+    if html.count("<") <= MAX_DEPTH:
+        return False
+    depth, around = 0, Counter[str]()
+    for tag in _TAG.finditer(html):
+        name = (tag[2] or "").lower()
+        if not name or name in _SHALLOW:
+            continue
+        step = -1 if tag[1] else 1
+        if step > 0 or around[name]:
+            around[name] += step
+            depth += step
+        if depth > MAX_DEPTH:
+            return True
+    return False
+
+
 def read_page(html: str) -> Page:
-    """Read a whole page or a part of one. Never fails: what is not HTML is text."""
+    """Read a whole page or a part of one, not `is_too_deep`. Never fails: what is not HTML is text."""
     above, _, footer = html.partition(rules.FOOTER[0])
     html = above + footer.partition(rules.FOOTER[1])[2]
     body = LexborHTMLParser(html.replace(_LINE, " ").replace(_CELL, " ")).body
@@ -154,7 +190,7 @@ def _blocks(root: LexborNode) -> Iterator[LexborNode]:
         yield node
         while node is not None and node.next is None:
             node = node.parent
-            if node == root:
+            if node is None or node.mem_id == root.mem_id:  # == would write out both as HTML
                 return
         node = node.next if node is not None else None
 

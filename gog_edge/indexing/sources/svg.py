@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
+from urllib.parse import unquote, unquote_to_bytes
 from xml.parsers import expat
 
 from gog_edge.errors import PictureError
+from gog_edge.picture import PictureLimits, decode_picture
 
 MAX_BYTES = 4 * 2**20
 MAX_DEPTH = 200  # elements within elements; real drawings stay below 50
+MAX_PIXELS = 16_000_000  # of all pictures within a drawing, which the renderer unpacks whatever their size
+# What an image may show: a drawing within a drawing would come to the renderer unchecked, packed or nested.
+SHOWN = ("data:image/png", "data:image/jpeg", "data:image/webp", "data:image/gif", "#")
 
 
 def is_svg(data: bytes) -> bool:
@@ -48,11 +54,20 @@ def _check(data: bytes) -> None:
         raise PictureError(f"the SVG is not XML ({exc}); send another picture") from exc
 
 
+def _data_of(address: str) -> bytes:
+    """The bytes of a `data:` URI (RFC 2397)."""
+    kind, _, text = address.partition(",")
+    try:
+        return base64.b64decode(unquote(text)) if kind.lower().endswith(";base64") else unquote_to_bytes(text)
+    except ValueError as exc:
+        raise PictureError(f"the SVG shows '{address[:80]}', which is no base64 ({exc}); send another one") from exc
+
+
 class _Watch:
     """Raises PictureError at what must not reach the renderer."""
 
     def __init__(self) -> None:
-        self._depth = 0
+        self._depth, self._pixels = 0, 0
 
     def start(self, name: str, attributes: dict[str, str]) -> None:
         self._depth += 1
@@ -60,8 +75,17 @@ class _Watch:
             raise PictureError(f"the SVG has more than {MAX_DEPTH} elements within each other; send another picture")
         if name.rpartition(":")[2] in ("image", "feImage"):
             for key, value in attributes.items():
-                if key.rpartition(":")[2] == "href" and not value.strip().startswith(("data:", "#")):
-                    raise PictureError(f"the SVG shows another file, '{value[:80]}'; send one that holds its pictures")
+                if key.rpartition(":")[2] == "href":
+                    self._look_at(value.strip())
+
+    def _look_at(self, address: str) -> None:
+        if not address.lower().startswith(SHOWN):
+            raise PictureError(f"the SVG shows '{address[:80]}'; send one that holds its pictures, as PNG, JPEG, WebP "
+                               "or GIF")
+        if address.startswith("#"):
+            return
+        size = decode_picture(_data_of(address), PictureLimits(max_pixels=MAX_PIXELS - self._pixels)).size
+        self._pixels += size.width * size.height
 
     def end(self, name: str) -> None:
         self._depth -= 1

@@ -21,7 +21,7 @@ from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Item, RedirectDra
 from gog_edge.indexing.sources.base import Chunk
 from gog_edge.indexing.sources.figures import Figure
 from gog_edge.indexing.sources.files import Reopened, date_of, file_size
-from gog_edge.indexing.sources.html import Page, read_page
+from gog_edge.indexing.sources.html import Page, is_too_deep, read_page
 from gog_edge.indexing.sources.licences import UNKNOWN, wikipedia_text
 from gog_edge.indexing.sources.paragraphs import one_line
 from gog_edge.indexing.sources.thumbnails import RULES, ThumbnailRules, make_thumbnail
@@ -128,7 +128,11 @@ class ZimSource(Reopened):
         if NOT_FETCHED in html.data:
             yield Skipped("article was not fetched", html.path)
             return
-        page = read_page(html.data.decode("utf-8", "replace"))
+        text = html.data.decode("utf-8", "replace")
+        if is_too_deep(text):
+            yield Skipped("article is nested too deep", html.path)
+            return
+        page = read_page(text)
         if not page.paragraphs and not page.figures:
             yield Skipped("article has no text", html.path)
             return

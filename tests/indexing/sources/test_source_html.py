@@ -1,10 +1,12 @@
 """Article HTML: what is text, what is a figure, and what is neither."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gog_edge.indexing.sources.html import read_page
+from gog_edge.indexing.sources.html import MAX_DEPTH, is_too_deep, read_page
 from gog_edge.indexing.sources.paragraphs import MAX_CHARACTERS
 
 
@@ -157,6 +159,53 @@ def test_a_page_of_nothing_holds_nothing():
 def test_deep_pages_are_no_trouble():
     assert texts("<div>" * 3000 + "<p>deep</p>") == ["deep"]
     assert texts("<ul><li>" * 3000 + "deep") == ["deep"]
+
+
+DEEP = MAX_DEPTH + 1
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        "<div>" * DEEP,
+        "<ul><li>" * DEEP,
+        "<Div class=a>" * DEEP + "</DIV>",
+        "<div></span></p>" * DEEP,
+        "<div><!--</div>--><!--x</div>--!><!-->" * DEEP,
+        "<div title='</div>' lang=\"</div>\"id = '</div>'>" * DEEP,
+        "<div \">" * DEEP,
+        "<div =\">" * DEEP,
+        "<div a=b'>" * DEEP,
+        "<div><!x </div><? </div></ </div>" * DEEP,
+    ],
+)
+def test_what_nests_too_deep_is_told_and_tricks_hide_nothing(html):
+    assert is_too_deep(html)
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        "",
+        "<div>" * (DEEP - 1),
+        "<div><p>a</div>" * 3 * DEEP,
+        "<p>a<br>b<img src='>'>" * 3 * DEEP,
+        "<table><tr><td>a<td>b</table>" * DEEP,
+        "<!-- <div> -->" * DEEP,
+        "<a title='<b>'></a>" * DEEP,
+        "< div>" * DEEP,
+        "<<" * DEEP + "<div",
+    ],
+)
+def test_pages_of_many_tags_are_not_deep(html):
+    assert not is_too_deep(html)
+
+
+@pytest.mark.parametrize("part", ["<a ", '<a "', "<a b='", "<!--", "<!", "</", "<a b= ", "<a/ "])
+def test_depth_is_told_in_no_time(part):
+    began = time.monotonic()
+    assert not is_too_deep(part * 300_000 + "--" * 300_000) or part == "<a/ "
+    assert time.monotonic() - began < 2
 
 
 PIECES = st.sampled_from(

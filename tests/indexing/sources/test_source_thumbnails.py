@@ -1,5 +1,7 @@
 """Images as they will be served: kept where they can be, made small and safe otherwise."""
 
+import base64
+import gzip
 import io
 
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from PIL import Image
 from zim_world import drawing, picture
 
+from gog_edge.errors import PictureError
 from gog_edge.indexing.drafts import Skipped
+from gog_edge.indexing.sources.svg import draw_svg
 from gog_edge.indexing.sources.thumbnails import TOO_SMALL, UNDECODABLE, ThumbnailRules, make_thumbnail
 from gog_edge.picture import decode_picture
 
@@ -87,6 +91,57 @@ SVG = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1
 )
 def test_drawings_that_reach_out_or_too_deep_are_left_out(inside):
     assert make_thumbnail(SVG.format(inside).encode(), "a.svg") == Skipped(UNDECODABLE, "a.svg")
+
+
+def as_uri(data, kind):
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def nested_drawing(depth):
+    inner = SVG.format("<rect/>")
+    for _ in range(depth):
+        inner = SVG.format(f'<image width="60" height="60" href="{as_uri(inner.encode(), "image/svg+xml")}"/>')
+    return inner
+
+
+@pytest.mark.parametrize("kind", ["image/svg+xml", " IMAGE/SVG+XML", "text/plain", "", "image/svg+xml;x=image/png"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("element", ["image", "feImage", "s:image"])
+def test_drawings_as_images_of_drawings_are_left_out(kind, pack, element):
+    uri = as_uri(pack(SVG.format("<rect/>").encode()), kind)
+    inside = f'<{element} xmlns:s="http://www.w3.org/2000/svg" width="60" height="60" xlink:href="{uri}"/>'
+    with pytest.raises(PictureError, match="PNG, JPEG"):
+        draw_svg(SVG.format(inside).encode(), 60)
+
+
+def test_drawings_within_each_other_without_end_are_left_out():
+    assert make_thumbnail(nested_drawing(20).encode(), "a.svg") == Skipped(UNDECODABLE, "a.svg")
+
+
+@pytest.mark.parametrize(("kind", "form"), [("PNG", "image/png"), ("JPEG", "Image/JPEG"), ("WEBP", " image/webp")])
+def test_pictures_within_drawings_are_shown(kind, form):
+    uri = as_uri(saved(Image.new("RGB", (60, 60), (255, 0, 0)), kind), form.strip())
+    shown = SVG.format(f'<image width="60" height="60" xlink:href="{" " * form.startswith(" ")}{uri}"/>')
+    pixels = decode_picture(draw_svg(shown.encode(), 60)).pixels
+    assert pixels[30, 30].tolist() == pytest.approx([255, 0, 0], abs=12)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_bombs_within_drawings_are_not_unpacked(count):
+    """One picture of 36 megapixels, and four of 9, of a few kilobytes each."""
+    side = 6000 // count**0.5
+    uri = as_uri(saved(Image.new("1", (int(side), int(side))), "PNG"), "image/png")
+    shown = SVG.format(f'<image width="60" height="60" href="{uri}"/>' * count)
+    with pytest.raises(PictureError, match="the limit is"):
+        draw_svg(shown.encode(), 60)
+
+
+@pytest.mark.parametrize(
+    "data", ["data:image/png;base64,AAA", "data:image/png,", "data:image/png", "data:image/gif,GIF89a"]
+)
+def test_pictures_within_drawings_that_are_none_are_left_out(data):
+    shown = SVG.format(f'<image width="60" height="60" href="{data}"/>')
+    assert make_thumbnail(shown.encode(), "a.svg") == Skipped(UNDECODABLE, "a.svg")
 
 
 def test_drawings_with_entities_are_left_out():

@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -151,6 +152,15 @@ def test_articles_beyond_all_measure_are_left_out(tmp_path):
                                               ("B", "Large", "<p>x</p>" * 1_200_000, "text/html")])
     read = Read(ZimSource(path))
     assert set(read.articles) == {"A"} and read.skipped == {"article is too large": 1}
+
+
+def test_articles_that_nest_without_end_are_left_out_at_once(tmp_path):
+    path = write_zim(tmp_path / "deep.zim", [("A", "Flat", "<div>x</div>" * 20_000, "text/html"),
+                                             ("B", "Deep", "<div>" * 200_000, "text/html")])
+    began = time.monotonic()
+    read = Read(ZimSource(path))
+    assert set(read.articles) == {"A"} and read.skipped == {"article is nested too deep": 1}
+    assert time.monotonic() - began < 2
 
 
 def test_redirects_are_followed_to_their_end(tmp_path):
