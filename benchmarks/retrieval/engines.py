@@ -32,6 +32,7 @@ class Kind:
     peer: str  # as --peers and --peer-env name it
     module: str  # what its Python must have
     needs: str  # what to install there
+    most_rows: int | None = None  # more would take it longer to be filled, at every start, than the rest of the race
 
 
 KINDS = (
@@ -42,7 +43,7 @@ KINDS = (
     Kind("lancedb hnsw", "lancedb_worker.py", "lancedb", "lancedb", "lancedb==0.40.0"),
     Kind("clip-retrieval", "clip_retrieval_worker.py", "clip-retrieval", "clip_retrieval",
          "clip-retrieval==2.45.0 and autofaiss==2.18.0 without their dependencies, and what their back end imports"),
-    Kind("qdrant local", "qdrant_worker.py", "qdrant", "qdrant_client", "qdrant-client==1.20.0"),
+    Kind("qdrant local", "qdrant_worker.py", "qdrant", "qdrant_client", "qdrant-client==1.20.0", 100_000),
 )  # fmt: skip
 PEERS = tuple(dict.fromkeys(kind.peer for kind in KINDS if kind.peer != OURS))
 
@@ -112,13 +113,16 @@ def environments(entries: Sequence[str]) -> dict[str, Path]:
 
 
 def open_engines(
-    folder: Path, peers: Sequence[str], homes: dict[str, Path], threads: int
+    folder: Path, rows: int, peers: Sequence[str], homes: dict[str, Path], threads: int
 ) -> tuple[list[Engine], dict[str, str]]:
     """Ours and the peers that could be built and opened, and for the others why not; BackendError when ours cannot."""
     engines: list[Engine] = []
     missing = {}
     for kind in KINDS:
         if kind.peer not in (OURS, *peers):
+            continue
+        if kind.most_rows is not None and rows > kind.most_rows:
+            missing[kind.name] = f"it keeps nothing on the disk, and is not filled with more than {kind.most_rows:,}"
             continue
         try:
             engines.append(Engine(kind, _python(kind, homes), folder, threads))

@@ -71,7 +71,7 @@ def opened(corpus: Corpus, peers: Sequence[str], homes: dict[str, Path], threads
     tuple[list[Engine], dict[str, str]]
 ]:
     """All engines over a corpus, built where they are not; ended afterwards."""
-    engines, missing = open_engines(corpus.folder, peers, homes, threads)
+    engines, missing = open_engines(corpus.folder, corpus.rows, peers, homes, threads)
     try:
         yield engines, missing
     finally:

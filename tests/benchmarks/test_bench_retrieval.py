@@ -86,7 +86,7 @@ def test_a_peer_that_is_not_here_is_named_with_what_it_needs(world, tmp_path):
     (tmp_path / "env" / "bin").mkdir(parents=True)
     (tmp_path / "env" / "bin" / "python").symlink_to(sys.executable)
     homes = {"usearch": tmp_path / "nowhere", "qdrant": tmp_path / "env"}
-    engines, missing = open_engines(corpus.folder, ["usearch", "qdrant"], homes, 1)
+    engines, missing = open_engines(corpus.folder, corpus.rows, ["usearch", "qdrant"], homes, 1)
     try:
         assert [engine.name for engine in engines] == ["ours"]
         assert set(missing) == {"usearch f16", "usearch i8", "qdrant local"}
