@@ -12,12 +12,12 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gog_edge.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Whole-file hashing at open is worth its time up to here; larger files are checked by size, and by `verify`.
 HASH_AT_OPEN_BYTES = 64 * 2**20
@@ -97,6 +97,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
     """`write_atomic` of an array as numpy's own file, which can be mapped."""
+    import numpy as np  # only who writes arrays: --help is quick
+
     beside = path.with_name(path.name + ".part")
     with beside.open("wb") as stream:
         # not np.save: it writes to files past Python, and does not say of a full disk that it is full
