@@ -25,6 +25,8 @@ STORE_SCHEMA = 2  # PRAGMA user_version of a finished store; 0 while it is writt
 # All are opened at once: later the file may have lost its name, when newer generations have taken the place of its own.
 CONNECTIONS = 4
 
+CACHE_KIB = 16_384  # of a connection; SQLite's own 2 MB lose the inner pages of a store of millions of rows
+
 _RANK = (
     "SELECT f.rowid, p.article, -f.rank "
     "FROM (SELECT rowid, rank FROM words WHERE words MATCH ? ORDER BY rank LIMIT ?) f "
@@ -324,6 +326,7 @@ class SegmentReader:
             connection = sqlite3.connect(source, uri=True, check_same_thread=False)
             self._connections.append(connection)
             connection.execute("PRAGMA trusted_schema = OFF")  # a pack may come from anywhere
+            connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             self._idle.put(connection)
 
     @contextmanager
