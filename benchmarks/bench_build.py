@@ -35,11 +35,14 @@ from gog_edge.retrieval.manifest import Manifest, read_manifest
 from gog_edge.retrieval.pack import verify_pack
 
 SEED = 5
+SHARD_ROWS = 128  # small ones, so that a short build has many
+FIRST_KILL = 1.5  # seconds after a start: about when it begins to work
 
 
 def build(zim: Path, pack: Path, encoder: Path, **kill: object) -> Watched:
     """One start of the build."""
-    command = [sys.executable, "-m", "index.build_pack", str(zim), str(pack), "--encoder", str(encoder)]
+    command = [sys.executable, "-m", "index.build_pack", str(zim), str(pack), "--encoder", str(encoder),
+               "--shard-rows", str(SHARD_ROWS)]  # fmt: skip
     return watch(command, pack, **kill)  # type: ignore[arg-type]
 
 
@@ -54,13 +57,13 @@ def whole_build(zim: Path, pack: Path, encoder: Path) -> Watched:
 
 
 def killed_build(zim: Path, pack: Path, encoder: Path, kills: int, seconds: float) -> dict[str, int]:
-    """A build that is killed so many times, each time somewhere in `seconds`: what was embedded twice."""
+    """A build that would take `seconds`, killed so many times on its way: what was embedded twice."""
     shutil.rmtree(pack, ignore_errors=True)
     rng = random.Random(SEED)
     embedded: dict[str, int] = {}
     again = killed = 0
     while True:
-        at = rng.uniform(0, seconds) if killed < kills else float("inf")
+        at = rng.uniform(FIRST_KILL, FIRST_KILL + seconds / kills) if killed < kills else float("inf")
         done = build(zim, pack, encoder, kill_when=lambda passed, at=at: passed > at)
         for path in sorted((pack / "vectors").glob("*[0-9].npy")):
             made = path.stat().st_mtime_ns
