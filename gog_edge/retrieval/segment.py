@@ -149,7 +149,10 @@ class SegmentReader:
 
     def counts(self) -> Counts:
         """Rows, as they were counted when the segment was finished."""
-        return Counts(*self._rows("SELECT articles, paragraphs, images FROM counted")[0])
+        rows = self._rows("SELECT articles, paragraphs, images FROM counted")
+        if len(rows) != 1:
+            raise PackError(f"pack: '{self._path}' does not say how many rows it has; copy or build the pack again")
+        return Counts(*rows[0])
 
     def is_empty(self) -> bool:
         """Whether it brings nothing: no article, image or name."""

@@ -1,6 +1,8 @@
 """One file of a store: what damaged and hostile ones do."""
 
+import shutil
 import sqlite3
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,5 +79,16 @@ def test_what_a_store_defines_itself_is_not_trusted(store):
     db.close()
     reader = SegmentReader.open(store)
     with pytest.raises(PackError, match="unsafe use of load_extension"):
+        reader.counts()
+    reader.close()
+
+
+def test_a_store_that_does_not_say_its_counts_is_refused(tmp_path, little_pack_folder):
+    path = shutil.copy(little_pack_folder / "store/000001.sqlite", tmp_path / "s.sqlite")
+    with sqlite3.connect(path) as db:
+        db.execute("DELETE FROM counted")
+    db.close()
+    reader = SegmentReader.open(Path(path))
+    with pytest.raises(PackError, match="how many rows"):
         reader.counts()
     reader.close()
