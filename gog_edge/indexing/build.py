@@ -20,7 +20,7 @@ from gog_edge.indexing.generation import NextGeneration, OnProgress, PackOptions
 from gog_edge.indexing.sources.base import Chunk, Source
 from gog_edge.indexing.store_writer import DraftRefused, StoreWriter
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.manifest import BUILD, COMMAND, Manifest
+from gog_edge.retrieval.manifest import BUILD, COMMAND, MANIFEST, Manifest
 
 READING, WORDS = "reading", "words"  # stages: the snapshot, and the index of its words
 
@@ -131,7 +131,7 @@ def _ensure_store(generation: NextGeneration, source: Source, workers: int | Non
 
 def _check_folder(folder: Path) -> None:
     """A folder with something else in it is not built into, nor is one that only looks like a pack's."""
-    if (folder / LOCK).exists() or not folder.is_dir():
+    if (folder / LOCK).exists() or (folder / MANIFEST).is_file() or not folder.is_dir():
         return
     strange = sorted(path.name for path in folder.iterdir())
     if strange:

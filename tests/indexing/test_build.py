@@ -198,6 +198,13 @@ def test_adding_keeps_what_the_addition_does_not_name(tmp_path, tiny_encoder):
     assert found(folder, tiny_encoder, TextQuery("news"))[1] == ["Spain has news."]
 
 
+def test_a_pack_that_was_copied_without_its_lock_can_be_added_to(tmp_path, tiny_encoder):
+    folder = tmp_path / "pack"
+    build(folder, little_groups(skip=["Chad"]), tiny_encoder)
+    (folder / "LOCK").unlink()
+    assert build(folder, little_groups(), tiny_encoder, update=True).generation == 2
+
+
 def test_an_image_whose_article_came_back_is_alive_again(tmp_path, tiny_encoder):
     folder = tmp_path / "pack"
     build(folder, little_groups(), tiny_encoder)
