@@ -36,7 +36,7 @@ from gog_edge.retrieval.segment import SegmentReader
 from gog_edge.retrieval.vectors import Ids, VectorShards
 from gog_edge.types import Vectors
 
-SHARD_ROWS = 16_384  # about four minutes of a ViT-B-32 on two cores: what a kill costs at most
+SHARD_ROWS = 16_384  # about five minutes of a ViT-B-32 in int8 on two cores: what a kill costs at most
 RETARGETED = {"duplicate_cosine", "memory", "recall", "factory"}  # options that may change while a build goes on
 DELTA_ROWS = 20_000  # rows beside the index that are searched exactly, at most, or
 DELTA_SHARE = 0.05  # this share of the indexed ones

@@ -59,11 +59,6 @@ def plans(rows: int, dim: int, memory: int | None = None) -> list[Plan]:
     return fitting
 
 
-def plan_table(rows: int, dim: int) -> list[Plan]:
-    """All that is known for a size, whatever it takes: for reports and docs."""
-    return list(_all(rows, dim))
-
-
 def plan_of(factory: str) -> Plan:
     """The plan of a factory string that somebody chose; its memory is not known before it is built."""
     param = "nprobe" if factory.startswith("IVF") else "efSearch" if factory.startswith("HNSW") else ""

@@ -7,7 +7,7 @@ import pytest
 
 from gog_edge.errors import PackError
 from gog_edge.indexing import index_writer
-from gog_edge.indexing.index_planner import EXACT_ROWS, list_count, plan_table, plans
+from gog_edge.indexing.index_planner import EXACT_ROWS, list_count, plans
 from gog_edge.indexing.index_tuning import exact_nearest
 from gog_edge.indexing.index_writer import build_index
 from gog_edge.retrieval.index import VectorIndex
@@ -51,7 +51,7 @@ def test_the_size_and_the_memory_choose():
 
 
 def test_eight_million_pictures_fit_two_gigabytes():
-    table = {plan.factory.rpartition(",")[2]: plan.bytes for plan in plan_table(8 * 10**6, 512)}
+    table = {plan.factory.rpartition(",")[2]: plan.bytes for plan in plans(8 * 10**6, 512)}
     assert table["PQ256x4fsr"] < 2 * 10**9 and table["SQ8"] > 6 * 10**9
 
 
@@ -64,7 +64,7 @@ def test_lists_grow_with_the_root_of_the_rows_and_are_never_empty():
 @pytest.mark.parametrize("place", range(4))
 def test_what_a_plan_says_of_its_memory_is_what_its_file_takes(tmp_path, place):
     rows = 20_000
-    plan = [plan for plan in plan_table(rows, DIM) if not plan.exact][place]
+    plan = [plan for plan in plans(rows, DIM) if not plan.exact][place]
     shards = stored(tmp_path, clustered(rows, 2))
     entry = build_index(tmp_path, "a.faiss", shards, clustered(40, 3), factory=plan.factory, recall=0.1)
     size = (tmp_path / entry.path).stat().st_size + 9 * rows

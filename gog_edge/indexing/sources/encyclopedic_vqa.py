@@ -17,7 +17,7 @@ import ijson
 from gog_edge.errors import SourceError
 from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Item, Skipped
 from gog_edge.indexing.sources.base import Chunk
-from gog_edge.indexing.sources.files import PackedFile, Reopened, file_size, file_snapshot, group
+from gog_edge.indexing.sources.files import OneFile, PackedFile, file_snapshot, group
 from gog_edge.indexing.sources.image_folder import ImageFolder
 from gog_edge.indexing.sources.licences import UNKNOWN
 from gog_edge.indexing.sources.paragraphs import MAX_TITLE, one_line, split_paragraphs
@@ -28,7 +28,7 @@ _BLOCK = 2**18  # bytes
 
 
 @dataclass(frozen=True)
-class EncyclopedicVqaSource(Reopened):
+class EncyclopedicVqaSource(OneFile):
     """Articles with the images of their sections, where the folder has them."""
 
     path: Path
@@ -44,14 +44,6 @@ class EncyclopedicVqaSource(Reopened):
             raise SourceError(f"'{self.path}' does not begin with a page (title, section_titles, section_texts); is it "
                               "the file encyclopedic_kb_wiki.json?")
         return file_snapshot(self.path, self.licence)
-
-    def prepare(self, work: Path) -> None:
-        """Nothing is to be sorted."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return file_size(self.path)
 
     def chunks(self, start: int = 0) -> Iterator[Chunk]:
         """Pages as (address, object); SourceError where the file is damaged."""

@@ -34,6 +34,20 @@ class Reopened:
         return type(self), tuple(getattr(self, field.name) for field in fields(cast(Any, self)))
 
 
+class OneFile(Reopened):
+    """What sources share that are one file, read from its beginning: nothing is to be sorted, bytes are counted."""
+
+    path: Path
+
+    def prepare(self, work: Path) -> None:
+        """Nothing is to be sorted."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return file_size(self.path)
+
+
 class PackedFile:
     """The bytes of a file, unpacked while they are read. Use as a context manager."""
 

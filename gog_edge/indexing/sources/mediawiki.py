@@ -17,10 +17,9 @@ from gog_edge.indexing.drafts import ArticleDraft, Item, RedirectDraft, Skipped
 from gog_edge.indexing.sources.base import Chunk
 from gog_edge.indexing.sources.files import (
     MAX_PIECE_BYTES,
+    OneFile,
     PackedFile,
-    Reopened,
     date_of,
-    file_size,
     file_snapshot,
     group,
 )
@@ -36,7 +35,7 @@ _SILENT_NAMESPACES = ("6", "14", "-2")  # files, categories, media: links to the
 
 
 @dataclass(frozen=True)
-class MediaWikiSource(Reopened):
+class MediaWikiSource(OneFile):
     """Articles and redirects of the main namespace. `licence` holds for wikis other than Wikipedia."""
 
     path: Path
@@ -46,14 +45,6 @@ class MediaWikiSource(Reopened):
         """Raises SourceError when it does not begin like a dump, or there is no such file."""
         plain = file_snapshot(self.path, self._licence)
         return replace(plain, name=self._site.findtext("dbname") or self._site.findtext("sitename") or plain.name)
-
-    def prepare(self, work: Path) -> None:
-        """Nothing is to be sorted."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return file_size(self.path)
 
     def chunks(self, start: int = 0) -> Iterator[Chunk]:
         """Pages as XML; SourceError where the file is damaged."""

@@ -15,7 +15,7 @@ from typing import Any
 from gog_edge.errors import SourceError
 from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Item, Skipped
 from gog_edge.indexing.sources.base import Chunk
-from gog_edge.indexing.sources.files import PackedFile, Reopened, file_size, file_snapshot, group
+from gog_edge.indexing.sources.files import OneFile, PackedFile, file_snapshot, group
 from gog_edge.indexing.sources.image_folder import ImageFolder
 from gog_edge.indexing.sources.licences import UNKNOWN, wikipedia_text
 from gog_edge.indexing.sources.paragraphs import one_line, split_paragraphs
@@ -25,7 +25,7 @@ TAKEN = "2022-10-01"  # the date of Wikipedia in it
 
 
 @dataclass(frozen=True)
-class Wiki6mSource(Reopened):
+class Wiki6mSource(OneFile):
     """Articles from lines of JSON, each with its image where the folder has it."""
 
     path: Path
@@ -41,14 +41,6 @@ class Wiki6mSource(Reopened):
                                   "wikipedia_title); is it the file Wiki6M_ver_1_0.jsonl.gz?")
         plain = file_snapshot(self.path, self.licence)
         return Snapshot(plain.name, TAKEN, plain.uuid, plain.sha256, plain.licence)
-
-    def prepare(self, work: Path) -> None:
-        """Nothing is to be sorted."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return file_size(self.path)
 
     def chunks(self, start: int = 0) -> Iterator[Chunk]:
         """Lines; SourceError where the file is damaged."""
