@@ -1,0 +1,132 @@
+"""Engines built from a bundle's graphs: which there are, for what, from what. Read at run time, written by the builder.
+
+One folder holds all engines of a bundle for one runtime. They are refused when they are of another release of the
+runtime, for other GPUs, or of other graphs than those that lie in the bundle now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gog_edge.errors import ArtifactError, BackendError
+from gog_edge.files import FileEntry, read_json, verify_files
+
+SCHEMA = 1
+MANIFEST = "engines.json"
+FOLDER = "engines"  # within a bundle; engines lie in a folder of the runtime's name in it
+CACHE = "cache"  # within the folder of engines: what a runtime compiles for this box's GPU
+ORT, ORT_CUDA, TENSORRT, TENSORRT_RTX = "ort", "ort-cuda", "tensorrt", "tensorrt-rtx"
+TENSORRT_ENGINES = (TENSORRT, TENSORRT_RTX)
+BUILT_ENGINES = (ORT_CUDA, *TENSORRT_ENGINES)
+ENGINES = (ORT, *BUILT_ENGINES)  # that a bundle can be served with
+
+# How a decoder keeps its keys and values.
+IN_PLACE = "in-place"  # the outputs present_* are the inputs past_*, updated
+NEW_ROWS = "new-rows"  # the outputs new_* are the new tokens' rows; the runtime copies them into past_*
+
+DECODER, VISION, IMAGE, TEXT = "decoder", "vision", "image", "text"  # names of graphs
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltGraph:
+    """One graph, ready to run."""
+
+    name: str  # of DECODER, VISION, IMAGE, TEXT
+    file: str  # within the folder; its weights may lie beside
+    sources: Mapping[str, str]  # the graph that it was made from, and its weights: paths in the bundle, to sha256
+    cache: str = ""  # decoders: IN_PLACE or NEW_ROWS
+    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...] = ()  # TensorRT: input -> least, usual, most shape
+    layers: Mapping[str, int] = field(default_factory=dict)  # TensorRT: of the built network, by what they do
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngines:
+    """All engines of a folder."""
+
+    engine: str  # of BUILT_ENGINES
+    version: str  # of the runtime they were built with; "" for ONNX Runtime, which loads graphs of any release
+    sms: tuple[int, ...]  # compute capabilities they run on, 86 for 8.6; () for ONNX Runtime
+    context: int  # tokens that a decoder's cache holds
+    graphs: tuple[BuiltGraph, ...]
+    parity: Mapping[str, Any]  # of the graphs they were built from, with the bundle's own, on ONNX Runtime
+    files: tuple[FileEntry, ...]
+
+    def graph(self, name: str) -> BuiltGraph:
+        """The graph of that name. ArtifactError where there is none."""
+        found = next((graph for graph in self.graphs if graph.name == name), None)
+        if found is None:
+            raise ArtifactError(f"engines: there is none for '{name}'; build them again: {self.rebuild()}")
+        return found
+
+    def rebuild(self, bundle: str = "BUNDLE", sms: Sequence[int] = ()) -> str:
+        """The command that builds them anew, for these GPUs or the same."""
+        wanted = sms or self.sms
+        return build_command(bundle, self.engine, wanted if self.engine == TENSORRT_RTX else ())
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `engines.json` holds."""
+        return {"schema": SCHEMA, "kind": "engines", **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> BuiltEngines:
+        """Inverse of `to_json`; ArtifactError names what is missing."""
+        if value.get("schema") != SCHEMA or value.get("kind") != "engines":
+            raise ArtifactError(
+                f"engines: the manifest has schema {value.get('schema')!r} and kind {value.get('kind')!r}, expected "
+                f"{SCHEMA} and 'engines'; build them again with this version"
+            )
+        fields = {key: item for key, item in value.items() if key not in ("schema", "kind")}
+        try:
+            graphs = tuple(_graph(entry) for entry in fields.pop("graphs"))
+            files = tuple(FileEntry(**entry) for entry in fields.pop("files"))
+            return cls(graphs=graphs, files=files, sms=tuple(fields.pop("sms")), **fields)
+        except (KeyError, TypeError, AttributeError) as exc:
+            raise ArtifactError(f"engines: the manifest does not fit this version ({exc}); build them again") from exc
+
+
+def build_command(bundle: Path | str, engine: str, sms: Sequence[int] = ()) -> str:
+    """What somebody has to run to get the engines of a bundle."""
+    wanted = f" --sm {','.join(map(str, sms))}" if sms else ""
+    return f"python -m export.build_engines {bundle} --engine {engine}{wanted}"
+
+
+def read_built(folder: Path, bundle: Path, engine: str) -> BuiltEngines:
+    """Read the engines of a folder, and check its files and that they are of this bundle's graphs.
+
+    Raises:
+        BackendError: there are none for that runtime.
+        ArtifactError: a file is missing or altered, or the bundle's graphs are others than those they were built from.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise BackendError(f"there are no engines in '{folder}'; build them: {build_command(bundle, engine)}")
+    built = BuiltEngines.from_json(read_json(folder / MANIFEST, what="engines"))
+    if built.engine != engine:
+        raise BackendError(
+            f"the engines in '{folder}' are for '{built.engine}', asked for is '{engine}'; build them: "
+            f"{build_command(bundle, engine)}"
+        )
+    verify_files(folder, built.files, what="engines")
+    for graph in built.graphs:
+        check_sources(graph, bundle, built)
+    return built
+
+
+def check_sources(graph: BuiltGraph, bundle: Path, built: BuiltEngines) -> None:
+    """ArtifactError where what an engine was built from is gone, or another graph now."""
+    for path, sha256 in graph.sources.items():
+        part, name = (bundle / path).parent, Path(path).name
+        listed = read_json(part / "manifest.json", what=part.name).get("files", ())
+        if not any(entry.get("path") == name and entry.get("sha256") == sha256 for entry in listed):
+            raise ArtifactError(
+                f"engines: '{graph.file}' was built from another '{path}' than the bundle has now; build them again: "
+                f"{built.rebuild(str(bundle))}"
+            )
+
+
+def _graph(entry: Mapping[str, Any]) -> BuiltGraph:
+    profiles = tuple({name: tuple(map(tuple, shapes)) for name, shapes in profile.items()}
+                     for profile in entry.get("profiles", ()))  # fmt: skip
+    return BuiltGraph(**{**entry, "profiles": profiles})
