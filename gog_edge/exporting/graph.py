@@ -18,7 +18,8 @@ from gog_edge.policy.manifest import Blocks
 
 OPSET = 24
 MICROSOFT = "com.microsoft"
-FLOAT, INT32, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
+FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
+INT32, INT64, BOOL = TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
 # Small graphs are one file; the weights of larger ones lie beside, where they can be mapped (and may pass 2 GiB).
 EMBEDDED_BYTES = 2**26
 WHOLE_NUMBERS = 4  # MatMulNBits' accuracy level: activations become 8-bit numbers too, which is twice as fast
@@ -41,9 +42,10 @@ class GraphBuilder:
     Weights go to `<path>.data` as they come: a model is never held whole. What an earlier export left there goes.
     """
 
-    def __init__(self, name: str, path: Path, form: Form = "fp32") -> None:
-        """`form` is how the weights of `linear` are stored; everything is computed in float32."""
+    def __init__(self, name: str, path: Path, form: Form = "fp32", *, opset: int = OPSET) -> None:
+        """`form` is how the weights of `linear` are stored; everything that is written here computes in float32."""
         self.form: Form = form
+        self._opset = opset
         self._name, self._path, self._data = name, path, path.with_name(f"{path.name}.data")
         self._data.unlink(missing_ok=True)
         self._nodes: list[onnx.NodeProto] = []
@@ -80,6 +82,30 @@ class GraphBuilder:
         self._weights.append(numpy_helper.from_array(array, fresh) if small else self._spooled(array, fresh))
         self._bytes += array.nbytes
         return fresh
+
+    def half(self, array: Array, name: str) -> str:
+        """An initializer of halves. CheckpointError where they do not hold its numbers."""
+        return self.weight(_half(array, name), name)
+
+    def int4(self, packed: Array, shape: Sequence[int], name: str) -> str:
+        """An initializer of whole numbers -8..7, two a byte, the first in the low half."""
+        fresh = self._fresh(name)
+        tensor = self._spooled(packed, fresh)
+        tensor.data_type, tensor.dims[:] = TensorProto.INT4, shape
+        self._weights.append(tensor)
+        self._bytes += packed.nbytes
+        return fresh
+
+    def prune(self) -> None:
+        """Leave out what no output needs."""
+        wanted = {output.name for output in self._outputs}
+        kept = []
+        for node in reversed(self._nodes):
+            if wanted.intersection(node.output):
+                kept.append(node)
+                wanted.update(node.input)
+        self._nodes = kept[::-1]
+        self._weights = [tensor for tensor in self._weights if tensor.name in wanted]
 
     def _spooled(self, array: Array, name: str) -> onnx.TensorProto:
         with self._data.open("ab") as file:
@@ -169,7 +195,7 @@ class GraphBuilder:
         if self._bytes <= EMBEDDED_BYTES:
             self._embed()
         graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, self._weights)
-        imports = [helper.make_opsetid("", OPSET)]
+        imports = [helper.make_opsetid("", self._opset)]
         if any(node.domain == MICROSOFT for node in self._nodes):
             imports.append(helper.make_opsetid(MICROSOFT, 1))
         model = helper.make_model(graph, opset_imports=imports, producer_name="gog_edge", ir_version=11)
