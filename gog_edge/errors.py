@@ -13,6 +13,8 @@
     │   ├── SourceError       a snapshot that cannot be read: truncated, corrupt, of no known kind
     │   └── CheckpointError   a checkpoint that cannot be exported
     ├── BackendError          an engine or provider that was asked for and is not to be had
+    │   ├── OutOfDeviceMemory the GPU has not the memory that was asked for
+    │   └── DeviceLost        the GPU is gone for this process, with all that lay on it
     ├── NotEnoughMemory       a bundle that the free memory cannot hold: refused before it is loaded
     ├── DialectError          a dialect file that cannot be used
     │   └── MalformedAction   the policy's text holds no action: a step in the trace, corrected once
@@ -73,6 +75,14 @@ class CheckpointError(ArtifactError):
 
 class BackendError(GogEdgeError):
     """A backend that was asked for cannot be obtained; there is no silent fall-back."""
+
+
+class OutOfDeviceMemory(BackendError):
+    """The GPU's memory is taken; what was there before still is."""
+
+
+class DeviceLost(BackendError):
+    """The GPU answers no call of this process any more; nothing mends that but a new process."""
 
 
 class NotEnoughMemory(GogEdgeError):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from gog_edge.bundle import Bundle
-from gog_edge.errors import InputError, NotEnoughMemory
+from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
+from gog_edge.engines.choice import EngineSet
+from gog_edge.errors import BackendError, InputError, NotEnoughMemory
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
     PREFILL_GRAPH,
@@ -29,67 +32,109 @@ MEMINFO = Path("/proc/meminfo")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
+DEVICE_PARTS = ("weights", "conversations", "pictures", "prefill")  # where a GPU has memory of its own, they lie there
+PARTS = (*DEVICE_PARTS, "index", "switch", "program")
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Bytes by purpose. Mapped files count in full: a box that cannot hold them reads them again at every step."""
 
-    weights: int
+    weights: int  # of the policy; on a GPU, which needs all engines whole, those of the encoder too
     conversations: int  # keys and values of every conversation at its longest, and of the prompt
     pictures: int  # scratch memory of the vision tower for the largest picture
     prefill: int  # scratch memory of one prefill step
-    index: int  # packs' indexes, and the encoder; texts are read as they are asked for
+    index: int  # packs' indexes, and the encoder where it is not on a GPU; texts are read as they are asked for
     switch: int = 0  # the largest pack's index again: a new generation is opened beside the old one
     program: int = PROGRAM_BYTES
+    on_device: bool = False  # `DEVICE_PARTS` lie in a GPU's own memory
 
     @property
     def total(self) -> int:
         """All of it."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return self._sum(PARTS)
+
+    @property
+    def device(self) -> int:
+        """What lies in a GPU's own memory."""
+        return self._sum(DEVICE_PARTS) if self.on_device else 0
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{field.name} {as_size(getattr(self, field.name))}" for field in fields(self))
-        return f"{as_size(self.total)}: {parts}"
+        parts = ", ".join(f"{name} {as_size(getattr(self, name))}" for name in PARTS)
+        return f"{as_size(self.total)}: {parts}" + (f"; {as_size(self.device)} of it on the GPU" * self.on_device)
 
-    def check(self, free: int | None) -> Self:
-        """NotEnoughMemory, with advice, when this is more than `free` bytes; None is not known."""
-        if free is not None and self.total > free:
-            raise NotEnoughMemory(f"the bundle takes {self}; {as_size(free)} are free: {self._advice(free)}")
+    def check(self, free: int | None, device_free: int | None = None) -> Self:
+        """NotEnoughMemory, with advice, when this is more than is free, in bytes; None is not known."""
+        if self.on_device and device_free is not None and self.device > device_free:
+            raise self._refusal(DEVICE_PARTS, device_free, "free on the GPU")
+        host = tuple(name for name in PARTS if not (self.on_device and name in DEVICE_PARTS))
+        if free is not None and self._sum(host) > free:
+            raise self._refusal(host, free, "free")
         return self
 
-    def _advice(self, free: int) -> str:
-        most = max(("weights", "conversations", "pictures", "index"), key=lambda name: int(getattr(self, name)))
-        if self.total - int(getattr(self, most)) > free:
+    def _sum(self, names: Iterable[str]) -> int:
+        return sum(int(getattr(self, name)) for name in names)
+
+    def _refusal(self, names: tuple[str, ...], free: int, where: str) -> NotEnoughMemory:
+        return NotEnoughMemory(f"the bundle takes {self}; {as_size(free)} are {where}: {self._advice(names, free)}")
+
+    def _advice(self, names: tuple[str, ...], free: int) -> str:
+        most = max((name for name in names if name in _ADVICE), key=lambda name: int(getattr(self, name)))
+        if self._sum(names) - int(getattr(self, most)) > free:
             return "close other programs, or take a smaller model"
-        return {
-            "weights": "export the policy with --precision int4 (and --no-prefill), or a smaller checkpoint",
-            "conversations": "export it with a smaller --context, or answer fewer questions at a time ([limits] "
-            "concurrent in bundle.toml)",
-            "pictures": "set a smaller max_pixels in the checkpoint's preprocessor_config.json and export it again",
-            "index": "leave out a pack, or build it with a smaller index",
-        }[most]
+        return _ADVICE[most]
 
 
-def plan_memory(bundle: Bundle) -> MemoryPlan:
-    """What an opened bundle takes at most. Raises ArtifactError where a part cannot be read."""
+_ADVICE = {
+    "weights": "export the policy with --precision int4 (and --no-prefill), or a smaller checkpoint",
+    "conversations": "export it, or build its engines, with a smaller --context, or answer fewer questions at a time "
+    "([limits] concurrent in bundle.toml)",
+    "pictures": "set a smaller max_pixels in the checkpoint's preprocessor_config.json and export it again",
+    "index": "leave out a pack, or build it with a smaller index",
+}
+
+
+def fit_memory(
+    bundle: Bundle, engines: EngineSet | None = None, on_plan: Callable[[MemoryPlan], None] | None = None
+) -> None:
+    """Reckon what a bundle will take, tell it to `on_plan`, and refuse with NotEnoughMemory what does not fit here."""
+    device_free, integrated = (None, False) if engines is None else _device()
+    plan = plan_memory(bundle, engines, integrated=integrated)
+    if on_plan is not None:
+        on_plan(plan)
+    plan.check(free_memory(), device_free)
+
+
+def plan_memory(bundle: Bundle, engines: EngineSet | None = None, *, integrated: bool = False) -> MemoryPlan:
+    """What an opened bundle takes at most. Raises ArtifactError where a part cannot be read.
+
+    `engines` run on a GPU, in its own memory or, if it is `integrated`, in the host's.
+    """
     packs = [0 if pack in bundle.servers else _index_bytes(pack) for pack in bundle.packs]
-    index, switch = _bytes(bundle.encoder) + sum(packs), max(packs)
+    index, switch = sum(packs), max(packs)
+    if engines is None:
+        index += _bytes(bundle.encoder)
+    on_device = engines is not None and not integrated
+    towers = 0 if engines is None else engines.bytes((IMAGE, TEXT))
     if not isinstance(bundle.policy, Path):
-        return MemoryPlan(0, 0, 0, 0, index, switch)  # another server holds the policy
+        return MemoryPlan(towers, 0, 0, 0, index, switch, on_device=on_device)  # another server holds the policy
     manifest = read_manifest(bundle.policy)
-    conversations = 1 + bundle.limits.concurrent  # each forks from the prompt's own
+    context, wide = (manifest.max_context, FLOAT_BYTES) if engines is None else (engines.built.context, HALF_BYTES)
     return MemoryPlan(
-        weights=_weights(bundle.policy, manifest),
-        conversations=conversations * manifest.max_context * kv_bytes(manifest.text),
+        weights=_weights(bundle.policy, manifest) if engines is None else towers + engines.bytes((DECODER, VISION)),
+        # each conversation forks from the prompt's own
+        conversations=(1 + bundle.limits.concurrent) * context * kv_bytes(manifest.text, wide),
         pictures=vision_bytes(manifest.vision),
         prefill=prefill_bytes(manifest.text),
         index=index,
         switch=switch,
+        on_device=on_device,
     )
 
 
-def kv_bytes(spec: TextSpec) -> int:
-    """Bytes of keys and values that one token takes."""
-    return 2 * spec.layers * spec.kv_heads * spec.head_dim * FLOAT_BYTES
+def kv_bytes(spec: TextSpec, wide: int = FLOAT_BYTES) -> int:
+    """Bytes of keys and values that one token takes, in numbers that are so many bytes `wide`."""
+    return 2 * spec.layers * spec.kv_heads * spec.head_dim * wide
 
 
 def vision_bytes(spec: VisionSpec) -> int:
@@ -115,6 +160,16 @@ def free_memory() -> int | None:
     except (OSError, ValueError):
         return free
     return free if limit == "max" else min(free, int(limit) - used)
+
+
+def _device() -> tuple[int | None, bool]:
+    """Bytes that are free on the GPU, None where nobody says, and whether they are the host's."""
+    from gog_edge.engines.cuda import device_memory, device_properties
+
+    try:
+        return device_memory().free, device_properties().integrated
+    except BackendError:
+        return None, False  # opening the engines says what is wrong
 
 
 def _index_bytes(pack: Path) -> int:

@@ -1,12 +1,12 @@
-"""A bundle that is open and ready to be asked."""
+"""A bundle that is open and ready to be asked, or the part of it that could be opened."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -15,9 +15,10 @@ from gog_edge.agent.loop import Searcher, run_episode
 from gog_edge.agent.trace import TraceWriter
 from gog_edge.bundle import Bundle, Sample, open_bundle
 from gog_edge.config import Budget, Limits
-from gog_edge.errors import BackendError, NotFound
+from gog_edge.engines.choice import EngineChoice, EngineSet
+from gog_edge.errors import BackendError, NotEnoughMemory, NotFound
 from gog_edge.picture import Picture, decode_picture
-from gog_edge.planner import MemoryPlan, free_memory, plan_memory
+from gog_edge.planner import MemoryPlan, fit_memory
 from gog_edge.policy.base import Policy
 from gog_edge.retrieval.segment import StoredPicture
 from gog_edge.types import ImageQuery, PackState, Query, SearchResult, TextQuery
@@ -25,6 +26,11 @@ from gog_edge.types import ImageQuery, PackState, Query, SearchResult, TextQuery
 if TYPE_CHECKING:
     from gog_edge.retrieval.encoder import Encoder
     from gog_edge.retrieval.pack import Pack
+
+T = TypeVar("T")
+OnPlan: TypeAlias = Callable[[MemoryPlan], None]
+CPU = EngineChoice()
+UNAVAILABLE = (BackendError, NotEnoughMemory)  # what may pass though the bundle stays as it is
 
 
 class Album(Protocol):
@@ -66,13 +72,17 @@ class Packs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Everything that answers a question: who decides, where it looks things up, and what it may cost."""
+    """Everything that answers a question: who decides, where it looks things up, and what it may cost.
+
+    What needs a part that is not open raises BackendError with the reason.
+    """
 
     name: str
-    policy: Policy
-    packs: Packs
+    policy: Policy | None
+    packs: Packs | None
     limits: Limits = field(default_factory=Limits)
     samples: tuple[Sample, ...] = ()
+    failure: str = ""  # why policy or packs are not open
 
     def ask(
         self,
@@ -88,11 +98,12 @@ class Runtime:
         Raises InputError before the first event.
         """
         text = self.limits.check_question(question)
-        with self.packs.lease() as library:
+        policy = self._there(self.policy)
+        with self._lease() as library:
             yield from run_episode(
                 self.decode(picture),
                 text,
-                policy=self.policy,
+                policy=policy,
                 retriever=library,
                 budget=budget or self.limits.budget,
                 workflow=workflow,
@@ -105,17 +116,17 @@ class Runtime:
 
     def search(self, queries: Sequence[Query]) -> tuple[SearchResult, ...]:
         """Search the packs without a policy; one result for each query."""
-        with self.packs.lease() as library:
+        with self._lease() as library:
             return library.search(queries)
 
     def search_many(self, crops: Sequence[ImageQuery], texts: Sequence[TextQuery], k: int) -> SearchResult:
         """Search the packs without a policy; one fused result of at most k things for all queries."""
-        with self.packs.lease() as library:
+        with self._lease() as library:
             return library.search_many(crops, texts, k)
 
     def picture(self, pack: str, image: int) -> StoredPicture:
         """An image of a pack, as a citation names it. Raises NotFound."""
-        with self.packs.lease() as library:
+        with self._lease() as library:
             album = library.packs.get(pack)
             stored = album.picture(image) if album else None
             if stored is None:
@@ -127,29 +138,62 @@ class Runtime:
         """Let every part work once, so that the first visitor does not wait for it."""
         picture = Picture(np.full((224, 224, 3), 255, np.uint8))
         budget = Budget(turns=1, tokens=4)
-        with self.packs.lease() as library:
-            for _ in run_episode(picture, "?", policy=self.policy, retriever=library, budget=budget,
+        with self._lease() as library:
+            for _ in run_episode(picture, "?", policy=self._there(self.policy), retriever=library, budget=budget,
                                  workflow=Workflow.FULL_IMAGE):
                 pass
 
+    def _lease(self) -> AbstractContextManager[Library]:
+        return self._there(self.packs).lease()
 
-def open_runtime(folder: Path, *, threads: int, on_plan: Callable[[MemoryPlan], None] | None = None) -> Runtime:
+    def _there(self, part: T | None) -> T:
+        if part is None:
+            raise BackendError(self.failure)
+        return part
+
+
+def open_runtime(
+    folder: Path, *, threads: int, choice: EngineChoice = CPU, on_plan: OnPlan | None = None
+) -> Runtime:
     """Open every part of a bundle. Raises ArtifactError or BackendError naming the part and what to do.
 
-    `on_plan` is told what it will take of the memory before anything is loaded; NotEnoughMemory when that is not free.
+    `choice`: what runs the graphs. `on_plan` is told what it will take of the memory before anything is loaded;
+    NotEnoughMemory when that is not free.
     """
+    bundle = open_bundle(folder)
+    engines = choice.read(bundle.root)
+    fit_memory(bundle, engines, on_plan)
+    packs = open_packs(bundle, threads=threads, engines=engines)
+    policy = open_policy(bundle, threads=threads, engines=engines)
+    return Runtime(bundle.name, policy, packs, bundle.limits, bundle.samples)
+
+
+def open_missing(
+    runtime: Runtime, bundle: Bundle, *, threads: int, choice: EngineChoice, on_plan: OnPlan | None = None
+) -> Runtime:
+    """Open and warm up what a runtime lacks. Where that cannot be had, its `failure` says why, and what is open stays.
+
+    Raises ArtifactError where a part of the bundle itself cannot be opened.
+    """
+    try:
+        engines = choice.read(bundle.root)
+        if runtime.packs is None:
+            fit_memory(bundle, engines, on_plan)
+            runtime = replace(runtime, packs=open_packs(bundle, threads=threads, engines=engines))
+        whole = replace(runtime, policy=open_policy(bundle, threads=threads, engines=engines), failure="")
+        whole.warm_up()
+        return whole
+    except UNAVAILABLE as exc:
+        return replace(runtime, failure=str(exc))
+
+
+def open_packs(bundle: Bundle, *, threads: int, engines: EngineSet | None = None) -> Packs:
+    """The bundle's packs with its encoder, which searches them. Raises as `open_runtime` does."""
     from gog_edge.retrieval.encoder import Encoder  # engines load here: a runtime around other parts needs none
     from gog_edge.retrieval.shelf import Shelf
 
-    bundle = open_bundle(folder)
-    plan = plan_memory(bundle)
-    if on_plan is not None:
-        on_plan(plan)
-    plan.check(free_memory())
-    encoder = Encoder.open(bundle.encoder, threads=threads)
-    shelf = Shelf(bundle.packs, encoder, pack_opener(bundle))
-    policy = open_policy(bundle, threads=threads)
-    return Runtime(bundle.name, policy, shelf, bundle.limits, bundle.samples)
+    encoder = Encoder.open(bundle.encoder, threads=threads, engines=engines)
+    return Shelf(bundle.packs, encoder, pack_opener(bundle))
 
 
 def pack_opener(bundle: Bundle) -> Callable[[Path, Encoder], Pack]:
@@ -167,12 +211,12 @@ def pack_opener(bundle: Bundle) -> Callable[[Path, Encoder], Pack]:
     return lambda pack, encoder: Pack.open(pack, encoder, servers[pack].index if pack in servers else None)
 
 
-def open_policy(bundle: Bundle, *, threads: int) -> Policy:
+def open_policy(bundle: Bundle, *, threads: int, engines: EngineSet | None = None) -> Policy:
     """The bundle's policy: its own folder, or the server that it names. Raises as `open_runtime` does."""
     if isinstance(bundle.policy, Path):
         from gog_edge.policy.local import LocalPolicy
 
-        return LocalPolicy.open(bundle.policy, threads=threads)
+        return LocalPolicy.open(bundle.policy, threads=threads, engines=engines)
     try:
         import httpx  # noqa: F401  # only boxes that reach another server carry an HTTP client
     except ModuleNotFoundError as exc:

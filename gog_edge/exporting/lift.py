@@ -171,12 +171,23 @@ class Lifter:
     # --- the rest ---------------------------------------------------------------------------------
 
     def lift_Cast(self, node: NodeProto) -> None:
-        """Weights stored in halves stay so; whole numbers become wide."""
-        if self.rewriter.kind(node.input[0]):
-            self.rewriter.bind(node.output[0], self.rewriter.half(node.input[0]), FLOAT16)
+        """Weights stored in halves stay so; other numbers become wide."""
+        given, wide = node.input[0], attributes(node)["to"] == FLOAT
+        if wide and self.rewriter.kind(given):
+            kind = FLOAT16 if self.rewriter.is_constant(given) else FLOAT
+            self.rewriter.bind(node.output[0], self.rewriter.value(given, kind), kind)
         else:
-            self.rewriter.ops(node, [self.rewriter.value(node.input[0])], [FLOAT if attributes(node)["to"] == FLOAT
-                                                                          else 0])  # fmt: skip
+            self.rewriter.ops(node, [self.rewriter.value(given)], [FLOAT if wide else 0])
+
+    def lift_Gather(self, node: NodeProto) -> None:
+        """Tables of whole numbers become halves, which hold those of eight bits: TensorRT looks none up."""
+        table = node.input[0]
+        if self.rewriter.is_constant(table) and self.rewriter.constant(table).dtype == np.int8:
+            halves = self.rewriter.written(self.rewriter.constant(table).astype(np.float32), table)
+            rows = self.op("Gather", halves, self.rewriter.value(node.input[1]), **attributes(node))
+            self.rewriter.bind(node.output[0], rows, FLOAT16)
+        else:
+            self.lift_other(node)
 
     def lift_LayerNormalization(self, node: NodeProto) -> None:
         """Wide inside; half for the products that follow."""
@@ -358,6 +369,17 @@ class StandardLifter(Lifter):
         alpha = self.rewriter.written(np.asarray(attributes(node)["alpha"], np.float32), "alpha")
         gate = self.op("Sigmoid", self.op("Mul", value, alpha))
         self.rewriter.bind(node.output[0], self.op("Mul", value, gate), FLOAT16)
+
+    def lift_ReduceMax(self, node: NodeProto) -> None:
+        """Texts are taken at full length: TensorRT wants no shape that depends on what is read.
+
+        Of causal texts, what stands behind the last token that counts is not looked at.
+        """
+        if self.rewriter.kind(node.input[0]):
+            self.lift_other(node)
+        else:
+            tokens = next(value for value in self.rewriter.source.input if value.name == "tokens")
+            self.rewriter.bind(node.output[0], self.graph.ints(int(self.shape(tokens)[1]) - 1))
 
     def lift_Neg(self, node: NodeProto) -> None:
         """Minus how many rows are wanted: where the last rows begin."""

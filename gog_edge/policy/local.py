@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Self
 
+from gog_edge.engines.choice import EngineSet
 from gog_edge.errors import BudgetExceeded, GogEdgeError
 from gog_edge.picture import Picture
 from gog_edge.policy.chat import ChatFormat
@@ -152,13 +153,14 @@ class LocalPolicy:
 
     @classmethod
     def open(cls, folder: Path, threads: int | None = None, *, context: int | None = None,
-             sampling: Sampling | None = None) -> Self:
+             sampling: Sampling | None = None, engines: EngineSet | None = None) -> Self:
         """Verify and load a policy folder, and compute the system prompt once.
 
         `threads`: one for each physical core when None. `context`: tokens of one conversation. `sampling`: the
-        checkpoint's own when None. Raises ArtifactError, DialectError or BackendError.
+        checkpoint's own when None. `engines`: built ones that run in place of the folder's graphs. Raises
+        ArtifactError, DialectError or BackendError.
         """
-        model = PolicyModel.open(folder, threads=threads, context=context)
+        model = PolicyModel.open(folder, threads=threads, context=context, engines=engines)
         defaults = model.manifest.generation
         chosen = sampling or Sampling(**asdict(defaults))
         return cls(model, load_dialect(folder / DIALECT), chosen)

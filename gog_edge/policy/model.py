@@ -10,6 +10,9 @@ from typing import Self
 from onnxruntime import InferenceSession
 from tokenizers import Tokenizer
 
+from gog_edge.engines.base import DecoderEngine, GraphEngine
+from gog_edge.engines.built import ORT, VISION
+from gog_edge.engines.choice import EngineSet
 from gog_edge.engines.ort import OrtDecoder, OrtGraph, open_session, physical_cores
 from gog_edge.engines.packed import CACHE, WORTH_BYTES, cache_key, packed_graph
 from gog_edge.errors import BackendError
@@ -18,8 +21,8 @@ from gog_edge.policy.manifest import (
     DECODER_GRAPH,
     PREFILL_GRAPH,
     TOKENIZER,
-    VISION_GRAPH,
     PolicyManifest,
+    TextSpec,
     read_manifest,
 )
 from gog_edge.policy.session import Decoder, Session
@@ -39,55 +42,76 @@ class PolicyModel:
 
     @classmethod
     def open(
-        cls, folder: Path, *, threads: int | None = None, context: int | None = None, prefill: bool = True
+        cls, folder: Path, *, threads: int | None = None, context: int | None = None, prefill: bool = True,
+        engines: EngineSet | None = None,
     ) -> Self:
         """Verify and load a policy folder.
 
         `threads`: at most so many, one for each physical core when None; a small decoder takes fewer. `context`:
-        tokens of one conversation, at most and by default what the manifest says. `prefill`: use the graph for many
-        tokens at a time where there is one. Raises ArtifactError or BackendError.
+        tokens of one conversation, at most and by default what the manifest says, or what `engines` were built for.
+        `prefill`: use the graph for many tokens at a time where there is one. `engines`: run these, built from the
+        folder's graphs, in place of the graphs themselves. Raises ArtifactError or BackendError.
         """
         manifest = read_manifest(folder)
-        if manifest.engine != "ort":
-            raise BackendError(f"'{folder}' was exported for engine '{manifest.engine}'; this version runs 'ort'")
+        if manifest.engine != ORT:
+            raise BackendError(f"'{folder}' was exported for engine '{manifest.engine}'; this version runs '{ORT}'")
         capacity = min(context or manifest.max_context, manifest.max_context)
-        cache = folder / CACHE / cache_key(manifest.files)
-        with ThreadPoolExecutor(2) as beside:  # the graphs load at the same time
-            tower = beside.submit(_open_vision, folder, cache, manifest, threads)
-            most = _decoder_threads(folder, threads)
-            filler = beside.submit(_open_prefill, folder, cache, most) if prefill and manifest.weights.prefill else None
-            path, optimised = _form_here(folder / DECODER_GRAPH, cache)
-            engine = OrtDecoder(
-                path, capacity=capacity, threads=most, optimised=optimised, prefill=filler.result() if filler else None
-            )
+        parts = engines or OwnGraphs(folder, manifest, threads, prefill)
+        with ThreadPoolExecutor(1) as beside:  # the graphs load at the same time
+            tower = beside.submit(parts.open_graph, VISION)
+            engine = parts.open_decoder(manifest.text, capacity)
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-            decoder = Decoder(engine, manifest, EmbeddingTable.open(folder, manifest), tokenizer)
-            return cls(manifest, tower.result(), decoder, cache)
+            decoder = Decoder(engine, manifest, EmbeddingTable.open(folder, manifest), tokenizer, context=capacity)
+            return cls(manifest, VisionEncoder(tower.result(), manifest.vision), decoder, parts.cache())
 
     def new_session(self) -> Session:
         """An empty conversation with a cache of its own."""
         return Session(self.decoder, self.decoder.engine.new_cache())
 
 
+@dataclass(frozen=True, slots=True)
+class OwnGraphs:
+    """A policy folder's own graphs, which ONNX Runtime runs on the processor."""
+
+    folder: Path
+    manifest: PolicyManifest
+    threads: int | None
+    prefill: bool
+
+    def open_graph(self, name: str) -> GraphEngine:
+        """The vision tower."""
+        path, optimised = self._form_here(f"{name}.onnx")
+        return OrtGraph(path, threads=self.threads, optimised=optimised)
+
+    def open_decoder(self, spec: TextSpec, context: int) -> DecoderEngine:
+        """The decoder, with its graph for many tokens where there is one; its caches hold `context` tokens."""
+        most = _decoder_threads(self.folder, self.threads)
+        with ThreadPoolExecutor(1) as beside:
+            wanted = self.prefill and self.manifest.weights.prefill
+            filler = beside.submit(self._open_prefill, most) if wanted else None
+            path, optimised = self._form_here(DECODER_GRAPH)
+            return OrtDecoder(
+                path, capacity=context, threads=most, optimised=optimised, prefill=filler.result() if filler else None
+            )
+
+    def cache(self) -> Path:
+        """Folder for what is worked out with these graphs on this processor; need not be there."""
+        return self.folder / CACHE / cache_key(self.manifest.files)
+
+    def _open_prefill(self, threads: int) -> InferenceSession:
+        path, optimised = self._form_here(PREFILL_GRAPH)
+        return open_session(path, threads=threads, optimised=optimised)
+
+    def _form_here(self, name: str) -> tuple[Path, bool]:
+        """The graph to load on this machine, and whether it is optimised already."""
+        graph = self.folder / name
+        path = packed_graph(graph, self.cache()) if graph_bytes(graph) >= WORTH_BYTES else graph
+        return path, path != graph
+
+
 def graph_bytes(graph: Path) -> int:
     """A graph's file and its weights."""
     return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
-
-
-def _open_vision(folder: Path, cache: Path, manifest: PolicyManifest, threads: int | None) -> VisionEncoder:
-    path, optimised = _form_here(folder / VISION_GRAPH, cache)
-    return VisionEncoder(OrtGraph(path, threads=threads, optimised=optimised), manifest.vision)
-
-
-def _open_prefill(folder: Path, cache: Path, threads: int) -> InferenceSession:
-    path, optimised = _form_here(folder / PREFILL_GRAPH, cache)
-    return open_session(path, threads=threads, optimised=optimised)
-
-
-def _form_here(graph: Path, cache: Path) -> tuple[Path, bool]:
-    """The graph to load on this machine, and whether it is optimised already."""
-    path = packed_graph(graph, cache) if graph_bytes(graph) >= WORTH_BYTES else graph
-    return path, path != graph
 
 
 def _decoder_threads(folder: Path, most: int | None) -> int:

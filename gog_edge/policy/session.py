@@ -90,10 +90,12 @@ class Decoder:
     """A decoder with its embedding table, rotary angles and tokenizer; shared by all sessions."""
 
     def __init__(
-        self, engine: DecoderEngine, manifest: PolicyManifest, table: EmbeddingTable, tokenizer: Tokenizer
+        self, engine: DecoderEngine, manifest: PolicyManifest, table: EmbeddingTable, tokenizer: Tokenizer, *,
+        context: int | None = None,
     ) -> None:
-        """`tokenizer` is from now on this decoder's own."""
+        """`tokenizer` is from now on this decoder's own. `context`: tokens of one conversation, fewer than fit."""
         self.engine = engine
+        self.capacity = min(context or engine.capacity, engine.capacity)
         self.manifest = manifest
         self.table = table
         self.tokenizer = tokenizer
@@ -164,7 +166,7 @@ class Session:
     @property
     def capacity(self) -> int:
         """Tokens one conversation may hold."""
-        return self._decoder.engine.capacity
+        return self._decoder.capacity
 
     @property
     def eos(self) -> frozenset[int]:

@@ -15,6 +15,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from gog_edge.engines.base import Floats, GraphEngine
+from gog_edge.engines.built import IMAGE, TEXT
+from gog_edge.engines.choice import EngineSet
 from gog_edge.engines.ort import CPU, OrtGraph
 from gog_edge.errors import ArtifactError
 from gog_edge.files import read_json, verify_files
@@ -69,8 +71,11 @@ class Encoder:
         self._tokenizer = tokenizer
 
     @classmethod
-    def open(cls, folder: Path, *, threads: int | None = None, providers: Sequence[str] = CPU) -> Encoder:
+    def open(cls, folder: Path, *, threads: int | None = None, providers: Sequence[str] = CPU,
+             engines: EngineSet | None = None) -> Encoder:
         """Open an encoder folder written by `export.export_clip`, on exactly the ONNX Runtime providers asked for.
+
+        `engines`, built from the folder's graphs, run in place of the graphs themselves.
 
         Raises:
             ArtifactError: a file is missing or altered, or the manifest is of another kind or schema.
@@ -95,8 +100,9 @@ class Encoder:
         # An encoder works beside a policy that speaks, or beside what decodes pictures: threads that spin while they
         # wait would take the cores from these, and on a busy box that halves its own speed.
         image, text = (
-            OrtGraph(folder / name, threads=threads, providers=providers, spinning=False)
-            for name in ("image.onnx", "text.onnx")
+            OrtGraph(folder / f"{name}.onnx", threads=threads, providers=providers, spinning=False)
+            if engines is None else engines.open_graph(name)
+            for name in (IMAGE, TEXT)
         )
         return cls(fingerprint, spec, image, text, tokenizer)
 

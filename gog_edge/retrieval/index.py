@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import faiss
 import numpy as np
@@ -60,6 +60,20 @@ class Hits:
     ids: Ids  # [n, k]; -1 where there is none
 
 
+class Part(Protocol):
+    """Consecutive rows that are searched in their own way."""
+
+    @property
+    def candidates(self) -> int:
+        """Not 0 where what it finds must be compared exactly with the stored vectors."""
+
+    def ask(self, k: int, crowd: float) -> float:
+        """How many rows to ask for, to know the nearest `k` ids well, `crowd` rows each on average."""
+
+    def find(self, queries: Vectors, count: int, *, without: Rows | None = None, wider: int = 1) -> Found:
+        """Up to `count` rows of each query, by its own scores; never one of `without`."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """A FAISS index over consecutive rows."""
@@ -71,11 +85,9 @@ class _Part:
     recall_k: int = 0
 
     def ask(self, k: int, crowd: float) -> float:
-        """How many rows to ask for, to know the nearest `k` ids well, `crowd` rows each on average."""
         return self.candidates + 2 * max(0, k - self.recall_k) if self.candidates else k * crowd
 
     def find(self, queries: Vectors, count: int, *, without: Rows | None = None, wider: int = 1) -> Found:
-        """Up to `count` rows of each query, by the index's own scores; never one of `without`."""
         selector = None if without is None else self._selector(without)
         params = search_params(self.index, self.params, selector=selector, wider=wider, count=count)
         with omp_threads(1):
@@ -93,14 +105,15 @@ class _Part:
 class VectorIndex:
     """Nearest vectors by cosine; may be searched from several threads."""
 
-    def __init__(self, base: _Part | None, delta: _Part | None, shards: VectorShards, tombstones: Ids) -> None:
+    def __init__(self, base: Part | None, delta: Part | None, shards: VectorShards, tombstones: Ids, *,
+                 threads: int = MAX_THREADS) -> None:
         self.shards = shards
         self._parts = [part for part in (base, delta) if part is not None]
         self._dead = shards.rows_of(tombstones)
         self._hidden = np.zeros(len(shards), dtype=bool)
         self._hidden[self._dead] = True
         self._distinct = shards.distinct - len(np.unique(shards.ids_of(self._dead)))
-        self._threads = min(MAX_THREADS, os.cpu_count() or 1)
+        self._threads = min(threads, os.cpu_count() or 1)
         self._helpers = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="search")
 
     @classmethod
@@ -166,7 +179,7 @@ class VectorIndex:
         rows = np.concatenate([rows for _, rows in found], axis=1)
         return np.asarray(2 * np.count_nonzero(hidden[rows] & (rows >= 0), axis=1) > rows.shape[1])
 
-    def _find(self, part: _Part, queries: Vectors, count: int) -> Found:
+    def _find(self, part: Part, queries: Vectors, count: int) -> Found:
         """Candidates, by several threads of our own where there are enough queries."""
         parts = min(self._threads, len(queries) // SLICE)
         if parts < 2:

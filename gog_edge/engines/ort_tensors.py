@@ -1,0 +1,128 @@
+"""What a decoder keeps between its steps, on the host or on a device: read and written by tokens."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import onnxruntime as ort
+
+from gog_edge.engines.base import Array
+from gog_edge.errors import BackendError
+
+HOST = "cpu"
+Shape: TypeAlias = tuple[int, ...]  # [..., tokens, width]
+
+
+class TokenTensor(Protocol):
+    """An input of a decoder [..., tokens, width] that stays bound where it is."""
+
+    @property
+    def value(self) -> Any:
+        """The `OrtValue` to bind."""
+
+    def write(self, start: int, rows: Array) -> None:
+        """Rows [..., n, width] of any floating type for the tokens from `start` on."""
+
+    def read(self, length: int) -> Array:
+        """The first `length` tokens, in the tensor's own type."""
+
+    def copy_from(self, other: TokenTensor, length: int) -> None:
+        """Take over the first `length` tokens of another one of the same kind and shape."""
+
+
+def new_tensor(shape: Shape, dtype: np.dtype[Any], device: str) -> TokenTensor:
+    """Zeros [..., tokens, width] on the host ("cpu") or a device of ONNX Runtime's ("cuda")."""
+    return HostTensor(shape, dtype) if device == HOST else DeviceTensor(shape, dtype, device)
+
+
+class HostTensor:
+    """Zeros that take memory only where something is written."""
+
+    def __init__(self, shape: Shape, dtype: np.dtype[Any]) -> None:
+        pages = mmap.mmap(-1, dtype.itemsize * math.prod(shape))
+        # Each head's tokens lie far from the next one's: with huge pages the first token would take half of the cache.
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+        self.array: Array = np.frombuffer(pages, dtype).reshape(shape)
+        self.value: Any = ort.OrtValue.ortvalue_from_numpy(self.array)
+
+    def write(self, start: int, rows: Array) -> None:
+        """See `TokenTensor`."""
+        self.array[..., start : start + rows.shape[-2], :] = rows
+
+    def read(self, length: int) -> Array:
+        """See `TokenTensor`; a view."""
+        return self.array[..., :length, :]
+
+    def copy_from(self, other: TokenTensor, length: int) -> None:
+        """See `TokenTensor`; BackendError when the other is of another kind."""
+        self.write(0, _same_kind(self, other).read(length))
+
+
+class DeviceTensor:
+    """Memory of a device, written and read through windows: one for each row of the leading axes."""
+
+    def __init__(self, shape: Shape, dtype: np.dtype[Any], device: str) -> None:
+        # Kernels multiply what is hidden by zero: memory as it comes may hold what is no number, and stays none.
+        self.value: Any = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device)
+        self._shape, self._dtype = shape, dtype
+        self._lead = math.prod(shape[:-2])
+
+    def write(self, start: int, rows: Array) -> None:
+        """See `TokenTensor`."""
+        parts = np.ascontiguousarray(rows, self._dtype).reshape(self._lead, -1, self._shape[-1])
+        for index, part in enumerate(parts):
+            self._window(index, start, len(part)).update_inplace(part)
+
+    def read(self, length: int) -> Array:
+        """See `TokenTensor`; a copy on the host."""
+        read = np.empty((self._lead, length, self._shape[-1]), self._dtype)
+        for index in range(self._lead if length else 0):
+            read[index] = self._window(index, 0, length).numpy()
+        return read.reshape(*self._shape[:-2], length, self._shape[-1])
+
+    def copy_from(self, other: TokenTensor, length: int) -> None:
+        """See `TokenTensor`; within the device. BackendError when the other is of another kind."""
+        theirs = _same_kind(self, other)
+        for index in range(self._lead if length else 0):
+            self._window(index, 0, length).update_inplace(theirs._window(index, 0, length))
+
+    def _window(self, index: int, start: int, count: int) -> Any:
+        tokens, width = self._shape[-2:]
+        return window(self.value, (index * tokens + start) * width, (count, width))
+
+
+def _same_kind[T: (HostTensor, DeviceTensor)](mine: T, other: TokenTensor) -> T:
+    if not isinstance(other, type(mine)):
+        raise BackendError("a cache can only be copied from one on the same device; open both on one engine")
+    return other
+
+
+class _DLTensor(ctypes.Structure):
+    """The head of a `DLManagedTensor`: https://dmlc.github.io/dlpack/latest/c_api.html."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p), ("strides", ctypes.c_void_p), ("byte_offset", ctypes.c_uint64),
+    )  # fmt: skip
+
+
+def window(value: Any, offset: int, shape: Shape) -> Any:
+    """A contiguous part of an `OrtValue` as one of its own, in the same memory, which it keeps alive.
+
+    `shape` from the element `offset` on. ONNX Runtime has no such views; but what it hands out by DLPack names address
+    and shape, and it takes the same back with others.
+    """
+    address = ctypes.pythonapi.PyCapsule_GetPointer
+    address.restype, address.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    capsule = value.__dlpack__()
+    tensor = _DLTensor.from_address(address(capsule, b"dltensor"))
+    lengths = (ctypes.c_int64 * len(shape))(*shape)
+    tensor.data += offset * tensor.bits // 8
+    tensor.ndim, tensor.shape = len(shape), ctypes.addressof(lengths)  # read, and copied, by the next line
+    return ort.OrtValue.from_dlpack(capsule)

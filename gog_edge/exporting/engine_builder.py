@@ -1,0 +1,187 @@
+"""A bundle's graphs -> engines: lifted, checked against the bundle's own on ONNX Runtime, built, described."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from gog_edge.bundle import Bundle
+from gog_edge.engines.built import DECODER, MANIFEST, TENSORRT, TENSORRT_ENGINES, BuiltEngines, BuiltGraph
+from gog_edge.errors import CheckpointError
+from gog_edge.exporting.engine_plan import ATTENTION, KV_CACHE_UPDATE, PlanRequest
+from gog_edge.exporting.engine_process import build_apart
+from gog_edge.exporting.engine_sources import BundleGraphs, GraphSource, bundle_graphs
+from gog_edge.exporting.engine_target import Target, choose_target
+from gog_edge.exporting.lift import lift_graph
+from gog_edge.files import describe_files, read_json, write_json
+
+TIMINGS = "timings.cache"  # TensorRT on the device: kernels' times on its GPU, so that the next build is quick
+ROOM = 2.5  # times the bundle's graphs: all of them lifted, and all engines
+
+OnStep: TypeAlias = Callable[[str, int, int], None]  # what is done, how far, of how much
+
+
+@dataclass(frozen=True, slots=True)
+class BuildReport:
+    """The engines, and what it took to build them."""
+
+    engines: BuiltEngines
+    seconds: Mapping[str, float]  # by graph, lifting included
+
+    def graphs(self) -> list[dict[str, Any]]:
+        """One entry for each graph and GPU; GPUs that share a file have the same `file`, `bytes` and `seconds`."""
+        sizes = {entry.path: entry.size for entry in self.engines.files}
+        return [
+            {"name": graph.name, "sm": sm, "file": graph.file,
+             "bytes": sizes[graph.file] + sizes.get(f"{graph.file}.data", 0), "seconds": self.seconds[graph.name],
+             **{kind: graph.layers.get(kind, 0) for kind in (KV_CACHE_UPDATE, ATTENTION)}}
+            for graph in self.engines.graphs for sm in self.engines.sms or (None,)
+        ]  # fmt: skip
+
+
+def silent(_: str, __: int, ___: int) -> None:
+    """An `OnStep` that shows nothing."""
+
+
+def build_engines(
+    bundle: Bundle, out: Path, *, engine: str, sms: Sequence[int] = (), context: int | None = None,
+    parity: bool = True, on_step: OnStep = silent,
+) -> BuildReport:
+    """Build the engines of a bundle into the folder `out`, which is replaced only when all went well.
+
+    Args:
+        bundle: what `open_bundle` gives. Where another server runs its policy, only the encoder's towers are built.
+        out: a new or empty folder, or one of engines.
+        engine: of `engines.built.BUILT_ENGINES`.
+        sms: compute capabilities, 86 for 8.6, that TensorRT for RTX builds for; by default all that it knows.
+        context: tokens that a decoder's cache holds; by default as many as the policy's conversations have.
+        parity: whether the lifted graphs are compared with the bundle's own first.
+        on_step: is told what is done, and how far it is.
+
+    Raises:
+        BackendError: the engine, its module or a GPU's compute capability is not to be had.
+        CheckpointError: TensorRT refuses a graph or loses some of it, its weights would be doubled, the graphs miss the
+            parity limits, `context` is out of range, `out` holds something else, or the disk or memory is too small.
+        ArtifactError: the bundle's files are missing or altered.
+    """
+    found = bundle_graphs(bundle, context)
+    target = choose_target(engine, sms, int4=found.int4)
+    with _replacing(out) as part:
+        _check_room(found, part)
+        seconds = {graph.name: _lift(graph, part, target, found.context, on_step) for graph in found.graphs}
+        report = _parity(bundle, found, part, target, on_step) if parity else {}
+        built = []
+        for graph in found.graphs:
+            started = time.monotonic()
+            built.append(_build(graph, part, out, target, on_step))
+            seconds[graph.name] = round(seconds[graph.name] + time.monotonic() - started, 2)
+        names = [path.name for path in part.iterdir() if path.name != TIMINGS]
+        engines = BuiltEngines(
+            engine=engine, version=target.version, sms=target.sms, context=found.context, graphs=tuple(built),
+            parity=report, files=tuple(describe_files(part, names)),
+        )
+        write_json(part / MANIFEST, engines.to_json())
+    return BuildReport(engines, seconds)
+
+
+def _lift(graph: GraphSource, part: Path, target: Target, context: int, on_step: OnStep) -> float:
+    """Seconds that it took."""
+    started = time.monotonic()
+    on_step(f"lift {graph.name}", 0, 1)
+    lift_graph(graph.path, _lifted(graph, part), target.kind, context=context)
+    on_step(f"lift {graph.name}", 1, 1)
+    return time.monotonic() - started
+
+
+def _lifted(graph: GraphSource, part: Path) -> Path:
+    return part / f"{graph.name}.onnx"
+
+
+def _parity(bundle: Bundle, found: BundleGraphs, part: Path, target: Target, on_step: OnStep) -> dict[str, Any]:
+    from gog_edge.exporting.lifted_parity import check_lifted, measure_lifted
+    on_step("parity", 0, 1)
+    lifted = {graph.name: _lifted(graph, part) for graph in found.graphs}
+    report = measure_lifted(bundle, lifted, target.kind, context=found.context)
+    check_lifted(report)
+    on_step("parity", 1, 1)
+    return report
+
+
+def _build(graph: GraphSource, part: Path, out: Path, target: Target, on_step: OnStep) -> BuiltGraph:
+    """The lifted graph's engine in its place; where ONNX Runtime is the engine, the graph itself."""
+    lifted = _lifted(graph, part)
+    about = {
+        "name": graph.name, "sources": {entry.path: entry.sha256 for entry in graph.files},
+        "cache": target.cache if graph.name == DECODER else "",
+    }  # fmt: skip
+    if target.engine not in TENSORRT_ENGINES:
+        return BuiltGraph(file=lifted.name, **about)
+    timings = _timings(part, out) if target.engine == TENSORRT else None
+    request = PlanRequest(
+        target.engine, lifted, lifted.with_suffix(".engine"), graph.profiles, target.ahead, _fused(graph, target),
+        timings,
+    )
+    plan = build_apart(request, lambda done, of: on_step(f"build {graph.name}", done, of))
+    for path in (lifted, lifted.with_name(f"{lifted.name}.data")):
+        path.unlink(missing_ok=True)
+    return BuiltGraph(file=request.plan.name, profiles=graph.profiles, layers=plan.layers, **about)
+
+
+def _fused(graph: GraphSource, target: Target) -> dict[str, int]:
+    """Layers that a decoder's network must have, where they were not taken apart on purpose."""
+    if graph.name != DECODER or target.kind != "standard":
+        return {}
+    return {KV_CACHE_UPDATE: 2 * graph.attentions, ATTENTION: graph.attentions}
+
+
+def _timings(part: Path, out: Path) -> Path:
+    """The new folder's, which begins with the old one's."""
+    if (out / TIMINGS).is_file() and not (part / TIMINGS).exists():
+        shutil.copyfile(out / TIMINGS, part / TIMINGS)
+    return part / TIMINGS
+
+
+def _check_room(found: BundleGraphs, part: Path) -> None:
+    needed, free = int(ROOM * found.size), shutil.disk_usage(part).free
+    if needed > free:
+        raise CheckpointError(
+            f"'{part.parent}' has {free / 1e9:.1f} GB free, building takes about {needed / 1e9:.1f} GB; make room, or "
+            "name a folder on another disk with --out"
+        )
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when all went well; otherwise nothing stays of it."""
+    if out.exists() and not _is_engines(out):
+        raise CheckpointError(f"'{out}' exists and holds no engines; name another folder or remove it")
+    part = out.with_name(f"{out.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        shutil.rmtree(out, ignore_errors=True)
+        part.rename(out)
+    except OSError as exc:
+        raise CheckpointError(f"'{part}' cannot be written ({exc.strerror or exc}); nothing was kept") from exc
+    except MemoryError as exc:
+        raise CheckpointError(
+            "this machine has too little memory to build the engines; nothing was kept: close other programs, leave "
+            "out the parity check (--no-parity), or build on a larger machine"
+        ) from exc
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_engines(folder: Path) -> bool:
+    """A folder of engines, or an empty one, may be replaced."""
+    if not folder.is_dir():
+        return False
+    manifest = folder / MANIFEST
+    kind = read_json(manifest, what="engines").get("kind") if manifest.is_file() else None
+    return kind == "engines" or not any(folder.iterdir())

@@ -1,0 +1,175 @@
+"""One graph -> one TensorRT plan: parsed, checked that nothing got lost on the way, built.
+
+Runs in a process of its own (`engine_process`): TensorRT keeps half of what it took until its process ends, and its
+compiler may end the process, too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gog_edge.errors import CheckpointError
+from gog_edge.exporting.engine_profiles import Profile
+from gog_edge.exporting.engine_tensorrt import OnStep, file_stream, known_sms, load_tensorrt, logger, step_monitor
+
+KV_CACHE_UPDATE, ATTENTION = "kv_cache_update", "attention"  # layers by what they do
+WORKSPACE_BYTES = 1 << 30  # that TensorRT on the device may use to time kernels
+# A plan holds the graph's weights once, and kernels; a second copy in another layout would be a second model.
+GROWTH, KERNEL_BYTES = 1.25, 32 << 20
+SAID_LINES = 6  # of TensorRT's own words, in an error
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What to build, from what, for what."""
+
+    engine: str  # of TENSORRT_ENGINES
+    graph: Path  # .onnx
+    plan: Path  # the file to write
+    profiles: tuple[Profile, ...]
+    sms: tuple[int, ...]  # compute capabilities, 86 for 8.6; () for the GPU of this box
+    layers: Mapping[str, int]  # that the network must have, so many by what they do
+    timings: Path | None = None  # of kernels on this box's GPU: read where there are any, then written
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltPlan:
+    """What came out."""
+
+    size: int  # bytes
+    seconds: float
+    layers: Mapping[str, int]  # of the network, by what they do
+
+
+def build_plan(request: PlanRequest, on_step: OnStep) -> BuiltPlan:
+    """Build it. CheckpointError where TensorRT refuses the graph, loses some of it, or writes its weights twice."""
+    started = time.monotonic()
+    trt = load_tensorrt(request.engine)
+    log = logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)  # must outlive the build: it owns the weights
+    if not parser.parse_from_file(str(request.graph)):
+        raise CheckpointError(f"TensorRT cannot read '{request.graph.name}': {_refusals(parser)}")
+    layers = _checked(network, request)
+    config = _config(trt, builder, network, request, on_step)
+    _write(trt, builder, network, config, request, log.said)
+    size = request.plan.stat().st_size
+    check_size(request.graph, size)
+    return BuiltPlan(size, round(time.monotonic() - started, 2), layers)
+
+
+def check_size(graph: Path, size: int) -> None:
+    """CheckpointError where a plan of `size` bytes is too large to hold the graph's weights only once."""
+    weights = sum(path.stat().st_size for path in (graph, graph.with_name(f"{graph.name}.data")) if path.exists())
+    most = int(weights * GROWTH) + KERNEL_BYTES
+    if size > most:
+        raise CheckpointError(
+            f"the engine of '{graph.name}' has {size:,} bytes, its graph {weights:,}: more than the {most:,} that "
+            "hold the weights once; its profiles ask for another layout of them: report this TensorRT's version"
+        )
+
+
+def _refusals(parser: Any) -> str:
+    errors = [parser.get_error(at) for at in range(parser.num_errors)]
+    return "; ".join(f"{error.node_operator()} '{error.node_name()}': {error.desc()}" for error in errors)
+
+
+def _checked(network: Any, request: PlanRequest) -> dict[str, int]:
+    """The network's layers by what they do. CheckpointError where some or an input got lost."""
+    lost = sorted(unreached_inputs(network))
+    if lost:
+        raise CheckpointError(f"TensorRT's network of '{request.graph.name}' does not use the inputs {', '.join(lost)}")
+    layers = _count(network)
+    for kind, count in request.layers.items():
+        if layers.get(kind, 0) != count:
+            raise CheckpointError(
+                f"TensorRT's network of '{request.graph.name}' has {layers.get(kind, 0)} layers of {kind}, expected "
+                f"{count}: its graph was not recognised, and would run slowly"
+            )
+    return layers
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    return (network.get_layer(at) for at in range(network.num_layers))
+
+
+def _count(network: Any) -> dict[str, int]:
+    """TensorRT has two layers for one attention."""
+    names = Counter(layer.type.name.lower() for layer in _layers(network))
+    names[ATTENTION] = names.pop("attention_input", 0)
+    del names["attention_output"]
+    return dict(sorted((+names).items()))
+
+
+def unreached_inputs(network: Any) -> set[str]:
+    """Names of the network's inputs that none of its outputs depends on."""
+    makers = {layer.get_output(at).name: layer for layer in _layers(network) for at in range(layer.num_outputs)}
+    todo = [network.get_output(at).name for at in range(network.num_outputs)]
+    seen: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            inputs = _inputs(makers[name]) if name in makers else ()
+            todo += [tensor.name for tensor in inputs]
+    return {network.get_input(at).name for at in range(network.num_inputs)} - seen
+
+
+def _inputs(layer: Any) -> list[Any]:
+    return [tensor for at in range(layer.num_inputs) if (tensor := layer.get_input(at)) is not None]
+
+
+def _config(trt: Any, builder: Any, network: Any, request: PlanRequest, on_step: OnStep) -> Any:
+    config = builder.create_builder_config()
+    config.progress_monitor = step_monitor(trt, on_step)
+    if request.sms:
+        known = known_sms(trt)
+        config.num_compute_capabilities = len(request.sms)
+        for at, sm in enumerate(request.sms):
+            config.set_compute_capability(known[sm], at)
+    else:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
+    if request.timings is not None:
+        kept = request.timings.read_bytes() if request.timings.is_file() else b""
+        config.set_timing_cache(config.create_timing_cache(kept), ignore_mismatch=False)
+    for profile in request.profiles:
+        config.add_optimization_profile(_profile(builder, network, profile, request.graph.name))
+    return config
+
+
+def _profile(builder: Any, network: Any, shapes: Profile, graph: str) -> Any:
+    """CheckpointError where the shapes are not those of the network's free inputs."""
+    inputs = [network.get_input(at) for at in range(network.num_inputs)]
+    free = {tensor.name for tensor in inputs if -1 in tuple(tensor.shape)}
+    if not free <= shapes.keys():
+        raise CheckpointError(f"'{graph}' has inputs of free shape that have no range: {sorted(free - shapes.keys())}")
+    profile = builder.create_optimization_profile()
+    for name in sorted(free):
+        profile.set_shape(name, *shapes[name])
+    return profile
+
+
+def _write(trt: Any, builder: Any, network: Any, config: Any, request: PlanRequest, said: Sequence[str]) -> None:
+    """Build and write the plan; in pieces where this TensorRT can."""
+    with request.plan.open("wb") as file:
+        if hasattr(builder, "build_serialized_network_to_stream"):
+            stream = file_stream(trt, file)
+            done = builder.build_serialized_network_to_stream(network, config, stream)
+            if stream.failed is not None:
+                raise stream.failed
+        else:
+            plan = builder.build_serialized_network(network, config)
+            done = plan is not None
+            file.write(plan or b"")
+    if not done:
+        raise CheckpointError(
+            f"TensorRT {trt.__version__} built no engine of '{request.graph.name}': "
+            f"{' / '.join(said[-SAID_LINES:]) or 'it does not say why'}"
+        )
+    if request.timings is not None:
+        request.timings.write_bytes(bytes(config.get_timing_cache().serialize()))
