@@ -23,7 +23,7 @@ def picture(tmp_path):
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Runs `gog-edge` with a played runtime in place of a bundle."""
-    monkeypatch.setattr(runtime, "open_runtime", lambda folder, threads: played_runtime(tmp_path))
+    monkeypatch.setattr(runtime, "open_runtime", lambda folder, threads, choice: played_runtime(tmp_path))
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
 
 

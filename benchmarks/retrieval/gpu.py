@@ -3,8 +3,8 @@
     python -m benchmarks.retrieval.gpu --sizes 1000000,8000000 --work runs/bench-retrieval
 
 Vectors and crops are made once and kept in `--work`, as `benchmarks.bench_retrieval` makes them. First an index of each
-kind is moved to the GPU and back, which must find there what it finds here. The last line is the result as JSON; without
-a GPU nothing is measured, and the exit code is 1.
+kind is moved to the GPU and back, which must find there what it finds here. The last line is the result as JSON.
+Without a GPU nothing is measured, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def check_moving(gpu: Gpu, rows: int = 20_000, dim: int = 64) -> None:
 
 
 def measure(corpus: Corpus, gpu: Gpu, rounds: int) -> Figures:
-    """Fill the GPU with a corpus and search. Raises NotEnoughMemory where it does not fit."""
+    """Fill the GPU with a corpus and search. Raises OutOfDeviceMemory where it does not fit."""
     files = [(Path(v), Path(i)) for v, i in json.loads((corpus.folder / "shards.json").read_text())]
     queries = np.load(corpus.folder / "queries.npy")
     shards = VectorShards.open(files, queries.shape[-1])

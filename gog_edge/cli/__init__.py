@@ -23,6 +23,10 @@ app.add_typer(pack.app)
 
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Folder of a bundle; the atlas when left out.")]
 ThreadsOption = Annotated[int, typer.Option("--threads", help="Cores to use; 0 for all.")]
+EngineOption = Annotated[str, typer.Option("--engine", help="What runs the graphs: ort, ort-cuda, tensorrt or "
+                                           "tensorrt-rtx.")]
+EnginesOption = Annotated[Path | None, typer.Option("--engines", help="Folder of built engines; engines/ENGINE in the "
+                                                    "bundle when left out.")]
 
 
 def main() -> None:
@@ -42,13 +46,17 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8080,
     threads: ThreadsOption = 0,
     traces: Annotated[Path | None, typer.Option(help="Folder that gets a trace of each question.")] = None,
+    engine: EngineOption = "ort",
+    engines: EnginesOption = None,
 ) -> None:
     """Serve a bundle to browsers and programs."""
     from gog_edge.config import ServeConfig
+    from gog_edge.engines.choice import EngineChoice
     from gog_edge.serve.server import serve as run
 
     with errors_shown():
-        run(_folder(bundle), ServeConfig(host=host, port=port, threads=threads, traces=traces))
+        config = ServeConfig(host=host, port=port, threads=threads, traces=traces)
+        run(_folder(bundle), config, EngineChoice(engine, engines))
 
 
 @app.command()
@@ -60,15 +68,18 @@ def ask(
     workflow: Annotated[str, typer.Option(help="gog, full_image or direct.")] = "gog",
     trace: Annotated[Path | None, typer.Option(help="Write the trace of the episode to this file.")] = None,
     threads: ThreadsOption = 0,
+    engine: EngineOption = "ort",
+    engines: EnginesOption = None,
 ) -> None:
     """Ask one question about a picture."""
     from gog_edge.config import ServeConfig
+    from gog_edge.engines.choice import EngineChoice
     from gog_edge.runtime import open_runtime
 
     with errors_shown():
-        chosen = _workflow(workflow)
+        chosen, choice = _workflow(workflow), EngineChoice(engine, engines)
         data = _read(image)
-        runtime = open_runtime(_folder(bundle), threads=ServeConfig(threads=threads).cores)
+        runtime = open_runtime(_folder(bundle), threads=ServeConfig(threads=threads).cores, choice=choice)
         record = _answer(runtime, data, question, chosen, trace, quiet=as_json)
     if as_json:
         typer.echo(json.dumps(record.to_json(), ensure_ascii=False))

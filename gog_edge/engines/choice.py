@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gog_edge.engines.built import CACHE, ENGINES, FOLDER, ORT, ORT_CUDA, BuiltEngines, build_command, read_built
 from gog_edge.errors import ArtifactError, BackendError, InputError
 
 if TYPE_CHECKING:  # a box that serves on the CPU loads no other runtime, nor a part of one
     from gog_edge.engines.base import DecoderEngine, GraphEngine
+    from gog_edge.engines.trt_decoder import DecoderShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class EngineSet:
 
             return open_graph(self.folder, self.built, name)
 
-    def open_decoder(self, spec: Any, context: int) -> DecoderEngine:
+    def open_decoder(self, spec: DecoderShape, context: int) -> DecoderEngine:
         """The decoder; `spec` is the policy manifest's TextSpec, `context` the tokens that a cache has to hold.
 
         Its caches may hold fewer, as many as it was built for, or more, where that is part of the engine.

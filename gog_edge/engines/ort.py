@@ -1,9 +1,7 @@
-"""ONNX Runtime: stateless graphs, and decoders whose cache is written in place."""
+"""ONNX Runtime: stateless graphs, and decoders whose cache is written in place; on the processor or on CUDA."""
 
 from __future__ import annotations
 
-import math
-import mmap
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +13,26 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from gog_edge.engines.base import Array, Floats, KvCache, Snapshot
+from gog_edge.engines.built import DECODER, BuiltEngines
+from gog_edge.engines.ort_device import (
+    CUDA,
+    CUDA_DEVICE,
+    DECODER_OPTIONS,
+    INSTALL,
+    PROVIDER_OPTIONS,
+    device_errors,
+    failure_of,
+    load_libraries,
+)
+from gog_edge.engines.ort_tensors import TokenTensor, new_tensor
 from gog_edge.errors import BackendError
 
 LOAD_ERRORS = (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoKernel, NoSuchFile)
+START_ERRORS = (RuntimeError, ValueError)  # of a provider that cannot begin: no driver, no GPU
 CPU = ("CPUExecutionProvider",)
 AHEAD = 32  # tokens from which the graph that only fills the cache is worth its run
+NUMBERS = ("last", "total", "keep")  # small inputs of a decoder; one that only fills the cache does without the last
+DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 
 
 def physical_cores() -> int:
@@ -46,30 +59,49 @@ def session_options(threads: int | None = None, *, spinning: bool = True) -> ort
 
 def open_session(
     path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU, optimised: bool = False,
-    spinning: bool = True,
+    spinning: bool = True, decoder: bool = False,
 ) -> ort.InferenceSession:
     """Load a graph on exactly the providers asked for; BackendError otherwise. `optimised` graphs are left as they are.
 
-    Without `spinning`, threads sleep within a run, too, wherever they wait for others.
+    Without `spinning`, threads sleep within a run, too, wherever they wait for others. `decoder`: every operator must
+    run on the provider; else it may leave some, such as those that reckon with shapes, to the processor.
     """
+    load_libraries(providers)
     missing = [name for name in providers if name not in ort.get_available_providers()]
     if missing:
         raise BackendError(
             f"ONNX Runtime {ort.__version__} here has no {', '.join(missing)} (it has "
-            f"{', '.join(ort.get_available_providers())}); install the build that has it or ask for another provider"
+            f"{', '.join(ort.get_available_providers())}); install the build that has it"
+            f"{INSTALL.get(missing[0], '')} or ask for another provider"
         )
     options = session_options(threads, spinning=spinning)
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(decoder and tuple(providers) != CPU)))
     if optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    known = DECODER_OPTIONS if decoder else PROVIDER_OPTIONS
+    asked = [(name, dict(known.get(name, {}))) for name in providers]
     try:
-        session = ort.InferenceSession(str(path), options, providers=list(providers))
+        with device_errors(f"'{path}' cannot be loaded"):
+            session = ort.InferenceSession(str(path), options, providers=asked, enable_fallback=False)
+    except START_ERRORS as exc:
+        raise BackendError(
+            f"{', '.join(providers)} cannot begin here: {failure_of(exc)}; see `gog-edge doctor`"
+        ) from exc
     except LOAD_ERRORS as exc:
+        if "fallback to CPU EP has been explicitly disabled" in str(exc):
+            raise _not_obtained(path, providers) from exc
         mend = f"remove the folder '{path.parent}', it is made anew" if optimised else "export it again"
         raise BackendError(f"ONNX Runtime {ort.__version__} cannot load '{path}': {exc}; {mend}") from exc
-    obtained = session.get_providers()
-    if obtained[: len(providers)] != list(providers):
-        raise BackendError(f"asked for {', '.join(providers)} for '{path}' and got {', '.join(obtained)}; see its log")
+    if session.get_providers()[: len(providers)] != list(providers):
+        raise _not_obtained(path, providers)
     return session
+
+
+def _not_obtained(path: Path, providers: Sequence[str]) -> BackendError:
+    return BackendError(
+        f"asked for {', '.join(providers)} for '{path}', which would run on the processor: the provider's libraries or "
+        "the driver cannot be loaded, or it lacks an operator (ONNX Runtime's log says which); see `gog-edge doctor`"
+    )
 
 
 class OrtGraph:
@@ -85,19 +117,9 @@ class OrtGraph:
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once; every input by name, every output by name."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
-
-
-def _sparse_zeros(shape: tuple[int, ...]) -> Floats:
-    """Zeros that take memory only where something is written.
-
-    Each head's tokens lie far from the next one's: with huge pages the first token would take half of the cache.
-    """
-    pages = mmap.mmap(-1, 4 * math.prod(shape))
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(pages, np.float32).reshape(shape)
+        """Run once; every input by name, every output by name. Raises OutOfDeviceMemory or DeviceLost."""
+        with device_errors("a graph cannot be run"):
+            return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
 
 
 class OrtCache:
@@ -105,68 +127,76 @@ class OrtCache:
 
     def __init__(self, decoder: OrtDecoder) -> None:
         self.capacity = decoder.capacity
+        self._device, self._shape = decoder.device, (decoder.kv_heads, 2 * decoder.rotary)
         # Rotary rows stand by token index: a picture's tokens share positions, so position would not do.
-        self.cos: Floats = np.zeros((self.capacity, decoder.rotary), np.float32)
-        self.sin: Floats = np.zeros((self.capacity, decoder.rotary), np.float32)
+        table = (self.capacity, decoder.rotary)
+        self.cos, self.sin = (new_tensor(table, decoder.dtypes[name], self._device) for name in ("cos", "sin"))
         shape = (1, decoder.kv_heads, self.capacity, 2 * decoder.rotary)
-        self.states: list[Floats] = [_sparse_zeros(shape) for _ in decoder.states]
-        self.last = np.zeros(1, np.int32)  # index of the newest token
-        self.total = np.zeros((), np.int32)  # tokens in the cache after the step
-        self.keep = np.zeros(1, np.int64)  # rows of logits asked for
+        kinds = [decoder.dtypes[f"past_{name}"] for name in decoder.states]
+        self.states: list[TokenTensor] = [new_tensor(shape, kind, self._device) for kind in kinds]
+        self._numbers: dict[str, Array] = {
+            "last": np.zeros(1, np.int32),  # index of the newest token
+            "total": np.zeros((), np.int32),  # tokens in the cache after the step
+            "keep": np.zeros(1, np.int64),  # rows of logits asked for
+        }
         self._logits: Floats = np.empty((1, decoder.vocab), np.float32)
-        self._held: list[Any] = []
-        self._binding = self._bind(decoder.session, decoder)
-        self.binding_ahead = self._bind(decoder.prefill, decoder) if decoder.prefill else None
+        self._values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._numbers.items()}
+        self._binding = self._bind(decoder.session, decoder, NUMBERS)
+        self.binding_ahead = self._bind(decoder.prefill, decoder, NUMBERS[:2]) if decoder.prefill else None
 
     def bound(self, keep: int) -> tuple[Any, Floats]:
         """The binding of a step that gives `keep` rows of logits, and the buffer [keep, vocab] they come in."""
-        if self.keep[0] != keep:
+        if self._numbers["keep"][0] != keep:
             if len(self._logits) < keep:
                 self._logits = np.empty((keep, self._logits.shape[1]), np.float32)
-            self.keep[0] = keep
+            self._numbers["keep"][0] = keep
             self._rows = ort.OrtValue.ortvalue_from_numpy(self._logits[:keep])
             self._binding.bind_ortvalue_output("logits", self._rows)
         return self._binding, self._logits[:keep]
 
-    def _value(self, array: Array) -> Any:
-        value = ort.OrtValue.ortvalue_from_numpy(array)
-        self._held.append((array, value))
-        return value
+    def say_end(self, binding: Any, end: int) -> None:
+        """Tell a binding how many tokens the cache holds after the step."""
+        self._numbers["last"][0], self._numbers["total"][...] = end - 1, end
+        if self._device is not None:  # a device has taken copies when they were bound
+            for name in NUMBERS:
+                binding.bind_cpu_input(name, self._numbers[name])
 
-    def _bind(self, session: ort.InferenceSession, decoder: OrtDecoder) -> Any:
+    def _bind(self, session: ort.InferenceSession, decoder: OrtDecoder, numbers: Sequence[str]) -> Any:
         binding = session.io_binding()
-        named = {item.name for item in session.get_inputs()}
-        for name in ("cos", "sin", "last", "total", "keep"):
-            if name in named:
-                binding.bind_ortvalue_input(name, self._value(getattr(self, name)))
+        for name in numbers:
+            binding.bind_ortvalue_input(name, self._values[name])
+        for name, table in (("cos", self.cos), ("sin", self.sin)):
+            binding.bind_ortvalue_input(name, table.value)
         for name, state in zip(decoder.states, self.states, strict=True):
-            value = self._value(state)
-            binding.bind_ortvalue_input(f"past_{name}", value)
-            binding.bind_ortvalue_output(f"present_{name}", value)
+            binding.bind_ortvalue_input(f"past_{name}", state.value)
+            binding.bind_ortvalue_output(f"present_{name}", state.value)
         return binding
+
+    def tensors(self) -> list[TokenTensor]:
+        """All that is kept of each token."""
+        return [self.cos, self.sin, *self.states]
 
     def snapshot(self, length: int) -> Snapshot:
         """The first `length` tokens, to be kept in files."""
-        states = np.stack([state[0, :, :length] for state in self.states])
-        return Snapshot(states, self.cos[:length], self.sin[:length])
+        states = np.stack([state.read(length)[0] for state in self.states]).astype(np.float32, copy=False)
+        cos, sin = (table.read(length).astype(np.float32, copy=False) for table in (self.cos, self.sin))
+        return Snapshot(states, cos, sin)
 
     def restore(self, kept: Snapshot) -> None:
         """Begin with the tokens of a snapshot; BackendError when it is of another decoder or too long."""
         states, length = kept.states, len(kept.cos)
-        mine = (len(self.states), *self.states[0].shape[1:2], length, self.states[0].shape[3])
+        mine = (len(self.states), self._shape[0], length, self._shape[1])
         if states.shape != mine or length > self.capacity:
             raise BackendError(f"a cache of {mine} cannot begin with kept tokens of {states.shape}; remove those files")
-        self.cos[:length], self.sin[:length] = kept.cos, kept.sin
-        for state, values in zip(self.states, states, strict=True):
-            state[0, :, :length] = values
+        for tensor, values in zip(self.tensors(), (kept.cos, kept.sin, *states), strict=True):
+            tensor.write(0, values)
 
     def copy_from(self, other: KvCache, length: int) -> None:
         """Take over the first `length` tokens of another cache of the same engine."""
         if not isinstance(other, OrtCache) or len(other.states) != len(self.states):
             raise BackendError("a cache can only be copied from one of the same decoder; open both on one engine")
-        self.cos[:length], self.sin[:length] = other.cos[:length], other.sin[:length]
-        for mine, theirs in zip(self.states, other.states, strict=True):
-            mine[:, :, :length] = theirs[:, :, :length]
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_from(theirs, length)
 
 
 class OrtDecoder:
@@ -174,27 +204,32 @@ class OrtDecoder:
 
     def __init__(
         self, path: Path, *, capacity: int, threads: int | None = None, providers: Sequence[str] = CPU,
-        optimised: bool = False, prefill: ort.InferenceSession | None = None,
+        optimised: bool = False, prefill: ort.InferenceSession | None = None, device: str | None = None,
     ) -> None:
-        """`prefill`: a graph over the same cache that only fills it, for many tokens at a time."""
-        self.session = open_session(path, threads=threads, providers=providers, optimised=optimised)
-        self.prefill = prefill
-        inputs = {item.name: item.shape for item in self.session.get_inputs()}
+        """`capacity`: tokens of a cache, where the graph itself does not say. `prefill`: a graph over the same cache
+        that only fills it, for many tokens at a time. `device`: where caches lie, as ONNX Runtime names it; None:
+        arrays of the host.
+        """
+        self.session = open_session(path, threads=threads, providers=providers, optimised=optimised, decoder=True)
+        self.prefill, self.device = prefill, device
+        inputs = {item.name: item for item in self.session.get_inputs()}
         self.states = [name.removeprefix("past_") for name in inputs if name.startswith("past_")]
         if not self.states or not {"cos", "keep"} <= inputs.keys():
             raise BackendError(
                 f"'{path}' is not a decoder that this version exported for ONNX Runtime; export with --engine ort"
             )
-        self.capacity = capacity
-        self.hidden: int = inputs["inputs_embeds"][2]
-        self.rotary: int = inputs["cos"][1]
-        self.kv_heads: int = inputs[f"past_{self.states[0]}"][1]
+        self.dtypes = {name: DTYPES[item.type] for name, item in inputs.items() if item.type in DTYPES}
+        self.hidden: int = inputs["inputs_embeds"].shape[2]
+        self.rotary: int = inputs["cos"].shape[1]
+        _, self.kv_heads, fixed, _ = inputs[f"past_{self.states[0]}"].shape
+        self.capacity = fixed if isinstance(fixed, int) else capacity
         self.vocab: int = {item.name: item.shape for item in self.session.get_outputs()}["logits"][1]
-        self.deepstack: int = inputs["deepstack"][0] if "deepstack" in inputs else 0
+        self.deepstack: int = inputs["deepstack"].shape[0] if "deepstack" in inputs else 0
 
     def new_cache(self) -> OrtCache:
-        """An empty cache."""
-        return OrtCache(self)
+        """An empty cache. OutOfDeviceMemory where the device has no room for it."""
+        with device_errors(f"a cache of {self.capacity} tokens cannot be made"):
+            return OrtCache(self)
 
     def step(
         self, cache: KvCache, embeds: Floats, cos: Floats, sin: Floats, past: int, *, deepstack: Floats | None = None,
@@ -203,29 +238,27 @@ class OrtDecoder:
         """Append embeds [T, hidden] with rotary cos, sin [T, head_dim / 2] after `past` tokens -> logits [keep, vocab].
 
         deepstack [layers, T, hidden] goes to the first layers' outputs; None adds nothing. The logits are overwritten
-        by the cache's next step. BackendError when the cache is too small.
+        by the cache's next step. BackendError when the cache is too small, or the device fails.
         """
         count = len(embeds)
         if not isinstance(cache, OrtCache):
             raise BackendError("this cache is of another engine; use the decoder's own new_cache()")
         if past + count > cache.capacity:
             raise BackendError(f"{past} + {count} tokens do not fit a cache of {cache.capacity}; open a larger one")
-        cache.cos[past : past + count], cache.sin[past : past + count] = cos, sin
-        ahead = count - keep
-        if self.prefill is None or ahead < AHEAD:
-            ahead = 0
-        else:
-            self._run(self.prefill, cache.binding_ahead, cache, embeds[:ahead], past, _part(deepstack, 0, ahead))
-        binding, logits = cache.bound(keep)
-        self._run(self.session, binding, cache, embeds[ahead:], past + ahead, _part(deepstack, ahead, count))
+        ahead = count - keep if self.prefill is not None and count - keep >= AHEAD else 0
+        with device_errors(f"{count} tokens cannot be computed"):
+            cache.cos.write(past, cos)
+            cache.sin.write(past, sin)
+            if ahead:
+                self._run(self.prefill, cache.binding_ahead, cache, embeds[:ahead], past, _part(deepstack, 0, ahead))
+            binding, logits = cache.bound(keep)
+            self._run(self.session, binding, cache, embeds[ahead:], past + ahead, _part(deepstack, ahead, count))
         return logits
 
     def _run(
-        self, session: ort.InferenceSession, binding: Any, cache: OrtCache, embeds: Floats, past: int,
-        deepstack: Floats | None,
+        self, session: Any, binding: Any, cache: OrtCache, embeds: Floats, past: int, deepstack: Floats | None
     ) -> None:
-        end = past + len(embeds)
-        cache.last[0], cache.total[...] = end - 1, end
+        cache.say_end(binding, past + len(embeds))
         binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds[None], np.float32))
         if self.deepstack:
             shape = (self.deepstack, *embeds.shape)
@@ -236,3 +269,17 @@ class OrtDecoder:
 
 def _part(deepstack: Floats | None, start: int, stop: int) -> Floats | None:
     return None if deepstack is None else deepstack[:, start:stop]
+
+
+def open_cuda_decoder(folder: Path, built: BuiltEngines, *, context: int) -> OrtDecoder:
+    """The decoder of a folder of engines for "ort-cuda", its caches in the GPU's memory.
+
+    `context`: tokens of a cache, where the graph itself does not say. Raises BackendError.
+    """
+    path = folder / built.graph(DECODER).file
+    return OrtDecoder(path, capacity=context, providers=CUDA, device=CUDA_DEVICE)
+
+
+def open_cuda_graph(folder: Path, built: BuiltEngines, name: str) -> OrtGraph:
+    """A graph without state of a folder of engines for "ort-cuda". Raises BackendError."""
+    return OrtGraph(folder / built.graph(name).file, providers=CUDA)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -13,8 +13,11 @@ import onnxruntime as ort
 from gog_edge.engines.base import Array
 from gog_edge.errors import BackendError
 
-HOST = "cpu"
 Shape: TypeAlias = tuple[int, ...]  # [..., tokens, width]
+Tensor = TypeVar("Tensor", "HostTensor", "DeviceTensor")
+_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 
 
 class TokenTensor(Protocol):
@@ -34,9 +37,9 @@ class TokenTensor(Protocol):
         """Take over the first `length` tokens of another one of the same kind and shape."""
 
 
-def new_tensor(shape: Shape, dtype: np.dtype[Any], device: str) -> TokenTensor:
-    """Zeros [..., tokens, width] on the host ("cpu") or a device of ONNX Runtime's ("cuda")."""
-    return HostTensor(shape, dtype) if device == HOST else DeviceTensor(shape, dtype, device)
+def new_tensor(shape: Shape, dtype: np.dtype[Any], device: str | None) -> TokenTensor:
+    """Zeros [..., tokens, width] on a device that ONNX Runtime names so ("cuda"); None: an array of the host."""
+    return HostTensor(shape, dtype) if device is None else DeviceTensor(shape, dtype, device)
 
 
 class HostTensor:
@@ -96,7 +99,7 @@ class DeviceTensor:
         return window(self.value, (index * tokens + start) * width, (count, width))
 
 
-def _same_kind[T: (HostTensor, DeviceTensor)](mine: T, other: TokenTensor) -> T:
+def _same_kind(mine: Tensor, other: TokenTensor) -> Tensor:
     if not isinstance(other, type(mine)):
         raise BackendError("a cache can only be copied from one on the same device; open both on one engine")
     return other
@@ -118,10 +121,8 @@ def window(value: Any, offset: int, shape: Shape) -> Any:
     `shape` from the element `offset` on. ONNX Runtime has no such views; but what it hands out by DLPack names address
     and shape, and it takes the same back with others.
     """
-    address = ctypes.pythonapi.PyCapsule_GetPointer
-    address.restype, address.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     capsule = value.__dlpack__()
-    tensor = _DLTensor.from_address(address(capsule, b"dltensor"))
+    tensor = _DLTensor.from_address(_pointer(capsule, b"dltensor"))
     lengths = (ctypes.c_int64 * len(shape))(*shape)
     tensor.data += offset * tensor.bits // 8
     tensor.ndim, tensor.shape = len(shape), ctypes.addressof(lengths)  # read, and copied, by the next line

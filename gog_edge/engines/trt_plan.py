@@ -135,14 +135,15 @@ class Kernels:
 
     def __init__(self, trt: Any, engine: Any, path: Path) -> None:
         """`path`: the file they are kept in; one of another GPU, driver or release is not used, and written anew."""
-        self._path, self._kept = path, b""
+        self._path, self._kept = path, 0
         first = engine.create_runtime_config()
         self._cache = first.create_runtime_cache()
         self._read()
-        # Contexts of one shape wait for kernels made for it: what is captured then stays so. The others begin with
-        # kernels for any shape, while those for the shapes that come are made beside.
+        # Kernels for one shape are worth their compiling where it comes for ever, in a decode step. Pictures and
+        # appended texts have ever other shapes: compiling for each would go on without end, in threads that call our
+        # logger while Python may be waiting for them.
         specialised = trt.DynamicShapesKernelSpecializationStrategy
-        self._any_shape = self._config(trt, first, specialised.LAZY)
+        self._any_shape = self._config(trt, first, specialised.NONE)
         self._one_shape = self._config(trt, engine.create_runtime_config(), specialised.EAGER)
 
     def _config(self, trt: Any, config: Any, specialisation: Any) -> Any:
@@ -153,7 +154,7 @@ class Kernels:
         return config
 
     def config(self, *, one_shape: bool) -> Any:
-        """How to open a context."""
+        """How to open a context; `one_shape`: with kernels made for the one that it will run."""
         return self._one_shape if one_shape else self._any_shape
 
     def _read(self) -> None:
@@ -163,17 +164,17 @@ class Kernels:
             _log.warning("compiled kernels in '%s' cannot be read (%s): they are compiled again", self._path, exc)
             return
         if kept and self._cache.deserialize(kept):
-            self._kept = kept
+            self._kept = len(kept)
 
     def keep(self) -> None:
         """Write what was compiled since; a folder that cannot be written is logged: every start compiles again."""
         compiled = bytes(self._cache.serialize())
-        if len(compiled) == len(self._kept):
+        if len(compiled) == self._kept:
             return
         try:
             self._path.parent.mkdir(exist_ok=True)
             write_atomic(self._path, compiled)
-            self._kept = compiled
+            self._kept = len(compiled)
         except OSError as exc:
             _log.warning("compiled kernels cannot be kept in '%s' (%s): every start compiles them", self._path, exc)
 
@@ -185,7 +186,8 @@ class Plan:
         """Load and check; see `deserialise` for what it raises, and ArtifactError when plan and manifest disagree."""
         self.trt, self.cuda, self.path = trt, cuda, folder / graph.file
         self.messages = Messages(trt)
-        self._runtime = trt.Runtime(self.messages.logger)
+        with self.explained("there is no runtime for it"):
+            self._runtime = trt.Runtime(self.messages.logger)
         self.engine = deserialise(trt, self._runtime, self.messages, self.path)
         self.inputs = {tensor.name: tensor for tensor in self._tensors(trt.TensorIOMode.INPUT)}
         self.outputs = {tensor.name: tensor for tensor in self._tensors(trt.TensorIOMode.OUTPUT)}
@@ -217,7 +219,7 @@ class Plan:
         return profile
 
     def context(self, *, one_shape: bool) -> Any:
-        """A new execution context. `one_shape`: it will always run with the same shapes."""
+        """A new execution context; `one_shape`: its kernels are to be made for the one that it will always run."""
         if self._kernels is None:
             context = self.engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         else:
@@ -234,7 +236,12 @@ class Plan:
 
     def failure(self, what: str) -> BackendError:
         """The error for something that TensorRT would not do with this engine."""
-        return failure(f"the engine '{self.path}': {what}", self.messages.take())
+        said = self.messages.take()
+        try:
+            self.cuda.memory()  # a lost device fails in this, too, and says what it is
+        except BackendError as exc:
+            return exc
+        return failure(f"the engine '{self.path}': {what}", said)
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
@@ -262,7 +269,7 @@ class Execution:
     """One context with one profile, for one thread at a time."""
 
     def __init__(self, plan: Plan, stream: Stream, profile: int, *, one_shape: bool = False) -> None:
-        self._plan, self._stream = plan, stream
+        self._plan = plan
         self._context = plan.context(one_shape=one_shape)
         if not self._context.set_optimization_profile_async(profile, stream.handle):
             raise plan.failure(f"it does not take profile {profile}")
@@ -286,15 +293,13 @@ class Execution:
             if not self._context.set_tensor_address(name, address):
                 raise self._plan.failure(f"it does not take address {address:#x} for '{name}'")
 
-    def enqueue(self) -> None:
-        """Give the stream the engine's work."""
+    def enqueue(self, stream: Stream) -> None:
+        """Give a stream the engine's work."""
         with self._plan.explained("it does not run"):
-            if not self._context.execute_async_v3(self._stream.handle):
-                self._stream.synchronize()  # a lost device says so here
+            if not self._context.execute_async_v3(stream.handle):
                 raise self._plan.failure("it does not run")
 
-    @property
-    def capturable(self) -> bool:
-        """Whether the stream's work may be captured."""
+    def capturable(self, stream: Stream) -> bool:
+        """Whether that work may be captured."""
         asked = getattr(self._context, "is_stream_capturable", None)  # RTX alone can say no
-        return True if asked is None else bool(asked(self._stream.handle))
+        return True if asked is None else bool(asked(stream.handle))

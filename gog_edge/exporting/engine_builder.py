@@ -93,7 +93,7 @@ def _lift(graph: GraphSource, part: Path, target: Target, context: int, on_step:
     """Seconds that it took."""
     started = time.monotonic()
     on_step(f"lift {graph.name}", 0, 1)
-    lift_graph(graph.path, _lifted(graph, part), target.kind, context=context)
+    lift_graph(graph.path, _lifted(graph, part), target.kind, context=context if graph.name == DECODER else 0)
     on_step(f"lift {graph.name}", 1, 1)
     return time.monotonic() - started
 

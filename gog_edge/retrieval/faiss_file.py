@@ -15,11 +15,12 @@ from gog_edge.errors import PackError
 _faiss: Any = faiss  # its type stubs lack the search parameters
 KINDS = (faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexFlatCodes)  # that are searched
 KINDS_SAID = "inverted lists, HNSW graphs and flat codes, nothing around them"
+LISTS = b"Iw"  # how files of inverted lists begin, whatever their codes
 _READING = threading.Lock()  # FAISS's limits are the process's
 
 
 def read_index(path: Path) -> Any:
-    """Open a FAISS index, mapped where its kind can be.
+    """Open a FAISS index, mapped where its kind can be searched so.
 
     Raises:
         PackError: it is no index, claims to hold more than the file has bytes, is of a kind that is not searched here,
@@ -27,7 +28,7 @@ def read_index(path: Path) -> Any:
     """
     try:
         with _READING, _limits(path.stat().st_size):
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+            index = faiss.read_index(str(path), 0 if _has_lists(path) else faiss.IO_FLAG_MMAP_IFC)
     except (OSError, RuntimeError, MemoryError) as exc:
         raise PackError(f"pack: '{path}' is no index that can be opened ({exc}); build the pack again") from exc
     if not isinstance(index, KINDS):
@@ -38,6 +39,12 @@ def read_index(path: Path) -> Any:
     if isinstance(index, faiss.IndexIVFFastScan):
         index.implem = 10  # query by query: a sixth quicker here than list by list, FAISS's choice for batches
     return index
+
+
+def _has_lists(path: Path) -> bool:
+    """Whether it is one of inverted lists: those are copied from a mapping, which then stays in memory beside them."""
+    with path.open("rb") as file:
+        return file.read(len(LISTS)) == LISTS
 
 
 def _check_parts(path: Path, index: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import faiss
 
-from gog_edge.errors import BackendError, GogEdgeError, NotEnoughMemory
+from gog_edge.errors import BackendError, OutOfDeviceMemory
 from gog_edge.retrieval.index import Found, VectorIndex
 from gog_edge.retrieval.slabs import MOST, SLAB_ROWS, SlabPart
 from gog_edge.retrieval.vectors import Ids, VectorShards
@@ -63,7 +63,7 @@ class OneThread:
         self._owner = ThreadPoolExecutor(1, thread_name_prefix="gpu-search")
 
     def call(self, work: Callable[[], _T]) -> _T:
-        """What `work` gives, or its error: NotEnoughMemory or BackendError where FAISS refused."""
+        """What `work` gives, or its error; BackendError where FAISS refused."""
         try:
             return self._owner.submit(work).result()
         except RuntimeError as exc:
@@ -78,14 +78,14 @@ class Gpu:
     """A GPU, scratch memory on it, and the one thread that uses both; the indexes of several packs may share it."""
 
     def __init__(self, device: int = 0, temp_bytes: int = TEMP_BYTES) -> None:
-        """Raises BackendError as `check_gpu` does, NotEnoughMemory where there is no room for `temp_bytes`."""
+        """Raises BackendError as `check_gpu` does, OutOfDeviceMemory where there is no room for `temp_bytes`."""
         check_gpu(device)
         self.device = device
         self._owner = OneThread()
         self._resources = self.call(lambda: _resources(temp_bytes))
 
     def call(self, work: Callable[[], _T]) -> _T:
-        """Do FAISS's work in the owner's thread. Raises BackendError or NotEnoughMemory where it refuses."""
+        """Do FAISS's work in the owner's thread. Raises BackendError where it refuses."""
         return self._owner.call(work)
 
     def flat(self, dim: int) -> Any:
@@ -95,7 +95,7 @@ class Gpu:
         return _faiss.GpuIndexFlatIP(self._resources, dim, config)
 
     def moved(self, index: Any) -> GpuIndex:
-        """A copy of a CPU's index. Raises BackendError where there is no such kind, NotEnoughMemory."""
+        """A copy of a CPU's index. Raises BackendError where there is no such kind, OutOfDeviceMemory."""
         check_kind(index)
 
         def move() -> Any:
@@ -148,12 +148,12 @@ class GpuVectorIndex(VectorIndex):
 
     @classmethod
     def on_gpu(cls, shards: VectorShards, gpu: Gpu, *, tombstones: Ids) -> GpuVectorIndex:
-        """Copy all vectors to the GPU. Raises NotEnoughMemory with what they take, PackError for damaged files."""
+        """Copy all vectors to the GPU. Raises OutOfDeviceMemory with what they take, PackError for damaged files."""
         try:
             return cls(SlabPart.filled(shards, lambda: gpu.flat(shards.dim), gpu.call), tombstones)
-        except NotEnoughMemory as exc:
+        except OutOfDeviceMemory as exc:
             size = vectors_bytes(len(shards), shards.dim) / 2**30
-            raise NotEnoughMemory(f"{len(shards):,} vectors of {shards.dim} dimensions take {size:.1f} GiB of the GPU: "
+            raise OutOfDeviceMemory(f"{len(shards):,} vectors of {shards.dim} dimensions take {size:.1f} GiB of a GPU: "
                                   f"{exc}; search them on the CPU") from exc
 
     def close(self) -> None:
@@ -173,9 +173,9 @@ def _resources(temp_bytes: int) -> Any:
     return resources
 
 
-def _as_ours(exc: RuntimeError) -> GogEdgeError:
+def _as_ours(exc: RuntimeError) -> BackendError:
     """FAISS's error by its last words: the first tell where in its sources it stands."""
     said = str(exc).rpartition("Error: ")[2][:300]
     if "alloc fail" in said or "out of memory" in said:
-        return NotEnoughMemory(f"the GPU has no more memory for faiss ({said})")
+        return OutOfDeviceMemory(f"the GPU has no more memory for faiss ({said})")
     return BackendError(f"faiss could not use the GPU ({said}); look with gog-edge doctor, or search on the CPU")

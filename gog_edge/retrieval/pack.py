@@ -82,7 +82,7 @@ class Pack:
             gpu: searches its own vectors exactly, in the place of its indexes; must be closed after the pack.
 
         Raises:
-            NotEnoughMemory: the vectors do not fit the GPU.
+            OutOfDeviceMemory: the vectors do not fit the GPU.
             PackError: missing or altered files, another schema, another encoder, counts that disagree, or a golden
                 image that does not find itself.
         """

@@ -1,7 +1,7 @@
 """Serve a bundle on this machine.
 
     python -m gog_edge.serve --port 8080
-    python -m gog_edge.serve --bundle /media/museum --host 0.0.0.0
+    python -m gog_edge.serve --bundle /media/museum --host 0.0.0.0 --engine tensorrt-rtx
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.config import ServeConfig
+from gog_edge.engines.built import ENGINES, ORT
+from gog_edge.engines.choice import EngineChoice
 from gog_edge.errors import GogEdgeError
 from gog_edge.serve.server import serve
 
@@ -26,10 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=default.port, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=default.threads, help="cores to use (default: all)")
     parser.add_argument("--traces", type=Path, help="folder that gets a trace of each question (default: none is kept)")
+    parser.add_argument("--engine", choices=ENGINES, default=ORT, help="what runs the graphs (default: %(default)s)")
+    parser.add_argument("--engines", type=Path, help="folder of built engines (default: engines/ENGINE in the bundle)")
     options = parser.parse_args(argv)
     try:
         config = ServeConfig(host=options.host, port=options.port, threads=options.threads, traces=options.traces)
-        serve(options.bundle, config)
+        serve(options.bundle, config, EngineChoice(options.engine, options.engines))
     except GogEdgeError as exc:
         sys.stderr.write(f"gog_edge: {exc}\n")
         return 2

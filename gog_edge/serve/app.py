@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
 from functools import partial
@@ -27,10 +27,20 @@ from gog_edge.agent.aim import picture_query
 from gog_edge.agent.events import Answered, Event
 from gog_edge.agent.trace import TraceFolder
 from gog_edge.bundle import Sample
-from gog_edge.errors import BudgetExceeded, Busy, GogEdgeError, InputError, NotFound, RequestError, TooLarge
+from gog_edge.errors import (
+    BackendError,
+    BudgetExceeded,
+    Busy,
+    GogEdgeError,
+    InputError,
+    NotFound,
+    RequestError,
+    TooLarge,
+)
 from gog_edge.runtime import Runtime
 from gog_edge.serve.guard import LOOPBACK, Guard, page_policy
 from gog_edge.serve.metrics import Metrics
+from gog_edge.serve.supervisor import Supervisor
 from gog_edge.serve.wire import (
     PictureGiven,
     SearchBody,
@@ -42,7 +52,7 @@ from gog_edge.serve.wire import (
     sse,
 )
 from gog_edge.serve.work import Run, Workers
-from gog_edge.types import ImageQuery, Query, SearchResult, TextQuery
+from gog_edge.types import ImageQuery, PackState, Query, SearchResult, TextQuery
 
 T = TypeVar("T")
 
@@ -53,6 +63,7 @@ STATUS: dict[type[Exception], int] = {  # the nearest class in an error's ancest
     RequestError: 422,
     InputError: 400,
     Busy: 503,
+    BackendError: 503,
     BudgetExceeded: 504,
     GogEdgeError: 500,
 }
@@ -64,19 +75,21 @@ MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"RIFF": "ima
 
 
 def create_app(
-    runtime: Runtime, *, hosts: frozenset[str] | None = LOOPBACK, waiting: int = 4, traces: TraceFolder | None = None
+    served: Runtime | Supervisor, *, hosts: frozenset[str] | None = LOOPBACK, waiting: int = 4,
+    traces: TraceFolder | None = None,
 ) -> FastAPI:
-    """Build the application around an open bundle.
+    """Build the application around an open bundle, or one that a supervisor opens.
 
     `hosts` are the names it answers to (None: any); `waiting` questions may stand in line behind the
-    `runtime.limits.concurrent` that are worked on, further ones are refused with 503. `traces` gets one
+    `limits.concurrent` that are worked on, further ones are refused with 503. `traces` gets one
     file for each episode.
     """
-    service = Service(runtime, Workers(runtime.limits.concurrent, waiting), traces)
+    supervisor = served if isinstance(served, Supervisor) else Supervisor(served)
+    service = Service(supervisor, Workers(supervisor.runtime.limits.concurrent, waiting), traces)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        with runtime.packs.watching():
+        with supervisor.watching():
             yield
             service.workers.close()
 
@@ -94,11 +107,16 @@ def create_app(
 
 
 class Service:
-    """The endpoints over one runtime."""
+    """The endpoints over the runtime that is served at the moment."""
 
-    def __init__(self, runtime: Runtime, workers: Workers, traces: TraceFolder | None = None) -> None:
-        self.runtime, self.workers, self.metrics, self.traces = runtime, workers, Metrics(), traces
-        self.samples = {sample.picture.name: sample for sample in runtime.samples}
+    def __init__(self, supervisor: Supervisor, workers: Workers, traces: TraceFolder | None = None) -> None:
+        self.supervisor, self.workers, self.metrics, self.traces = supervisor, workers, Metrics(), traces
+        self.samples = {sample.picture.name: sample for sample in self.runtime.samples}
+
+    @property
+    def runtime(self) -> Runtime:
+        """What is served now: a request that needs the same one throughout asks once."""
+        return self.supervisor.runtime
 
     def routes(self) -> list[BaseRoute]:
         """Every route; /v1/chat/completions is not offered yet."""
@@ -148,7 +166,7 @@ class Service:
         channel gave it ("image_to_image", "image_to_caption", "text_to_image", "text_to_caption", "words").
         """
         body = await self._read(request, parse_search)
-        run = self.workers.admit(partial(self._search, body))
+        run = self._admit(partial(self._search, body))
         async for results in run:
             return JSONResponse({"results": [asdict(result) for result in results]})
         return Response(status_code=499)
@@ -158,7 +176,7 @@ class Service:
         began, outcome = time.monotonic(), "failed"
         try:
             body = await self._read(request, partial(parse_ask, limits=self.runtime.limits.budget))
-            run = self.workers.admit(lambda: self.runtime.ask(
+            run = self._admit(lambda runtime: runtime.ask(
                 self._bytes(body.picture), body.question, workflow=body.workflow, budget=body.budget,
                 trace=self.traces.new() if self.traces else None))
             async with _stopped_when_gone(request, run):
@@ -174,14 +192,17 @@ class Service:
         finally:
             self.metrics.count(outcome, time.monotonic() - began)
 
-    def _search(self, body: SearchBody) -> Generator[tuple[SearchResult, ...], None, None]:
+    def _admit(self, work: Callable[[Runtime], Generator[T, None, None]]) -> Run[T]:
+        return self.workers.admit(partial(self.supervisor.run, work))
+
+    def _search(self, body: SearchBody, runtime: Runtime) -> Generator[tuple[SearchResult, ...], None, None]:
         queries = [*self._queries(body.items)]
         if body.fused is None:
-            yield self.runtime.search(queries)
+            yield runtime.search(queries)
         else:
             crops = [query for query in queries if isinstance(query, ImageQuery)]
             texts = [query for query in queries if isinstance(query, TextQuery)]
-            yield (self.runtime.search_many(crops, texts, body.fused),)
+            yield (runtime.search_many(crops, texts, body.fused),)
 
     def _queries(self, items: Iterable[SearchItem]) -> Iterator[Query]:
         """Each text and box. Pictures are held together until all are searched, so that their sum is bounded too."""
@@ -236,8 +257,10 @@ class Service:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: the policy, in OpenAI's shape, and what this box accepts."""
-        model = {"id": self.runtime.policy.name, "object": "model", "created": 0, "owned_by": self.runtime.name}
-        return JSONResponse({"object": "list", "data": [model], "limits": asdict(self.runtime.limits)})
+        runtime = self.runtime
+        names = [] if runtime.policy is None else [runtime.policy.name]
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": runtime.name} for name in names]
+        return JSONResponse({"object": "list", "data": models, "limits": asdict(runtime.limits)})
 
     # --- watching over it -----------------------------------------------------------------------
 
@@ -246,8 +269,14 @@ class Service:
         return JSONResponse({"status": "ok"})
 
     async def readyz(self, request: Request) -> Response:
-        """GET /readyz: a question asked now would be taken; which generation of each pack it would be asked."""
-        packs = [asdict(state) for state in self.runtime.packs.states()]
+        """GET /readyz: a question asked now would be taken; which generation of each pack it would be asked.
+
+        Where engines cannot be had or were lost, "failed" and the reason; the server goes on trying.
+        """
+        runtime = self.runtime
+        packs = [asdict(state) for state in _states(runtime)]
+        if runtime.failure:
+            return JSONResponse({"status": "failed", "reason": runtime.failure, "packs": packs}, status_code=503)
         if self.workers.admitted >= self.workers.capacity:
             headers = {"Retry-After": RETRY_AFTER}
             return JSONResponse({"status": "busy", "packs": packs}, status_code=503, headers=headers)
@@ -255,7 +284,7 @@ class Service:
 
     async def show_metrics(self, request: Request) -> Response:
         """GET /metrics: figures for Prometheus."""
-        text = self.metrics.render(running=self.workers.admitted, packs=self.runtime.packs.states())
+        text = self.metrics.render(running=self.workers.admitted, packs=_states(self.runtime))
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
@@ -317,6 +346,10 @@ async def _as_sse(first: Event | None, events: AsyncGenerator[Event, None]) -> A
                 yield sse(event.kind, event.to_json())
         except GogEdgeError as exc:
             yield sse("error", error_body(exc))
+
+
+def _states(runtime: Runtime) -> Sequence[PackState]:
+    return () if runtime.packs is None else runtime.packs.states()
 
 
 def _sample_json(name: str, sample: Sample) -> dict[str, Any]:

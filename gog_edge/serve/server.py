@@ -1,44 +1,69 @@
-"""Open a bundle and serve it until told to stop."""
+"""Open a bundle and serve it until told to stop, also while its engines cannot be had."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 
 from gog_edge.agent.trace import TraceFolder
+from gog_edge.bundle import open_bundle
 from gog_edge.config import ServeConfig
+from gog_edge.engines.choice import EngineChoice
 from gog_edge.errors import BackendError
 from gog_edge.planner import MemoryPlan
-from gog_edge.runtime import open_runtime
+from gog_edge.runtime import CPU, Runtime, open_missing, open_runtime
 from gog_edge.serve.app import create_app
 from gog_edge.serve.guard import LOOPBACK
+from gog_edge.serve.supervisor import Supervisor
 
 GRACE = 5  # seconds that running questions get when the server is stopped
 
 
-def serve(bundle: Path, config: ServeConfig) -> None:
+def serve(bundle: Path, config: ServeConfig, choice: EngineChoice = CPU) -> None:
     """Serve a bundle; says in one line what it takes, and in one where it is, once it answers. Returns when stopped.
+
+    Built engines that cannot be had, or that a GPU loses, leave it up and not ready, saying why; it goes on trying.
 
     Raises BackendError when the port is not to be had, ArtifactError when a part of the bundle is not.
     """
     with bind(config.host, config.port) as listener:
-        traces = TraceFolder(config.traces) if config.traces else None
-        runtime = open_runtime(bundle, threads=config.cores, on_plan=_say_plan)
+        run(supervise(bundle, config.cores, choice), listener, config)
+
+
+def run(supervisor: Supervisor, listener: socket.socket, config: ServeConfig) -> None:
+    """Serve what a supervisor opens until told to stop. Where a GPU is lost, the process begins anew."""
+    traces = TraceFolder(config.traces) if config.traces else None
+    hosts = LOOPBACK if config.host in {*LOOPBACK, "::1"} else None
+    app = create_app(supervisor, hosts=hosts, traces=traces)
+    settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
+                              timeout_graceful_shutdown=GRACE)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, lambda *_: supervisor.wake())
+    with contextlib.closing(supervisor), contextlib.suppress(KeyboardInterrupt):
+        _Server(settings, supervisor, url_of(listener, config.host)).run([listener])
+    if supervisor.device_lost:  # CUDA answers this process no more, but it may answer another one
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def supervise(folder: Path, threads: int, choice: EngineChoice) -> Supervisor:
+    """Open a bundle, or with built engines as much of it as can be had. Raises as `serve` does."""
+    if not choice.built:
+        runtime = open_runtime(folder, threads=threads, on_plan=_say_plan)
         runtime.warm_up()
-        url = url_of(listener, config.host)
-        hosts = LOOPBACK if config.host in {*LOOPBACK, "::1"} else None
-        app = create_app(runtime, hosts=hosts, traces=traces)
-        settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
-                                  timeout_graceful_shutdown=GRACE)
-        if hasattr(signal, "SIGHUP"):  # not on Windows
-            signal.signal(signal.SIGHUP, lambda *_: runtime.packs.wake())
-        with contextlib.closing(runtime.packs), contextlib.suppress(KeyboardInterrupt):
-            _Server(settings, f"gog_edge serves '{runtime.name}' at {url} (Ctrl+C stops it)\n").run([listener])
+        return Supervisor(runtime)
+    bundle = open_bundle(folder)
+    mend = partial(open_missing, bundle=bundle, threads=threads, choice=choice)
+    runtime = mend(Runtime(bundle.name, None, None, bundle.limits, bundle.samples), on_plan=_say_plan)
+    if runtime.failure:
+        bundle.verify(full=False)  # parts that were not reached yet: what is wrong with them does not pass
+    return Supervisor(runtime, mend)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -68,13 +93,16 @@ def _say_plan(plan: MemoryPlan) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Speaks only when it listens."""
+    """Speaks only when it listens; ends where a device is lost."""
 
-    def __init__(self, config: uvicorn.Config, greeting: str) -> None:
+    def __init__(self, config: uvicorn.Config, supervisor: Supervisor, url: str) -> None:
         super().__init__(config)
-        self._greeting = greeting
+        self._supervisor, self._url = supervisor, url
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        sys.stdout.write(self._greeting)
+        sys.stdout.write(f"gog_edge serves '{self._supervisor.runtime.name}' at {self._url} (Ctrl+C stops it)\n")
         sys.stdout.flush()
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._supervisor.device_lost

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_index import DIM, NONE, exact, stored, unit
 
-from gog_edge.errors import BackendError, NotEnoughMemory
+from gog_edge.errors import BackendError, OutOfDeviceMemory
 from gog_edge.retrieval.gpu_index import (
     Gpu,
     GpuVectorIndex,
@@ -122,7 +122,7 @@ def test_all_is_done_in_one_thread_whoever_asks(tmp_path, thread):
 
 @pytest.mark.parametrize(("said", "kind"), [
     ("Error in A at B.cpp:3: Error: 'err == cudaSuccess' failed: StandardGpuResources: alloc fail type FlatData dev 0 "
-     "space Device stream 0x1 size 9 bytes (cudaMalloc error out of memory [2])", NotEnoughMemory),
+     "space Device stream 0x1 size 9 bytes (cudaMalloc error out of memory [2])", OutOfDeviceMemory),
     ("Error in GpuIndex::GpuIndex(...) at /project/faiss/gpu/GpuIndex.cu:65: Error: 'config_.device < getNumDevices()' "
      "failed: Invalid GPU device 0", BackendError),
 ])  # fmt: skip

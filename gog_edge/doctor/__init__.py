@@ -1,0 +1,1 @@
+"""What this box has, what a bundle needs, and the command for what is missing."""

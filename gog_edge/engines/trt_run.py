@@ -1,0 +1,113 @@
+"""One run of an engine with its addresses fixed, done piece by piece or, once captured, as a whole."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gog_edge.engines.base import Array
+from gog_edge.engines.cuda import CapturedGraph, Cuda, DeviceBuffer, Stream, pinned
+from gog_edge.engines.trt_plan import Execution, Plan
+from gog_edge.engines.trt_shapes import Shape, grown
+from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A tensor's place on the device and, where it is copied, in page-locked memory of the host."""
+
+    address: int
+    nbytes: int
+    host: Array | None = None
+
+
+class Staging:
+    """Places for tensors by their names; they grow and are used again."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._device: dict[str, DeviceBuffer] = {}
+        self._host: dict[str, Array] = {}
+        self.moves = 0  # how often a place became another: what knew its address is of no use then
+
+    def place(self, name: str, shape: Shape, dtype: np.dtype[Any], *, host: bool = True) -> Staged:
+        """A place for a tensor, with one on the host if wanted. Nothing may be under way for that name."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        held = self._device.get(name)
+        if held is None or held.nbytes < nbytes:
+            size = grown(held.nbytes if held else 0, nbytes)
+            self.moves += 1
+            if held is not None:  # freed before more is taken
+                held.close()
+                del self._device[name], held
+            if host:
+                self._host[name] = pinned(self._cuda, (size,), np.uint8)
+            held = self._device[name] = DeviceBuffer(self._cuda, size)
+        array = self._host[name][:nbytes].view(dtype).reshape(shape) if host else None
+        return Staged(held.address, nbytes, array)
+
+
+class Run:
+    """Inputs go to the device, the engine runs, outputs come back."""
+
+    def __init__(
+        self, stream: Stream, execution: Execution, inputs: Mapping[str, Staged], outputs: Mapping[str, Staged]
+    ) -> None:
+        self._stream, self._execution = stream, execution
+        self.inputs, self.outputs = inputs, outputs
+        self._captured: CapturedGraph | None = None
+
+    def fill(self, arrays: Mapping[str, Array]) -> None:
+        """Set what the inputs will be. The last `go` must be over."""
+        for name, array in arrays.items():
+            host = self.inputs[name].host
+            if host is not None:
+                np.copyto(host, array)
+
+    def go(self) -> None:
+        """Give the stream all there is to do."""
+        if self._captured is not None:
+            self._stream.launch(self._captured)
+        else:
+            self._work()
+
+    def output(self, name: str) -> Array:
+        """What came back, once the stream is done; overwritten by the next `go`."""
+        host = self.outputs[name].host
+        if host is None:
+            raise BackendError(f"output '{name}' stays on the device")
+        return host
+
+    def _work(self) -> None:
+        for staged in self.inputs.values():
+            if staged.host is not None:
+                self._stream.copy(staged.address, staged.host.ctypes.data, staged.nbytes)
+        self._execution.enqueue(self._stream)
+        for staged in self.outputs.values():
+            if staged.host is not None:
+                self._stream.copy(staged.host.ctypes.data, staged.address, staged.nbytes)
+
+    def capture(self, plan: Plan) -> bool:
+        """Make the next `go` one launch, if this engine can: whether it does.
+
+        The run must have been done with these shapes: TensorRT prepares itself in the first one, which no graph may
+        hold. Its context must be for this run alone: a captured graph is of no use once its context was changed.
+        """
+        try:
+            if not self._execution.capturable(self._stream):
+                raise BackendError("TensorRT says that its work cannot be captured; build it with this version")
+            self._captured = self._stream.capture(self._work)
+        except (DeviceLost, OutOfDeviceMemory):
+            raise
+        except BackendError as exc:
+            _log.warning("'%s' runs without CUDA graphs: %s", plan.path, exc)
+            return False
+        plan.keep_kernels()
+        return True
