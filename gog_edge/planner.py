@@ -28,8 +28,8 @@ from gog_edge.retrieval.manifest import read_manifest as read_pack
 FLOAT_BYTES, HALF_BYTES = 4, 2
 ID_BYTES = 24  # a row's id, and where it stands in the order of ids
 PROGRAM_BYTES = 160 * 2**20  # Python, ONNX Runtime, FAISS and the server: a serving atlas, less its parts
-MEMINFO = Path("/proc/meminfo")
-CONTROL_GROUP = Path("/sys/fs/cgroup")
+MEMINFO = "proc/meminfo"
+CONTROL_GROUP = "sys/fs/cgroup"
 
 
 DEVICE_PARTS = ("weights", "conversations", "pictures", "prefill")  # where a GPU has memory of its own, they lie there
@@ -147,19 +147,24 @@ def prefill_bytes(spec: TextSpec) -> int:
     return CHUNK * (5 * spec.intermediate + 12 * spec.hidden) * FLOAT_BYTES
 
 
-def free_memory() -> int | None:
+def free_memory(root: Path = Path("/")) -> int | None:
     """Bytes that can be had without swapping, within this process's control group; None where nobody says."""
+    free = memory_of(root, "MemAvailable")
     try:
-        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines() if ":" in line)
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    try:
-        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
-        used = int((CONTROL_GROUP / "memory.current").read_text())
+        limit = (root / CONTROL_GROUP / "memory.max").read_text().strip()
+        used = int((root / CONTROL_GROUP / "memory.current").read_text())
     except (OSError, ValueError):
         return free
-    return free if limit == "max" else min(free, int(limit) - used)
+    return free if free is None or limit == "max" else min(free, int(limit) - used)
+
+
+def memory_of(root: Path, name: str) -> int | None:
+    """Bytes of a line of `/proc/meminfo` (proc_meminfo(5)) below a root; None where it is not there."""
+    try:
+        lines = dict(line.split(":", 1) for line in (root / MEMINFO).read_text().splitlines() if ":" in line)
+        return int(lines[name].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def _device() -> tuple[int | None, bool]:

@@ -20,8 +20,8 @@ LAYERS = (
     ("policy", "retrieval"),
     ("agent",),
     ("planner",),
-    ("runtime",),
-    ("serve", "show", "show_pack"),
+    ("runtime", "doctor"),
+    ("serve", "show", "show_pack", "show_doctor"),
     ("cli",),
 )
 BUILDERS = ("exporting", "indexing")  # extras: may import any part, and no part of the runtime imports them

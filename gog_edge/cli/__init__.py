@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gog_edge.cli import pack
+from gog_edge.cli import doctor, pack
 from gog_edge.cli.errors import errors_shown
 from gog_edge.errors import GogEdgeError, InputError
 
@@ -20,6 +20,7 @@ app = typer.Typer(name="gog-edge", no_args_is_help=True, add_completion=False, p
                   help="Answers questions about pictures on a box that is never online.")
 
 app.add_typer(pack.app)
+app.command()(doctor.doctor)
 
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Folder of a bundle; the atlas when left out.")]
 ThreadsOption = Annotated[int, typer.Option("--threads", help="Cores to use; 0 for all.")]

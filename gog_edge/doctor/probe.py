@@ -53,8 +53,10 @@ def look(name: str) -> dict[str, Any]:
 
 def _look_at_onnxruntime() -> dict[str, Any]:
     """Providers are listed as they were compiled in: whether CUDA works is known when a graph was loaded on it."""
+    import onnxruntime as ort
+
     from gog_edge.bundle import DEFAULT_BUNDLE
-    from gog_edge.engines.ort import open_session, ort
+    from gog_edge.engines.ort import open_session
 
     providers, trouble = ort.get_available_providers(), ""
     if CUDA_PROVIDER in providers:

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
-from gog_edge.engines.base import Array, Floats, KvCache, Snapshot
+from gog_edge.engines.base import Array, Floats, KvCache
 from gog_edge.engines.built import DECODER, BuiltEngines
 from gog_edge.engines.ort_device import (
     CUDA,
@@ -24,7 +24,7 @@ from gog_edge.engines.ort_device import (
     failure_of,
     load_libraries,
 )
-from gog_edge.engines.ort_tensors import TokenTensor, new_tensor
+from gog_edge.engines.ort_tensors import TokenCache, new_tensor
 from gog_edge.errors import BackendError
 
 LOAD_ERRORS = (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoKernel, NoSuchFile)
@@ -122,25 +122,22 @@ class OrtGraph:
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
 
 
-class OrtCache:
-    """One conversation's keys, values and rotary tables, bound once as input and as output."""
+class OrtCache(TokenCache):
+    """A cache bound once as input and as output of its decoder."""
 
     def __init__(self, decoder: OrtDecoder) -> None:
-        self.capacity = decoder.capacity
-        self._device, self._shape = decoder.device, (decoder.kv_heads, 2 * decoder.rotary)
-        # Rotary rows stand by token index: a picture's tokens share positions, so position would not do.
-        table = (self.capacity, decoder.rotary)
-        self.cos, self.sin = (new_tensor(table, decoder.dtypes[name], self._device) for name in ("cos", "sin"))
-        shape = (1, decoder.kv_heads, self.capacity, 2 * decoder.rotary)
-        kinds = [decoder.dtypes[f"past_{name}"] for name in decoder.states]
-        self.states: list[TokenTensor] = [new_tensor(shape, kind, self._device) for kind in kinds]
+        self._device = decoder.device
+        table, state = (decoder.capacity, decoder.rotary), (1, decoder.kv_heads, decoder.capacity, 2 * decoder.rotary)
+        shapes = {"cos": table, "sin": table} | {f"past_{name}": state for name in decoder.states}
+        cos, sin, *states = (new_tensor(shapes[name], decoder.dtypes[name], self._device) for name in shapes)
+        super().__init__(cos, sin, states, decoder.capacity)
         self._numbers: dict[str, Array] = {
             "last": np.zeros(1, np.int32),  # index of the newest token
             "total": np.zeros((), np.int32),  # tokens in the cache after the step
             "keep": np.zeros(1, np.int64),  # rows of logits asked for
         }
-        self._logits: Floats = np.empty((1, decoder.vocab), np.float32)
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._numbers.items()}
+        self._logits: Floats = np.empty((1, decoder.vocab), np.float32)
         self._binding = self._bind(decoder.session, decoder, NUMBERS)
         self.binding_ahead = self._bind(decoder.prefill, decoder, NUMBERS[:2]) if decoder.prefill else None
 
@@ -171,32 +168,6 @@ class OrtCache:
             binding.bind_ortvalue_input(f"past_{name}", state.value)
             binding.bind_ortvalue_output(f"present_{name}", state.value)
         return binding
-
-    def tensors(self) -> list[TokenTensor]:
-        """All that is kept of each token."""
-        return [self.cos, self.sin, *self.states]
-
-    def snapshot(self, length: int) -> Snapshot:
-        """The first `length` tokens, to be kept in files."""
-        states = np.stack([state.read(length)[0] for state in self.states]).astype(np.float32, copy=False)
-        cos, sin = (table.read(length).astype(np.float32, copy=False) for table in (self.cos, self.sin))
-        return Snapshot(states, cos, sin)
-
-    def restore(self, kept: Snapshot) -> None:
-        """Begin with the tokens of a snapshot; BackendError when it is of another decoder or too long."""
-        states, length = kept.states, len(kept.cos)
-        mine = (len(self.states), self._shape[0], length, self._shape[1])
-        if states.shape != mine or length > self.capacity:
-            raise BackendError(f"a cache of {mine} cannot begin with kept tokens of {states.shape}; remove those files")
-        for tensor, values in zip(self.tensors(), (kept.cos, kept.sin, *states), strict=True):
-            tensor.write(0, values)
-
-    def copy_from(self, other: KvCache, length: int) -> None:
-        """Take over the first `length` tokens of another cache of the same engine."""
-        if not isinstance(other, OrtCache) or len(other.states) != len(self.states):
-            raise BackendError("a cache can only be copied from one of the same decoder; open both on one engine")
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine.copy_from(theirs, length)
 
 
 class OrtDecoder:

@@ -1,16 +1,17 @@
-"""What a decoder keeps between its steps, on the host or on a device: read and written by tokens."""
+"""What a decoder's cache holds, on the host or on a device: read and written by tokens."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import mmap
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import onnxruntime as ort
 
-from gog_edge.engines.base import Array
+from gog_edge.engines.base import Array, KvCache, Snapshot
 from gog_edge.errors import BackendError
 
 Shape: TypeAlias = tuple[int, ...]  # [..., tokens, width]
@@ -26,6 +27,10 @@ class TokenTensor(Protocol):
     @property
     def value(self) -> Any:
         """The `OrtValue` to bind."""
+
+    @property
+    def shape(self) -> Shape:
+        """[..., tokens, width]."""
 
     def write(self, start: int, rows: Array) -> None:
         """Rows [..., n, width] of any floating type for the tokens from `start` on."""
@@ -46,6 +51,7 @@ class HostTensor:
     """Zeros that take memory only where something is written."""
 
     def __init__(self, shape: Shape, dtype: np.dtype[Any]) -> None:
+        self.shape = shape
         pages = mmap.mmap(-1, dtype.itemsize * math.prod(shape))
         # Each head's tokens lie far from the next one's: with huge pages the first token would take half of the cache.
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
@@ -72,21 +78,21 @@ class DeviceTensor:
     def __init__(self, shape: Shape, dtype: np.dtype[Any], device: str) -> None:
         # Kernels multiply what is hidden by zero: memory as it comes may hold what is no number, and stays none.
         self.value: Any = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device)
-        self._shape, self._dtype = shape, dtype
+        self.shape, self._dtype = shape, dtype
         self._lead = math.prod(shape[:-2])
 
     def write(self, start: int, rows: Array) -> None:
         """See `TokenTensor`."""
-        parts = np.ascontiguousarray(rows, self._dtype).reshape(self._lead, -1, self._shape[-1])
+        parts = np.ascontiguousarray(rows, self._dtype).reshape(self._lead, -1, self.shape[-1])
         for index, part in enumerate(parts):
             self._window(index, start, len(part)).update_inplace(part)
 
     def read(self, length: int) -> Array:
         """See `TokenTensor`; a copy on the host."""
-        read = np.empty((self._lead, length, self._shape[-1]), self._dtype)
+        read = np.empty((self._lead, length, self.shape[-1]), self._dtype)
         for index in range(self._lead if length else 0):
             read[index] = self._window(index, 0, length).numpy()
-        return read.reshape(*self._shape[:-2], length, self._shape[-1])
+        return read.reshape(*self.shape[:-2], length, self.shape[-1])
 
     def copy_from(self, other: TokenTensor, length: int) -> None:
         """See `TokenTensor`; within the device. BackendError when the other is of another kind."""
@@ -95,14 +101,8 @@ class DeviceTensor:
             self._window(index, 0, length).update_inplace(theirs._window(index, 0, length))
 
     def _window(self, index: int, start: int, count: int) -> Any:
-        tokens, width = self._shape[-2:]
+        tokens, width = self.shape[-2:]
         return window(self.value, (index * tokens + start) * width, (count, width))
-
-
-def _same_kind(mine: Tensor, other: TokenTensor) -> Tensor:
-    if not isinstance(other, type(mine)):
-        raise BackendError("a cache can only be copied from one on the same device; open both on one engine")
-    return other
 
 
 class _DLTensor(ctypes.Structure):
@@ -127,3 +127,47 @@ def window(value: Any, offset: int, shape: Shape) -> Any:
     tensor.data += offset * tensor.bits // 8
     tensor.ndim, tensor.shape = len(shape), ctypes.addressof(lengths)  # read, and copied, by the next line
     return ort.OrtValue.from_dlpack(capsule)
+
+
+class TokenCache:
+    """One conversation's rotary tables, keys and values."""
+
+    def __init__(self, cos: TokenTensor, sin: TokenTensor, states: Sequence[TokenTensor], capacity: int) -> None:
+        """Tables [capacity, head_dim / 2]; states [1, kv_heads, capacity, head_dim] in the decoder's own order."""
+        self.capacity = capacity
+        # Rotary rows stand by token index: a picture's tokens share positions, so position would not do.
+        self.cos, self.sin, self.states = cos, sin, tuple(states)
+
+    def snapshot(self, length: int) -> Snapshot:
+        """The first `length` tokens, to be kept in files."""
+        states = np.stack([state.read(length)[0] for state in self.states])
+        parts = (states, self.cos.read(length), self.sin.read(length))
+        return Snapshot(*(part.astype(np.float32, copy=False) for part in parts))
+
+    def restore(self, kept: Snapshot) -> None:
+        """Begin with the tokens of a snapshot; BackendError when it is of another decoder or too long."""
+        length = len(kept.cos)
+        kv_heads, _, width = self.states[0].shape[1:]
+        mine = (len(self.states), kv_heads, length, width)
+        if kept.states.shape != mine or length > self.capacity:
+            raise BackendError(
+                f"a cache of {mine} cannot begin with kept tokens of {kept.states.shape}; remove those files"
+            )
+        for tensor, values in zip(self._tensors(), (kept.cos, kept.sin, *kept.states), strict=True):
+            tensor.write(0, values)
+
+    def copy_from(self, other: KvCache, length: int) -> None:
+        """Take over the first `length` tokens of another cache of the same engine."""
+        if not isinstance(other, TokenCache) or len(other.states) != len(self.states):
+            raise BackendError("a cache can only be copied from one of the same decoder; open both on one engine")
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_from(theirs, length)
+
+    def _tensors(self) -> tuple[TokenTensor, ...]:
+        return self.cos, self.sin, *self.states
+
+
+def _same_kind(mine: Tensor, other: TokenTensor) -> Tensor:
+    if not isinstance(other, type(mine)):
+        raise BackendError("a cache can only be copied from one on the same device; open both on one engine")
+    return other

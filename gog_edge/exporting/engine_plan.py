@@ -132,6 +132,7 @@ def _config(trt: Any, builder: Any, network: Any, request: PlanRequest, on_step:
         config.num_compute_capabilities = len(request.sms)
         for at, sm in enumerate(request.sms):
             config.set_compute_capability(known[sm], at)
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or its runs may not be captured as CUDA graphs
     else:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
     if request.timings is not None:

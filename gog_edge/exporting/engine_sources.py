@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gog_edge.bundle import Bundle
 from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION

@@ -5,35 +5,22 @@ Values are half precision where nothing else is said.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from gog_edge.exporting.graph import FLOAT, FLOAT16, INT64
+from gog_edge.exporting.graph import FLOAT, FLOAT16
+from gog_edge.exporting.lift_cache import DecomposedCache, StandardCache
 from gog_edge.exporting.lift_values import Rewriter
 
 HIDDEN = np.finfo(np.float32).min  # the score of what is not to be seen
-LAST = int(np.iinfo(np.int64).max)
-
-
-@dataclass(frozen=True, slots=True)
-class CacheShape:
-    """Of a decoder's keys, and of its values, in one layer."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    context: int  # tokens that fit
 
 
 class StandardOperators:
-    """The standard's own, of opset 24; a decoder's cache is updated in place by TensorScatter."""
+    """The standard's own, of opset 24."""
 
-    cache = "present"  # outputs of a decoder begin so: the whole cache, updated
+    cache_kind: type[StandardCache] = StandardCache
 
     def __init__(self, rewriter: Rewriter) -> None:
         self.rewriter, self.graph, self.op = rewriter, rewriter.graph, rewriter.op
-        self.shape: CacheShape | None = None  # of a decoder that has begun
 
     def rms_norm(self, value: str, scale: str, epsilon: float) -> str:
         """Wide [..., width] over its last axis, by a wide scale -> wide."""
@@ -43,34 +30,15 @@ class StandardOperators:
         """[1, T, heads * head_dim], turned by cos, sin [1, T, head_dim / 2]."""
         return self.op("RotaryEmbedding", value, cos, sin, num_heads=heads)
 
-    def attend(self, query: str, key: str, value: str, *, mask: str, scale: float | None, causal: bool) -> str:
+    def attend(self, query: str, key: str, value: str, *, mask: str, scale: float | None, causal: bool = False) -> str:
         """[n, heads, T, head_dim] each; `mask`: truths that broadcast to [n, heads, T, T], or none.
 
         `scale` of the scores: one over the root of head_dim where it is None.
         """
         inputs = [query, key, value, *([mask] if mask else [])]
-        return self.op("Attention", *inputs, is_causal=int(causal), **({} if scale is None else {"scale": scale}))
-
-    def begin_cached(self, embeds: str, shape: CacheShape) -> None:
-        """Declare how much the cache holds; each new token sees itself and all before it."""
-        self.shape, self.past = shape, self.graph.input("past", INT64, [1])
-        self.tokens = self.op("Squeeze", self.op("Shape", embeds, kind=0, start=1, end=2), kind=0)
-        self.columns = self.graph.weight(np.arange(shape.context, dtype=np.int64), "columns")
-        self.mask_cached()
-
-    def mask_cached(self) -> None:
-        """Truths [T, context], the same in all layers."""
-        rows = self.op("Add", self.span(self.tokens), self.past, kind=0)
-        self._mask = self.op("LessOrEqual", self.columns, self.column(rows), kind=0)
-
-    def attend_cached(self, query: str, new: tuple[str, str], past: tuple[str, str], names: tuple[str, str]) -> str:
-        """Query [1, heads, T, head_dim]; keys and values, new ones and cached ones, [1, kv_heads, T or context, ...].
-
-        The outputs `names` are written.
-        """
-        for update, before, after in zip(new, past, names, strict=True):
-            self.graph.ops("TensorScatter", before, update, self.past, count=0, names=(after,), axis=-2)
-        return self.op("Attention", query, *names, self._mask, scale=self.shape.head_dim**-0.5)
+        if scale is None:
+            return self.op("Attention", *inputs, is_causal=int(causal))
+        return self.op("Attention", *inputs, is_causal=int(causal), scale=scale)
 
     def split_heads(self, value: str, heads: int) -> str:
         """[n, T, heads * head_dim] -> [n, heads, T, head_dim]."""
@@ -81,6 +49,10 @@ class StandardOperators:
         """Inverse of `split_heads`."""
         return self.op("Reshape", self.op("Transpose", value, perm=[0, 2, 1, 3]), self.graph.ints(0, 0, -1))
 
+    def length(self, value: str, axis: int) -> str:
+        """How long an axis is: int64 without dimensions."""
+        return self.op("Squeeze", self.op("Shape", value, kind=0, start=axis, end=axis + 1), kind=0)
+
     def span(self, count: str) -> str:
         """0, 1, ... count - 1."""
         return self.op("Range", self.graph.scalar(0), count, self.graph.scalar(1), kind=0)
@@ -89,11 +61,33 @@ class StandardOperators:
         """[n] -> [n, 1]."""
         return self.op("Unsqueeze", row, self.graph.ints(1), kind=0)
 
+    def triangle(self, count: str) -> str:
+        """Truths [count, count]: each row, and those before it."""
+        places = self.span(count)
+        return self.op("LessOrEqual", places, self.column(places), kind=0)
+
+    def scores(self, query: str, key: str, scale: float | None, mask: str) -> str:
+        """Wide products of [n, heads, T, head_dim] and [n, heads, S, head_dim], least where the mask hides them."""
+        scaled = self.op("Mul", query, self._factor(query, scale))
+        product = self.op("MatMul", scaled, self.op("Transpose", key, perm=[0, 1, 3, 2]))
+        wide = self.rewriter.cast(product, FLOAT)
+        return self.op("Where", mask, wide, self.graph.weight(np.asarray(HIDDEN)), kind=FLOAT) if mask else wide
+
+    def softmax(self, scores: str) -> str:
+        """Of wide scores, over the last axis."""
+        return self.rewriter.cast(self.op("Softmax", scores, kind=FLOAT, axis=-1), FLOAT16)
+
+    def _factor(self, query: str, scale: float | None) -> str:
+        if scale is not None:
+            return self.rewriter.written(np.asarray(scale, np.float32), "scale")
+        width = self.op("Cast", self.op("Shape", query, kind=0, start=3, end=4), kind=FLOAT, to=FLOAT)
+        return self.rewriter.cast(self.op("Reciprocal", self.op("Sqrt", width, kind=FLOAT), kind=FLOAT), FLOAT16)
+
 
 class DecomposedOperators(StandardOperators):
-    """Products, sums and softmax alone; a decoder gives its new keys and values out, and leaves the cache as it is."""
+    """Products, sums and softmax alone."""
 
-    cache = "new"  # outputs of a decoder begin so: the new tokens' rows
+    cache_kind = DecomposedCache
 
     def rms_norm(self, value: str, scale: str, epsilon: float) -> str:
         """As the standard defines it."""
@@ -113,52 +107,7 @@ class DecomposedOperators(StandardOperators):
         right = op("Add", op("Mul", second, cos), op("Mul", first, sin))
         return op("Reshape", op("Concat", left, right, axis=-1), self.graph.ints(0, 0, -1))
 
-    def attend(self, query: str, key: str, value: str, *, mask: str, scale: float | None, causal: bool) -> str:
+    def attend(self, query: str, key: str, value: str, *, mask: str, scale: float | None, causal: bool = False) -> str:
         """Two products and a softmax."""
-        if causal:
-            tokens = self.op("Squeeze", self.op("Shape", query, kind=0, start=2, end=3), kind=0)
-            mask = self._triangle(tokens)
-        return self.op("MatMul", self._softmax(self._scores(query, key, scale, mask)), value)
-
-    def mask_cached(self) -> None:
-        """All see what the cache held before; of the new tokens each sees itself and those before it."""
-        self._before = self.op("Less", self.columns, self.past, kind=0)
-        # Query heads of one key head stand one after the other, each with all its rows.
-        group = self.shape.heads // self.shape.kv_heads
-        self._among = self.op("Concat", *[self._triangle(self.tokens)] * group, kind=0, axis=0)
-
-    def attend_cached(self, query: str, new: tuple[str, str], past: tuple[str, str], names: tuple[str, str]) -> str:
-        """One softmax over what was cached and what is new; the cache is read where it lies."""
-        op, shape, ints, scale = self.op, self.shape, self.graph.ints, self.shape.head_dim**-0.5
-        for rows, name in zip(new, names, strict=True):
-            self.graph.ops("Identity", rows, count=0, names=(name,))
-        rows = op("Reshape", query, ints(0, shape.kv_heads, -1, shape.head_dim))
-        scores = [self._scores(rows, past[0], scale, self._before), self._scores(rows, new[0], scale, self._among)]
-        weights = self._softmax(op("Concat", *scores, kind=FLOAT, axis=-1))
-        bounds = ((0, shape.context), (shape.context, LAST))
-        parts = (op("Slice", weights, ints(start), ints(stop), ints(3)) for start, stop in bounds)
-        seen = [op("MatMul", part, values) for part, values in zip(parts, (past[1], new[1]), strict=True)]
-        return op("Reshape", op("Add", *seen), ints(0, shape.heads, -1, shape.head_dim))
-
-    def _scores(self, query: str, key: str, scale: float | None, mask: str) -> str:
-        """Wide."""
-        scaled = self.op("Mul", query, self._factor(query, scale))
-        product = self.op("MatMul", scaled, self.op("Transpose", key, perm=[0, 1, 3, 2]))
-        scores = self.rewriter.cast(product, FLOAT)
-        if not mask:
-            return scores
-        return self.op("Where", mask, scores, self.graph.weight(np.asarray(HIDDEN)), kind=FLOAT)
-
-    def _factor(self, query: str, scale: float | None) -> str:
-        if scale is not None:
-            return self.rewriter.written(np.asarray(scale, np.float32), "scale")
-        width = self.op("Cast", self.op("Shape", query, kind=0, start=3, end=4), kind=FLOAT, to=FLOAT)
-        return self.rewriter.cast(self.op("Reciprocal", self.op("Sqrt", width, kind=FLOAT), kind=FLOAT), FLOAT16)
-
-    def _softmax(self, scores: str) -> str:
-        return self.rewriter.cast(self.op("Softmax", scores, kind=FLOAT, axis=-1), FLOAT16)
-
-    def _triangle(self, tokens: str) -> str:
-        """Truths [T, T]: each row and those before it."""
-        places = self.span(tokens)
-        return self.op("LessOrEqual", places, self.column(places), kind=0)
+        mask = self.triangle(self.length(query, 2)) if causal else mask
+        return self.op("MatMul", self.softmax(self.scores(query, key, scale, mask)), value)

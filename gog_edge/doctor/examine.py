@@ -1,0 +1,24 @@
+"""The whole examination: facts, then what they mean for a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gog_edge.doctor.box import Box, look_at_box
+from gog_edge.doctor.finding import Report
+from gog_edge.doctor.hardware import judge_box, judge_gpus, judge_libraries
+from gog_edge.doctor.needs import judge_bundle
+from gog_edge.engines.choice import EngineChoice
+
+
+def examine(folder: Path, engine: str | None = None, engines: Path | None = None, *, box: Box | None = None) -> Report:
+    """What this box has and the bundle in `folder` needs, read for `engine`, or for the best that works here.
+
+    `engines`: a folder of built engines in the place of the bundle's own. `box`: facts that were gathered before.
+    Never fails on a strange box: what cannot be looked at is a finding. Raises InputError for an engine there is not.
+    """
+    if engine is not None:
+        EngineChoice(engine)
+    box = box or look_at_box()
+    findings = [*judge_box(box), *judge_gpus(box), *judge_libraries(box), *judge_bundle(folder, box, engines)]
+    return Report.of(str(folder), findings, engine)

@@ -1,0 +1,147 @@
+"""What a bundle needs: its parts, its memory, and the engines that were built for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gog_edge.bundle import Bundle, open_bundle
+from gog_edge.doctor.box import Box
+from gog_edge.doctor.finding import Finding, State
+from gog_edge.engines.built import (
+    BUILT_ENGINES,
+    ENGINES,
+    ORT,
+    TENSORRT_ENGINES,
+    TENSORRT_RTX,
+    BuiltEngines,
+    build_command,
+)
+from gog_edge.engines.choice import EngineChoice, EngineSet
+from gog_edge.engines.cuda import DeviceProperties
+from gog_edge.engines.trt_plan import MODULES, check_device, check_version
+from gog_edge.errors import GogEdgeError
+from gog_edge.files import read_json
+from gog_edge.planner import as_size, plan_memory
+from gog_edge.policy.manifest import MANIFEST, PolicyManifest
+from gog_edge.retrieval.manifest import read_manifest as read_pack
+
+OK, MISSING, WRONG = State.OK, State.MISSING, State.WRONG
+
+
+@dataclass(frozen=True, slots=True)
+class _Release:
+    """Of a TensorRT that another process loaded."""
+
+    __version__: str
+
+
+def judge_bundle(folder: Path, box: Box, engines: Path | None = None) -> Iterator[Finding]:
+    """Every part of the bundle, and for every engine whether its files and the memory are there.
+
+    `engines`: a folder of built engines in the place of the bundle's own.
+    """
+    try:
+        bundle = open_bundle(folder)
+        bundle.verify(full=False)
+    except GogEdgeError as exc:
+        yield Finding("bundle", "bundle", WRONG, str(exc), "copy or build it again", ENGINES)
+        return
+    yield Finding("bundle", "bundle", OK, f"'{bundle.name}' in {bundle.root}", "", ENGINES)
+    for look in (_policy, _encoder, _packs):
+        yield from _told(look.__name__.strip("_"), look(bundle))
+    yield from _told("memory", _memory(bundle, None, box))
+    for engine in BUILT_ENGINES:
+        folder = engines if engines is not None and _is_for(engines, engine) else bundle.root / "engines" / engine
+        yield from _told(engine, _built(bundle, engine, folder, box), (engine,))
+
+
+def _told(what: str, findings: Iterator[Finding], needed_by: tuple[str, ...] = ENGINES) -> Iterator[Finding]:
+    """The findings; where a part cannot be read, that."""
+    try:
+        yield from findings
+    except (GogEdgeError, OSError, ValueError, KeyError, TypeError) as exc:
+        yield Finding("bundle", what, WRONG, str(exc) or repr(exc), "copy or build it again", needed_by)
+
+
+def _policy(bundle: Bundle) -> Iterator[Finding]:
+    if not isinstance(bundle.policy, Path):
+        yield Finding("bundle", "policy", OK, f"{bundle.policy.model}, run by {bundle.policy.url}")
+        return
+    manifest = PolicyManifest.from_json(read_json(bundle.policy / MANIFEST, what="policy"))
+    size = sum(entry.size for entry in manifest.files)
+    yield Finding("bundle", "policy", OK, f"{manifest.architecture}, {manifest.precision}, {as_size(size)}, context "
+                  f"{manifest.max_context:,}")  # fmt: skip
+
+
+def _encoder(bundle: Bundle) -> Iterator[Finding]:
+    found = read_json(bundle.encoder / MANIFEST, what="encoder")
+    size = sum(entry["size"] for entry in found["files"])
+    yield Finding("bundle", "encoder", OK, f"{found['name']}, {found['dim']} dimensions, {as_size(size)}")
+
+
+def _packs(bundle: Bundle) -> Iterator[Finding]:
+    for path in bundle.packs:
+        pack = read_pack(path)
+        size = sum(entry.size for entry in pack.files)
+        yield Finding("bundle", f"pack '{pack.name}'", OK, f"generation {pack.generation}, {pack.counts.articles:,} "
+                      f"articles, {pack.counts.images:,} images, {as_size(size)}")  # fmt: skip
+
+
+def _memory(bundle: Bundle, engines: EngineSet | None, box: Box) -> Iterator[Finding]:
+    """What it takes, on the CPU or with engines on the first GPU, against what is free."""
+    gpu = box.gpus.gpus[0] if box.gpus.gpus else None
+    engine = ORT if engines is None else engines.built.engine
+    plan = plan_memory(bundle, engines, integrated=gpu is not None and gpu.integrated)
+    try:
+        plan.check(box.free, None if gpu is None else gpu.free)
+    except GogEdgeError as exc:
+        said, _, advice = str(exc).rpartition(": ")
+        yield Finding("bundle", f"memory, {engine}", WRONG, said, advice, (engine,))
+    else:
+        yield Finding("bundle", f"memory, {engine}", OK, f"takes {plan}", "", (engine,))
+
+
+def _built(bundle: Bundle, engine: str, folder: Path, box: Box) -> Iterator[Finding]:
+    """The engines in a folder: there, whole, of these graphs, of this TensorRT and for this GPU."""
+    sms = [gpu.sm for gpu in box.gpus.gpus[:1]] if engine == TENSORRT_RTX else []
+    command = build_command(bundle.root, engine, sms)
+    if not folder.is_dir():
+        yield Finding("engines", engine, MISSING, f"none in {folder}", command, (engine,))
+        return
+    try:
+        engines = EngineChoice(engine, folder).read(bundle.root)
+        assert_usable(engines.built if engines else None, box)
+    except GogEdgeError as exc:
+        yield Finding("engines", engine, WRONG, str(exc).partition("; build")[0], command, (engine,))
+        return
+    if engines is not None:
+        yield Finding("engines", engine, OK, _about(engines.built), "", (engine,))
+        yield from _memory(bundle, engines, box)
+
+
+def assert_usable(built: BuiltEngines | None, box: Box) -> None:
+    """BackendError where TensorRT here is of another release, or the first GPU is none that they were built for."""
+    if built is None or built.engine not in TENSORRT_ENGINES:
+        return
+    version = box.libraries[MODULES[built.engine]].version
+    if version:
+        check_version(_Release(version), built)
+    if box.gpus.gpus:
+        gpu = box.gpus.gpus[0]
+        check_device(DeviceProperties(gpu.name, gpu.sm, gpu.memory, gpu.integrated), built)
+
+
+def _about(built: BuiltEngines) -> str:
+    names = ", ".join(graph.name for graph in built.graphs)
+    size = as_size(sum(entry.size for entry in built.files))
+    sms = f" for SM {', '.join(map(str, built.sms))}" * bool(built.sms)
+    return f"{built.version} {names}{sms}, context {built.context:,}, {size}".strip()
+
+
+def _is_for(folder: Path, engine: str) -> bool:
+    try:
+        return bool(read_json(folder / "engines.json", what="engines").get("engine") == engine)
+    except GogEdgeError:
+        return False

@@ -1,0 +1,188 @@
+"""What becomes of each operator: the rules that all rewritings share, and those for ONNX Runtime's CUDA provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from onnx import NodeProto, ValueInfoProto
+
+from gog_edge.errors import CheckpointError
+from gog_edge.exporting.graph import FLOAT, FLOAT16
+from gog_edge.exporting.lift_values import Rewriter, attributes
+
+# Operators of the standard that compute in half precision, and those that are wide inside. Results of COUNTS hold no
+# fractions. All others keep to what they are given, the wider of two; constants follow.
+HALF = {"MatMul", "Gemm", "Conv", "Attention", "RotaryEmbedding"}
+WIDE = {"LayerNormalization", "LpNormalization", "Softmax", "ReduceL2", "ReduceMean", "Div", "Pow", "Sqrt", "Exp"}
+COUNTS = {"Shape", "ArgMax", "Equal", "Less", "LessOrEqual", "Greater", "Range"}
+WHERE_PATCHES_ENTER = "patch_embed"  # name of the weights whose product is the stream that a tower's blocks add to
+
+
+class Lifter:
+    """Rewrites node after node: by the method lift_<operator>, or as it stands in the precision that suits it."""
+
+    def __init__(self, rewriter: Rewriter, context: int) -> None:
+        self.rewriter, self.graph, self.op = rewriter, rewriter.graph, rewriter.op
+        self.context = context
+        self._whole: dict[str, str] = {}  # rows of whole numbers -> what they were before they were rounded
+        self._scaled: set[str] = set()  # products of such rows, whose scales are in them already
+
+    def lift(self) -> None:
+        """Inputs, nodes, outputs."""
+        for value in self.rewriter.source.input:
+            self.declare(value)
+        for node in self.rewriter.source.node:
+            rule: Callable[[NodeProto], None] = getattr(self, f"lift_{node.op_type}", self.lift_other)
+            rule(node)
+        for output in self.rewriter.source.output:
+            self.give_out(output)
+
+    def declare(self, value: ValueInfoProto, kind: int = 0) -> None:
+        """An input of the source stays one; `kind` of its numbers other than its own."""
+        type_ = value.type.tensor_type
+        self.graph.input(value.name, kind or type_.elem_type, self.shape(value))
+        self.rewriter.bind(value.name, value.name, (kind or FLOAT) if type_.elem_type == FLOAT else 0)
+
+    def give_out(self, output: ValueInfoProto) -> None:
+        """An output of the source, in its own precision."""
+        kind = output.type.tensor_type.elem_type
+        self.graph.output(self.rewriter.value(output.name, kind), output.name, kind, self.shape(output))
+
+    def shape(self, value: ValueInfoProto) -> list[int | str]:
+        """Of an input or output, with the caches' length."""
+        dims = value.type.tensor_type.shape.dim
+        return [self.context if dim.dim_param == "capacity" else dim.dim_param or dim.dim_value for dim in dims]
+
+    def lift_other(self, node: NodeProto) -> None:
+        """An operator of the standard; CheckpointError for all others."""
+        if node.domain:
+            raise CheckpointError(f"operator {node.domain}.{node.op_type} ('{node.output[0]}') cannot be rewritten")
+        kind = self._precision(node)
+        given = None if node.op_type in COUNTS else kind
+        inputs = [self.rewriter.value(name, given) for name in node.input]
+        self.rewriter.ops(node, inputs, [kind] * len(node.output))
+
+    def _precision(self, node: NodeProto) -> int:
+        kinds = {name: self.rewriter.kind(name) for name in node.input if name}
+        if node.op_type in COUNTS or not any(kinds.values()):
+            return 0
+        computed = [kind for name, kind in kinds.items() if not self.rewriter.is_constant(name)]
+        wide = node.op_type in WIDE or (FLOAT in computed and node.op_type not in HALF)
+        return FLOAT if wide else FLOAT16
+
+    # --- products ---------------------------------------------------------------------------------
+
+    def product(self, node: NodeProto, given: str, weight: str, bias: str = "") -> None:
+        """given @ weight + bias stands for the node's output."""
+        result = self.op("MatMul", self.rewriter.half(given), weight)
+        if bias:
+            result = self.op("Add", result, self.rewriter.half(bias))
+        if node.input[1].startswith(WHERE_PATCHES_ENTER):
+            self.rewriter.bind(node.output[0], self.rewriter.cast(result, FLOAT), FLOAT)
+        else:
+            self.rewriter.bind(node.output[0], result, FLOAT16)
+
+    def lift_MatMul(self, node: NodeProto) -> None:
+        """In half precision."""
+        self.product(node, node.input[0], self.rewriter.half(node.input[1]))
+
+    def lift_QuantizeLinear(self, node: NodeProto) -> None:
+        """Rows that were rounded for a product of whole numbers are not rounded any more."""
+        self._whole[node.output[0]] = node.input[0]
+
+    def lift_MatMulIntegerToFloat(self, node: NodeProto) -> None:
+        """A product of whole numbers, with a scale for each row of both factors, is one of halves again."""
+        numbers, scales = (self.rewriter.constant(node.input[at]) for at in (1, 3))
+        weight = self.rewriter.written(numbers.astype(np.float32) * scales, node.input[1])
+        self.product(node, self._whole[node.input[0]], weight)
+        self._scaled.add(node.output[0])
+
+    def lift_Mul(self, node: NodeProto) -> None:
+        """Scales of rows that were not rounded are left out."""
+        if node.input[0] in self._scaled:
+            value = self.rewriter.value(node.input[0])
+            self.rewriter.bind(node.output[0], value, self.rewriter.kind(node.input[0]))
+        else:
+            self.lift_other(node)
+
+    # --- the rest ---------------------------------------------------------------------------------
+
+    def lift_Cast(self, node: NodeProto) -> None:
+        """Weights stored in halves stay so; other numbers become wide."""
+        given, wide = node.input[0], attributes(node)["to"] == FLOAT
+        if wide and self.rewriter.kind(given):
+            kind = FLOAT16 if self.rewriter.is_constant(given) else FLOAT
+            self.rewriter.bind(node.output[0], self.rewriter.value(given, kind), kind)
+        else:
+            self.rewriter.ops(node, [self.rewriter.value(given)], [FLOAT if wide else 0])
+
+    def lift_Gather(self, node: NodeProto) -> None:
+        """Tables of whole numbers become halves, which hold those of eight bits: TensorRT looks none up."""
+        table = node.input[0]
+        if self.rewriter.is_constant(table) and self.rewriter.constant(table).dtype == np.int8:
+            halves = self.rewriter.written(self.rewriter.constant(table).astype(np.float32), table)
+            rows = self.op("Gather", halves, self.rewriter.value(node.input[1]), **attributes(node))
+            self.rewriter.bind(node.output[0], rows, FLOAT16)
+        else:
+            self.lift_other(node)
+
+    def lift_LayerNormalization(self, node: NodeProto) -> None:
+        """Wide inside; half for the products that follow."""
+        self.lift_other(node)
+        self.narrow(node.output[0])
+
+    def narrow(self, old: str) -> None:
+        """From here on, a value goes on in half precision."""
+        self.rewriter.bind(old, self.rewriter.half(old), FLOAT16)
+
+
+class HalfLifter(Lifter):
+    """For ONNX Runtime's CUDA provider: its own operators, caches and rotary tables in half precision."""
+
+    def declare(self, value: ValueInfoProto, kind: int = 0) -> None:
+        """What a decoder keeps is half."""
+        kept = value.name.startswith("past_") or (self.context > 0 and value.name in ("cos", "sin"))
+        super().declare(value, FLOAT16 if kept else kind)
+
+    def give_out(self, output: ValueInfoProto) -> None:
+        """Caches are half."""
+        if output.name.startswith("present_"):
+            self.graph.declare_output(output.name, FLOAT16, self.shape(output))
+        else:
+            super().give_out(output)
+
+    def lift_GroupQueryAttention(self, node: NodeProto) -> None:
+        """Half; the caches keep their names."""
+        inputs = [self.rewriter.half(name) for name in node.input]
+        attended = self.graph.ops(node.op_type, *inputs, names=node.output[1:], domain=node.domain, **attributes(node))
+        self.rewriter.bind(node.output[0], attended[0], FLOAT16)
+
+    def lift_MultiHeadAttention(self, node: NodeProto) -> None:
+        """Half."""
+        inputs = [self.rewriter.half(name) for name in node.input]
+        self.rewriter.ops(node, inputs, [FLOAT16])
+
+    def lift_QuickGelu(self, node: NodeProto) -> None:
+        """Half."""
+        self.rewriter.ops(node, [self.rewriter.half(node.input[0])], [FLOAT16])
+
+    def lift_MatMulNBits(self, node: NodeProto) -> None:
+        """Half, by half scales."""
+        given, packed, scales, *more = node.input
+        inputs = [self.rewriter.half(given), self.rewriter.value(packed), self.rewriter.half(scales),
+                  *(self.rewriter.half(name) for name in more)]  # fmt: skip
+        self.rewriter.ops(node, inputs, [FLOAT16])
+
+    def lift_SkipSimplifiedLayerNormalization(self, node: NodeProto) -> None:
+        """Sum and norm are wide; the norm goes on as half."""
+        inputs = [self.rewriter.wide(name) for name in node.input]
+        self.rewriter.ops(node, inputs, [FLOAT] * len(node.output))
+        self.narrow(node.output[0])
+
+    def lift_RMSNormalization(self, node: NodeProto) -> None:
+        """By the name that the CUDA provider has had it under for longest."""
+        normed = self.op("SimplifiedLayerNormalization", *(self.rewriter.wide(name) for name in node.input), kind=FLOAT,
+                         **attributes(node))  # fmt: skip
+        self.rewriter.bind(node.output[0], normed, FLOAT)
+        self.narrow(node.output[0])

@@ -1,0 +1,177 @@
+"""Real builds of small graphs with TensorRT for RTX, which needs no GPU for them."""
+
+import os
+import resource
+import signal
+from multiprocessing import active_children
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from gog_edge.errors import BackendError, CheckpointError
+from gog_edge.exporting.engine_plan import PlanRequest, build_plan
+from gog_edge.exporting.engine_process import build_apart
+from gog_edge.exporting.engine_tensorrt import known_sms, load_tensorrt
+
+HALF, FLOAT, INT64 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.INT64
+
+
+def write(path, nodes, inputs, outputs, weights=None, opset=24):
+    """A graph; inputs and outputs are name -> (kind, shape)."""
+    infos = [[helper.make_tensor_value_info(name, *about) for name, about in values.items()]
+             for values in (inputs, outputs)]
+    tensors = [numpy_helper.from_array(array, name) for name, array in (weights or {}).items()]
+    graph = helper.make_graph([helper.make_node(kind, list(given), list(made), **rest)
+                               for kind, given, made, rest in nodes], "graph", *infos, tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11), path)
+    return path
+
+
+def ignore(done, of):
+    pass
+
+
+def request(graph, *profiles, sms=(86,), layers=None, **rest):
+    return PlanRequest("tensorrt-rtx", graph, graph.with_suffix(".engine"), profiles, sms, layers or {}, **rest)
+
+
+def product(folder, rows=256, columns=256, dtype=np.float16, name="product.onnx"):
+    """x [n, rows] @ w."""
+    weight = np.random.default_rng(0).standard_normal((rows, columns)).astype(dtype)
+    return write(folder / name, [("MatMul", ("x", "w"), ("y",), {})], {"x": (HALF, ["n", rows])},
+                 {"y": (HALF, ["n", columns])}, {"w": weight})
+
+
+def batches(columns, *counts):
+    return {"x": tuple((n, columns) for n in counts)}
+
+
+def test_a_plan_is_built_and_described(tmp_path):
+    seen = []
+    plan = build_plan(request(product(tmp_path), batches(256, 1, 4, 16), sms=(75, 89, 121)),
+                      lambda done, of: seen.append((done, of)))
+    assert plan.size == (tmp_path / "product.engine").stat().st_size > 256 * 256 * 2
+    assert plan.layers["matrix_multiply"] == 1 and 0 < plan.seconds < 60
+    assert seen and seen[-1][0] == seen[-1][1] and seen == sorted(seen)
+
+
+def test_the_same_comes_from_another_process(tmp_path):
+    seen = []
+    plan = build_apart(request(product(tmp_path), batches(256, 1, 4, 16)), lambda done, of: seen.append((done, of)))
+    assert plan.size == (tmp_path / "product.engine").stat().st_size and seen[-1][0] == seen[-1][1]
+    assert not active_children()
+
+
+@pytest.mark.parametrize("nodes", [
+    [("Relu", ("x",), ("y",), {})],  # nothing reads the other
+    [("Relu", ("x",), ("y",), {}), ("Relu", ("other",), ("unused",), {})],  # what reads it is read by nothing
+], ids=["unread", "dead end"])  # fmt: skip
+def test_an_input_that_nothing_depends_on_is_refused(tmp_path, nodes):
+    inputs = {"x": (HALF, [1, 8]), "other": (HALF, [1, 8])}
+    graph = write(tmp_path / "dangling.onnx", nodes, inputs, {"y": (HALF, [1, 8])})
+    with pytest.raises(CheckpointError, match="'dangling.onnx' does not use the inputs other"):
+        build_plan(request(graph), ignore)
+
+
+def test_an_input_that_the_parser_drops_in_silence_is_refused(tmp_path):
+    """It takes Attention's lengths of keys and does nothing with them."""
+    states = {name: (HALF, [1, 2, 16, 32]) for name in ("q", "k", "v")}
+    node = ("Attention", ("q", "k", "v", "", "", "", "lengths"), ("y",), {})
+    graph = write(tmp_path / "lengths.onnx", [node], states | {"lengths": (INT64, [1])}, {"y": (HALF, [1, 2, 16, 32])})
+    with pytest.raises(CheckpointError, match="does not use the inputs lengths"):
+        build_plan(request(graph), ignore)
+
+
+def test_what_the_parser_refuses_is_named(tmp_path):
+    node = ("Attention", ("q", "k", "v", "", "q", "q"), ("y", "a", "b"), {"name": "twin"})
+    states = {name: (HALF, [1, 2, 16, 32]) for name in ("q", "k", "v")}
+    graph = write(tmp_path / "twin.onnx", [node], states, {name: (HALF, None) for name in ("y", "a", "b")})
+    with pytest.raises(CheckpointError, match="cannot read 'twin.onnx': Attention 'twin': .*one output"):
+        build_plan(request(graph), ignore)
+    (tmp_path / "text.onnx").write_text("no graph")
+    with pytest.raises(CheckpointError, match="cannot read 'text.onnx'"):
+        build_plan(request(tmp_path / "text.onnx"), ignore)
+
+
+def test_layers_that_were_not_recognised_are_missed(tmp_path):
+    with pytest.raises(CheckpointError, match="has 0 layers of attention, expected 2: its graph was not recognised"):
+        build_plan(request(product(tmp_path), batches(256, 1, 4, 16), layers={"attention": 2}), ignore)
+
+
+def test_an_engine_that_cannot_be_built_says_why(tmp_path):
+    """Attention in single precision under a mask has no kernel."""
+    states = {name: (FLOAT, [1, 2, 16, 32]) for name in ("q", "k", "v")}
+    graph = write(tmp_path / "wide.onnx", [("Attention", ("q", "k", "v", "mask"), ("y",), {})],
+                  states | {"mask": (TensorProto.BOOL, [16, 16])}, {"y": (FLOAT, [1, 2, 16, 32])})
+    with pytest.raises(CheckpointError, match="1.7.* built no engine of 'wide.onnx': .*kernel"):
+        build_plan(request(graph), ignore)
+
+
+def test_free_inputs_need_a_range(tmp_path):
+    with pytest.raises(CheckpointError, match=r"'product.onnx' has inputs of free shape that have no range: \['x'\]"):
+        build_plan(request(product(tmp_path), {"other": ((1,), (1,), (1,))}), ignore)
+
+
+def test_weights_written_twice_are_found_out(tmp_path):
+    """A profile of one row alone keeps them in a layout of its own."""
+    graph = product(tmp_path, 4096, 8192)
+    assert build_plan(request(graph, batches(4096, 1, 1, 128), batches(4096, 1, 64, 512)), ignore).size < 100e6
+    with pytest.raises(CheckpointError, match="'product.onnx' has 1..,...,... bytes, its graph 67,...,...: more than"):
+        build_plan(request(graph, batches(4096, 1, 1, 1), batches(4096, 1, 64, 512)), ignore)
+
+
+def test_kernels_times_are_kept_beside(tmp_path):
+    kept = tmp_path / "timings.cache"
+    for _ in range(2):
+        build_plan(request(product(tmp_path), batches(256, 1, 4, 16), timings=kept), ignore)
+        assert kept.stat().st_size > 0
+
+
+def test_a_killed_process_is_an_error(tmp_path):
+    def kill(done, of):
+        for child in active_children():
+            os.kill(child.pid, signal.SIGKILL)
+
+    with pytest.raises(CheckpointError, match="building 'product.onnx' was killed, as it is where memory runs out"):
+        build_apart(request(product(tmp_path), batches(256, 1, 4, 16)), kill)
+    assert not active_children()
+
+
+def test_errors_come_from_the_other_process_as_they_are(tmp_path):
+    with pytest.raises(CheckpointError, match="layers of attention"):
+        build_apart(request(product(tmp_path), batches(256, 1, 4, 16), layers={"attention": 2}), ignore)
+    with pytest.raises(OSError, match="nowhere"):
+        build_apart(PlanRequest("tensorrt-rtx", product(tmp_path), tmp_path / "nowhere" / "a.engine",
+                                (batches(256, 1, 4, 16),), (86,), {}), ignore)
+
+
+def test_a_caller_that_stops_ends_the_build(tmp_path):
+    def stop(done, of):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_apart(request(product(tmp_path), batches(256, 1, 4, 16)), stop)
+    assert not active_children()
+
+
+@pytest.mark.parametrize("builds", [build_plan, build_apart])
+def test_a_full_disk_is_an_error(tmp_path, builds):
+    graph = product(tmp_path, 2048, 2048)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            builds(request(graph, batches(2048, 1, 4, 16)), ignore)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_missing_module_names_the_extra():
+    with pytest.raises(BackendError, match="'tensorrt' needs the module 'tensorrt', .* JetPack"):
+        load_tensorrt("tensorrt")
+
+
+def test_gpus_are_named_by_number():
+    assert set(known_sms(load_tensorrt("tensorrt-rtx"))) >= {75, 80, 86, 89, 120, 121}
