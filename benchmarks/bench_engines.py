@@ -19,17 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.building.watch import EVERY, taken
 from benchmarks.machine import machine_card
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.engines.built import MANIFEST, TENSORRT_RTX, BuiltEngines
 from gog_edge.errors import BackendError
 from gog_edge.files import read_json, write_json
-
-EVERY = 0.25  # seconds between two looks
 
 
 def prepared(shape: str, work: Path) -> Path:
@@ -47,31 +45,20 @@ def prepared(shape: str, work: Path) -> Path:
 
 
 def watched(command: Sequence[str]) -> tuple[dict[str, Any], float]:
-    """Run one of our commands: its last line, and the most MiB that it and its children had at a time.
+    """Run one of our commands: its last line, and the most MiB that it and its children had at a time; pages of
+    files count for each that maps them.
 
     BackendError with what it said where it fails.
     """
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True)
     peak = 0.0
     while process.poll() is None:
-        peak = max(peak, _memory(process.pid))
+        peak = max(peak, taken(process.pid)[0])
         time.sleep(EVERY)
     said = process.communicate()[0]
     if process.returncode:
         raise BackendError(f"{' '.join(command)} failed:\n{said[-2000:]}")
     return dict(json.loads(said.splitlines()[-1])), peak
-
-
-def _memory(pid: int) -> float:
-    """Resident MiB of a process and what it started; pages of files count for each that maps them."""
-    total = 0
-    try:
-        root = psutil.Process(pid)
-        for one in [root, *root.children(recursive=True)]:
-            total += one.memory_info().rss
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        pass
-    return total / 2**20
 
 
 def measure(shape: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -82,10 +69,8 @@ def measure(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     engines = BuiltEngines.from_json(read_json(out / MANIFEST, what="engines"))
     shutil.rmtree(out)
     one_each = {entry["name"]: entry for entry in said["graphs"]}  # the GPUs share them
-    for graph in engines.graphs:
-        one_each[graph.name]["layers"] = sum(graph.layers.values())
-        one_each[graph.name]["graph_bytes"] = sum((bundle / path).stat().st_size for path in graph.sources)
-        del one_each[graph.name]["sm"]
+    for entry in one_each.values():
+        del entry["sm"]
     return {
         "peak_mib": round(peak), "seconds": round(sum(entry["seconds"] for entry in one_each.values()), 1),
         "sms": engines.sms, "version": engines.version, "context": engines.context, "parity": engines.parity,
@@ -95,13 +80,13 @@ def measure(shape: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def as_table(figures: dict[str, dict[str, Any]]) -> Table:
     """A row for each graph, one for all of a shape."""
-    table = Table("shape", "graph", "seconds", "MB of weights", "MB of engine", "layers", "KV updates", "attentions")
+    table = Table("shape", "graph", "seconds", "peak MiB", "weights MB", "engine MB", "layers", "KV", "attention")
     for shape, figure in figures.items():
         for entry in figure["graphs"]:
-            sizes = (f"{entry[key] / 1e6:,.0f}" for key in ("graph_bytes", "bytes"))
+            sizes = (f"{entry[key] / 1e6:,.0f}" for key in ("weights", "bytes"))
             counts = (str(entry[key]) for key in ("layers", "kv_cache_update", "attention"))
-            table.add_row(shape, entry["name"], str(entry["seconds"]), *sizes, *counts)
-        table.add_row(shape, f"[b]all, at most {figure['peak_mib']:,} MiB", str(figure["seconds"]), end_section=True)
+            table.add_row(shape, entry["name"], str(entry["seconds"]), f"{entry['peak_mib']:,}", *sizes, *counts)
+        table.add_row(shape, "[b]all", str(figure["seconds"]), f"{figure['peak_mib']:,}", end_section=True)
     return table
 
 

@@ -79,21 +79,23 @@ def _shown() -> Iterator[OnStep]:
 
 def _table(report: BuildReport, out: Path) -> Table:
     engines = report.engines
-    sms = ", ".join(map(str, engines.sms)) or "any"
-    table = Table("graph", "bytes", "seconds", "layers", title=f"{engines.engine} {engines.version}, SM {sms} -> {out}")
-    sizes = {entry["name"]: entry["bytes"] for entry in report.graphs()}
+    gpus = f", SM {', '.join(map(str, engines.sms))}" if engines.sms else ""
+    table = Table("graph", "bytes", "of weights", "seconds", "peak MiB", "layers",
+                  title=f"{engines.engine} {engines.version}{gpus} -> {out}")  # fmt: skip
     for graph in engines.graphs:
-        layers = f"{sum(graph.layers.values())}" if graph.layers else "-"
-        table.add_row(graph.name, f"{sizes[graph.name]:,}", f"{report.seconds[graph.name]}", layers)
+        cost = report.costs[graph.name]
+        table.add_row(graph.name, f"{cost.bytes:,}", f"{cost.weights:,}", f"{cost.seconds}", f"{cost.peak_mib:,}",
+                      str(sum(graph.layers.values())))  # fmt: skip
     return table
 
 
 def _line(report: BuildReport, out: Path) -> dict[str, object]:
     engines = report.engines
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return {
         "out": str(out), "engine": engines.engine, "version": engines.version, "context": engines.context,
-        "graphs": report.graphs(), "parity": engines.parity, "peak_mib": round(peak / 1024),
+        "graphs": report.graphs(), "parity": engines.parity,
+        "peak_mib": max(own, *(cost.peak_mib for cost in report.costs.values())),
     }  # fmt: skip
 
 

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from gog_edge.engines.built import ENGINES, ORT, build_command
 from gog_edge.errors import GogEdgeError
-from gog_edge.exporting.policy_export import AVAILABLE, DEFAULT_BLOCK, DEFAULT_CONTEXT, check_available, export_policy
+from gog_edge.exporting.policy_export import DEFAULT_BLOCK, DEFAULT_CONTEXT, PRECISIONS, check_available, export_policy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.export_policy", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, safetensors, tokenizer.json")
     parser.add_argument("out", type=Path, help="policy folder to write; an older policy there is replaced")
-    parser.add_argument("--engine", default="ort", help=f"available: {', '.join(AVAILABLE)}")
-    parser.add_argument("--precision", default="fp32", help="fp32, fp16 (stored; computed in fp32) or int4")
+    parser.add_argument("--engine", choices=ENGINES, default=ORT, help="what it will run on; see export.build_engines")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights; the processor computes in "
+                                                                                "fp32 from fp16, too")  # fmt: skip
     parser.add_argument("--block", type=int, default=DEFAULT_BLOCK, help="int4: weights that share a scale")
     parser.add_argument("--no-prefill", action="store_true", help="int4: one decoder graph, half the prefill speed")
     parser.add_argument("--adapter", type=Path, help="PEFT folder of LoRA weights to merge into the checkpoint")
@@ -63,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for entry in manifest.files:
         table.add_row(entry.path, f"{entry.size:,}", entry.sha256[:16])
     Console(stderr=False).print(table)
+    if args.engine != ORT:
+        print(f"put it into a bundle, then build its engines: {build_command('BUNDLE', args.engine)}")
     seconds = round(time.monotonic() - started, 2)
     print(json.dumps({"out": str(args.out), "seconds": seconds, "parity": manifest.parity}))
     return 0

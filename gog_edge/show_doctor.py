@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from gog_edge.doctor.finding import Finding, Report, State
 
@@ -29,7 +29,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
 
 
 def _table(report: Report) -> Table:
-    table = Table("", "what", "", "found", show_edge=False)
+    table = Table("", "what", "", Column("found", overflow="fold"), show_edge=False)
     blocking, part = set(report.blocking), ""
     for one in report.findings:
         if part and one.part != part:

@@ -52,13 +52,13 @@ def watch(command: Sequence[str], pack: Path, kill_when: Callable[[float], bool]
         if kill_when(seconds):
             os.killpg(process.pid, signal.SIGKILL)
             break
-        looks.append((stage_of(pack), seconds, *_taken(process.pid)))
+        looks.append((stage_of(pack), seconds, *taken(process.pid)))
         time.sleep(EVERY)
     output = process.communicate()[0]
     return Watched(process.returncode, output, _stages(looks))
 
 
-def _taken(pid: int) -> tuple[float, float]:
+def taken(pid: int) -> tuple[float, float]:
     """Memory in MiB and processor seconds of a process and its children."""
     memory = seconds = 0.0
     try:

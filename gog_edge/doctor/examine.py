@@ -8,6 +8,7 @@ from gog_edge.doctor.box import Box, look_at_box
 from gog_edge.doctor.finding import Report
 from gog_edge.doctor.hardware import judge_box, judge_gpus, judge_libraries
 from gog_edge.doctor.needs import judge_bundle
+from gog_edge.engines.built import ORT
 from gog_edge.engines.choice import EngineChoice
 
 
@@ -15,10 +16,9 @@ def examine(folder: Path, engine: str | None = None, engines: Path | None = None
     """What this box has and the bundle in `folder` needs, read for `engine`, or for the best that works here.
 
     `engines`: a folder of built engines in the place of the bundle's own. `box`: facts that were gathered before.
-    Never fails on a strange box: what cannot be looked at is a finding. Raises InputError for an engine there is not.
+    Never fails on a strange box: what cannot be looked at is a finding. Raises InputError as `EngineChoice` does.
     """
-    if engine is not None:
-        EngineChoice(engine)
+    choice = EngineChoice(engine or ORT, engines)
     box = box or look_at_box()
-    findings = [*judge_box(box), *judge_gpus(box), *judge_libraries(box), *judge_bundle(folder, box, engines)]
+    findings = [*judge_box(box), *judge_gpus(box), *judge_libraries(box), *judge_bundle(folder, box, choice)]
     return Report.of(str(folder), findings, engine)

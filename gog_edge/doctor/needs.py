@@ -12,6 +12,7 @@ from gog_edge.doctor.finding import Finding, State
 from gog_edge.engines.built import (
     BUILT_ENGINES,
     ENGINES,
+    FOLDER,
     ORT,
     TENSORRT_ENGINES,
     TENSORRT_RTX,
@@ -37,10 +38,10 @@ class _Release:
     __version__: str
 
 
-def judge_bundle(folder: Path, box: Box, engines: Path | None = None) -> Iterator[Finding]:
+def judge_bundle(folder: Path, box: Box, choice: EngineChoice) -> Iterator[Finding]:
     """Every part of the bundle, and for every engine whether its files and the memory are there.
 
-    `engines`: a folder of built engines in the place of the bundle's own.
+    `choice`: where its engines lie, if not in the bundle.
     """
     try:
         bundle = open_bundle(folder)
@@ -53,8 +54,8 @@ def judge_bundle(folder: Path, box: Box, engines: Path | None = None) -> Iterato
         yield from _told(look.__name__.strip("_"), look(bundle))
     yield from _told("memory", _memory(bundle, None, box))
     for engine in BUILT_ENGINES:
-        folder = engines if engines is not None and _is_for(engines, engine) else bundle.root / "engines" / engine
-        yield from _told(engine, _built(bundle, engine, folder, box), (engine,))
+        elsewhere = choice.folder if engine == choice.engine else None
+        yield from _told(engine, _built(bundle, engine, elsewhere or bundle.root / FOLDER / engine, box), (engine,))
 
 
 def _told(what: str, findings: Iterator[Finding], needed_by: tuple[str, ...] = ENGINES) -> Iterator[Finding]:
@@ -138,10 +139,3 @@ def _about(built: BuiltEngines) -> str:
     size = as_size(sum(entry.size for entry in built.files))
     sms = f" for SM {', '.join(map(str, built.sms))}" * bool(built.sms)
     return f"{built.version} {names}{sms}, context {built.context:,}, {size}".strip()
-
-
-def _is_for(folder: Path, engine: str) -> bool:
-    try:
-        return bool(read_json(folder / "engines.json", what="engines").get("engine") == engine)
-    except GogEdgeError:
-        return False

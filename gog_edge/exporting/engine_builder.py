@@ -6,18 +6,19 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from gog_edge.bundle import Bundle
 from gog_edge.engines.built import DECODER, MANIFEST, TENSORRT, TENSORRT_ENGINES, BuiltEngines, BuiltGraph
 from gog_edge.errors import CheckpointError
-from gog_edge.exporting.engine_plan import ATTENTION, KV_CACHE_UPDATE, PlanRequest
+from gog_edge.exporting.engine_plan import ATTENTION, KV_CACHE_UPDATE, PlanRequest, graph_files
 from gog_edge.exporting.engine_process import build_apart
 from gog_edge.exporting.engine_sources import BundleGraphs, GraphSource, bundle_graphs
 from gog_edge.exporting.engine_target import Target, choose_target
 from gog_edge.exporting.lift import lift_graph
+from gog_edge.exporting.lifted_parity import check_lifted, measure_lifted
 from gog_edge.files import describe_files, read_json, write_json
 
 TIMINGS = "timings.cache"  # TensorRT on the device: kernels' times on its GPU, so that the next build is quick
@@ -27,19 +28,28 @@ OnStep: TypeAlias = Callable[[str, int, int], None]  # what is done, how far, of
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What one graph took."""
+
+    bytes: int  # of the engine
+    weights: int  # bytes of the lifted graph
+    seconds: float  # lifting included
+    peak_mib: int  # of the process that built it; 0 where nothing is built
+
+
+@dataclass(frozen=True, slots=True)
 class BuildReport:
     """The engines, and what it took to build them."""
 
     engines: BuiltEngines
-    seconds: Mapping[str, float]  # by graph, lifting included
+    costs: Mapping[str, Cost]  # by graph
 
     def graphs(self) -> list[dict[str, Any]]:
-        """One entry for each graph and GPU; GPUs that share a file have the same `file`, `bytes` and `seconds`."""
-        sizes = {entry.path: entry.size for entry in self.engines.files}
+        """One entry for each graph and GPU; GPUs that share a file share all of its figures."""
         return [
-            {"name": graph.name, "sm": sm, "file": graph.file,
-             "bytes": sizes[graph.file] + sizes.get(f"{graph.file}.data", 0), "seconds": self.seconds[graph.name],
-             **{kind: graph.layers.get(kind, 0) for kind in (KV_CACHE_UPDATE, ATTENTION)}}
+            {"name": graph.name, "sm": sm, "file": graph.file, **asdict(self.costs[graph.name]),
+             **{kind: graph.layers.get(kind, 0) for kind in (KV_CACHE_UPDATE, ATTENTION)},
+             "layers": sum(graph.layers.values())}
             for graph in self.engines.graphs for sm in self.engines.sms or (None,)
         ]  # fmt: skip
 
@@ -73,20 +83,20 @@ def build_engines(
     target = choose_target(engine, sms, int4=found.int4)
     with _replacing(out) as part:
         _check_room(found, part)
-        seconds = {graph.name: _lift(graph, part, target, found.context, on_step) for graph in found.graphs}
+        lifting = {graph.name: _lift(graph, part, target, found.context, on_step) for graph in found.graphs}
         report = _parity(bundle, found, part, target, on_step) if parity else {}
-        built = []
+        built, costs = [], {}
         for graph in found.graphs:
-            started = time.monotonic()
-            built.append(_build(graph, part, out, target, on_step))
-            seconds[graph.name] = round(seconds[graph.name] + time.monotonic() - started, 2)
+            described, cost = _build(graph, part, out, target, on_step)
+            built.append(described)
+            costs[graph.name] = replace(cost, seconds=round(cost.seconds + lifting[graph.name], 2))
         names = [path.name for path in part.iterdir() if path.name != TIMINGS]
         engines = BuiltEngines(
             engine=engine, version=target.version, sms=target.sms, context=found.context, graphs=tuple(built),
             parity=report, files=tuple(describe_files(part, names)),
         )
         write_json(part / MANIFEST, engines.to_json())
-    return BuildReport(engines, seconds)
+    return BuildReport(engines, costs)
 
 
 def _lift(graph: GraphSource, part: Path, target: Target, context: int, on_step: OnStep) -> float:
@@ -103,7 +113,6 @@ def _lifted(graph: GraphSource, part: Path) -> Path:
 
 
 def _parity(bundle: Bundle, found: BundleGraphs, part: Path, target: Target, on_step: OnStep) -> dict[str, Any]:
-    from gog_edge.exporting.lifted_parity import check_lifted, measure_lifted
     on_step("parity", 0, 1)
     lifted = {graph.name: _lifted(graph, part) for graph in found.graphs}
     report = measure_lifted(bundle, lifted, target.kind, context=found.context)
@@ -112,24 +121,22 @@ def _parity(bundle: Bundle, found: BundleGraphs, part: Path, target: Target, on_
     return report
 
 
-def _build(graph: GraphSource, part: Path, out: Path, target: Target, on_step: OnStep) -> BuiltGraph:
+def _build(graph: GraphSource, part: Path, out: Path, target: Target, on_step: OnStep) -> tuple[BuiltGraph, Cost]:
     """The lifted graph's engine in its place; where ONNX Runtime is the engine, the graph itself."""
-    lifted = _lifted(graph, part)
-    about = {
-        "name": graph.name, "sources": {entry.path: entry.sha256 for entry in graph.files},
-        "cache": target.cache if graph.name == DECODER else "",
-    }  # fmt: skip
+    lifted, engine = _lifted(graph, part), part / f"{graph.name}.engine"
+    sources = {entry.path: entry.sha256 for entry in graph.files}
+    cache = target.cache if graph.name == DECODER else ""
     if target.engine not in TENSORRT_ENGINES:
-        return BuiltGraph(file=lifted.name, **about)
+        size = sum(path.stat().st_size for path in graph_files(lifted))
+        return BuiltGraph(graph.name, lifted.name, sources, cache), Cost(size, size, 0.0, 0)
     timings = _timings(part, out) if target.engine == TENSORRT else None
-    request = PlanRequest(
-        target.engine, lifted, lifted.with_suffix(".engine"), graph.profiles, target.ahead, _fused(graph, target),
-        timings,
-    )
+    layers = _fused(graph, target)
+    request = PlanRequest(target.engine, lifted, engine, graph.profiles, target.ahead, layers, timings)
     plan = build_apart(request, lambda done, of: on_step(f"build {graph.name}", done, of))
-    for path in (lifted, lifted.with_name(f"{lifted.name}.data")):
-        path.unlink(missing_ok=True)
-    return BuiltGraph(file=request.plan.name, profiles=graph.profiles, layers=plan.layers, **about)
+    for path in graph_files(lifted):
+        path.unlink()
+    built = BuiltGraph(graph.name, engine.name, sources, cache, graph.profiles, plan.layers)
+    return built, Cost(plan.size, plan.weights, plan.seconds, plan.peak_mib)
 
 
 def _fused(graph: GraphSource, target: Target) -> dict[str, int]:

@@ -6,6 +6,7 @@ compiler may end the process, too.
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,9 @@ class BuiltPlan:
     """What came out."""
 
     size: int  # bytes
+    weights: int  # bytes of the graph
     seconds: float
+    peak_mib: int  # that this process had at the most
     layers: Mapping[str, int]  # of the network, by what they do
 
 
@@ -58,14 +61,19 @@ def build_plan(request: PlanRequest, on_step: OnStep) -> BuiltPlan:
     layers = _checked(network, request)
     config = _config(trt, builder, network, request, on_step)
     _write(trt, builder, network, config, request, log.said)
-    size = request.plan.stat().st_size
-    check_size(request.graph, size)
-    return BuiltPlan(size, round(time.monotonic() - started, 2), layers)
+    size, weights = request.plan.stat().st_size, sum(path.stat().st_size for path in graph_files(request.graph))
+    _check_size(request.graph, size, weights)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return BuiltPlan(size, weights, round(time.monotonic() - started, 2), peak, layers)
 
 
-def check_size(graph: Path, size: int) -> None:
-    """CheckpointError where a plan of `size` bytes is too large to hold the graph's weights only once."""
-    weights = sum(path.stat().st_size for path in (graph, graph.with_name(f"{graph.name}.data")) if path.exists())
+def graph_files(graph: Path) -> list[Path]:
+    """A graph, and its weights where they lie beside."""
+    return [path for path in (graph, graph.with_name(f"{graph.name}.data")) if path.exists()]
+
+
+def _check_size(graph: Path, size: int, weights: int) -> None:
+    """CheckpointError where a plan is too large to hold the graph's weights only once."""
     most = int(weights * GROWTH) + KERNEL_BYTES
     if size > most:
         raise CheckpointError(

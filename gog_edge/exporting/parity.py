@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,11 +11,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from gog_edge.engines.base import DecoderEngine, Floats, KvCache
+from gog_edge.engines.base import Floats
 from gog_edge.errors import CheckpointError, MalformedAction
 from gog_edge.exporting.adapter import Adapter
 from gog_edge.exporting.checkpoint import Checkpoint
 from gog_edge.exporting.quantise import dequantise, quantise
+from gog_edge.exporting.recording import least_cosine, recorded
 from gog_edge.exporting.torchvision_operators import import_torchvision
 from gog_edge.policy.dialect import Dialect, Frame, load_dialect
 from gog_edge.policy.manifest import DIALECT, Blocks, PolicyManifest, VisionSpec, WeightForms
@@ -26,7 +26,6 @@ from gog_edge.policy.vision import ImageTokens, smart_resize
 from gog_edge.types import Box, GazeSearch, Pixels, Size
 
 Turn: TypeAlias = Sequence[str | Pixels]  # what the user says, in order; the chat strings are put around it
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,30 +97,6 @@ class ParityReport:
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
         return {**asdict(self), "passed": self.passed}
-
-
-@dataclass(slots=True)
-class _Recorder:
-    """A decoder engine that remembers the logits of every step by the index of the token they follow."""
-
-    engine: DecoderEngine
-    logits: dict[int, Floats] = field(default_factory=dict)
-
-    @property
-    def capacity(self) -> int:
-        return self.engine.capacity
-
-    def new_cache(self) -> KvCache:
-        return self.engine.new_cache()
-
-    def step(
-        self, cache: KvCache, embeds: Floats, cos: Floats, sin: Floats, past: int, *, deepstack: Floats | None = None,
-        keep: int = 1,
-    ) -> Floats:
-        logits = self.engine.step(cache, embeds, cos, sin, past, deepstack=deepstack, keep=keep)
-        end = past + len(embeds)
-        self.logits |= {end - keep + row: values.copy() for row, values in enumerate(logits)}
-        return logits
 
 
 @dataclass(slots=True)
@@ -240,13 +215,13 @@ class _Tally:
         parts = [mine.embeds] if mine.deepstack is None else [mine.embeds, mine.deepstack.reshape(-1, hidden)]
         whole = np.concatenate(parts)
         self.vision_max_abs = max(self.vision_max_abs, float(np.abs(expected - whole).max()))
-        self.vision_min_cosine = min(self.vision_min_cosine, _cosine(expected, whole))
+        self.vision_min_cosine = min(self.vision_min_cosine, least_cosine(expected, whole))
 
     def add_logits(self, held: _Held, expected: Floats, reader: _Reader) -> None:
         """Compare the logits and what was said of one conversation; `expected` [n, vocab]."""
         for index, mine in held.logits.items():
             self.logits_max_abs = max(self.logits_max_abs, float(np.abs(expected[index] - mine).max()))
-            self.logits_min_cosine = min(self.logits_min_cosine, _cosine(expected[index][None], mine[None]))
+            self.logits_min_cosine = min(self.logits_min_cosine, least_cosine(expected[index][None], mine[None]))
             self.positions += 1
             self.agreed += int(expected[index].argmax() == mine.argmax())
         expected[:, reader.image_token] = -np.inf  # never chosen
@@ -316,7 +291,7 @@ def _compare_states(held: Sequence[_Held], reference: Reference) -> float:
     for talk in held:
         count = talk.states.shape[2]
         expected = reference.states_of(talk.tokens[:count], talk.pictures[: talk.opening])
-        least = min(least, _cosine(expected.reshape(len(expected), -1), talk.states.reshape(len(expected), -1)))
+        least = min(least, least_cosine(expected.reshape(len(expected), -1), talk.states.reshape(len(expected), -1)))
     return least
 
 
@@ -355,11 +330,10 @@ def check_passed(report: ParityReport) -> None:
 
 def hold(model: PolicyModel, episode: ParityEpisode) -> _Held:
     """Hold one conversation in a live session, recording all logits."""
-    recorder, chat = _Recorder(model.decoder.engine), model.manifest.chat
-    recording = copy(model.decoder)
-    recording.engine = recorder
-    session = Session(recording, recorder.new_cache())
-    held = _Held(session.tokens, [], [], [], recorder.logits, np.empty(0, np.float32))
+    chat = model.manifest.chat
+    decoder, recorder = recorded(model.decoder)
+    session = Session(decoder, recorder.new_cache())
+    held = _Held(session.tokens, [], [], [], {}, np.empty(0, np.float32))
     session.append_markup(chat.system_open)
     session.append_text(episode.system)
     session.append_markup(chat.system_close)
@@ -371,6 +345,7 @@ def hold(model: PolicyModel, episode: ParityEpisode) -> _Held:
             held.states, held.opening = session.snapshot().states[:, :, : start - 1].copy(), len(held.pictures)
         held.turns.append(range(start, start + len(said.tokens)))
         session.append_markup(chat.assistant_close)
+    held.logits = recorder.by_token()
     return held
 
 
@@ -416,8 +391,3 @@ def random_text(tokenizer: Tokenizer, random: np.random.Generator, words: int) -
     """Random tokens of the vocabulary as text, special ones left out."""
     ids = random.integers(0, tokenizer.get_vocab_size(with_added_tokens=False), words)
     return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
-
-
-def _cosine(first: Floats, second: Floats) -> float:
-    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    return float(((first * second).sum(axis=1) / np.maximum(lengths, 1e-12)).min())

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gog_edge.engines.base import Array
+from gog_edge.engines.built import ENGINES, ORT
 from gog_edge.errors import BackendError, CheckpointError
 from gog_edge.exporting.chat_format import extract_chat_format
 from gog_edge.exporting.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ from gog_edge.policy.manifest import (
     WeightForms,
 )
 
-AVAILABLE = {"ort": ("fp32", "fp16", "int4")}  # engine -> precisions
+PRECISIONS = ("fp32", "fp16", "int4")
 BLOCK_SIZES = (32, 64, 128, 256)
 DEFAULT_BLOCK = 128
 DEFAULT_CONTEXT = 4096
@@ -67,18 +68,19 @@ def export_policy(
 ) -> PolicyManifest:
     """Export a Qwen2.5-VL or Qwen3-VL checkpoint folder to a policy folder and return its manifest.
 
-    `adapter`: a PEFT folder of LoRA weights to merge. `block`: weights that share a scale in int4; `prefill`: whether
-    int4 gets a second graph of the decoder for many tokens at a time, twice as fast for a byte more of each weight.
-    `context`: tokens
-    of one conversation, at most what the checkpoint was made for. `dialect`: a file, or the name of one of the
-    package's; by default the checkpoint's own dialect.toml, else 'gog'. `episodes`: conversations for the parity
-    check; random ones by default.
+    `adapter`: a PEFT folder of LoRA weights to merge. `engine`: what the policy will run on; the graphs are ONNX
+    Runtime's whatever it is, engines for others are built from them (`export.build_engines`). `block`: weights that
+    share a scale in int4; `prefill`: whether int4 gets a second graph of the decoder for many tokens at a time, which
+    ONNX Runtime on the processor runs twice as fast, for a byte more of each weight.
+    `context`: tokens of one conversation, at most what the checkpoint was made for. `dialect`: a file, or the name of
+    one of the package's; by default the checkpoint's own dialect.toml, else 'gog'. `episodes`: conversations for the
+    parity check; random ones by default.
     Raises BackendError for an engine or precision that is not to be had, CheckpointError for a checkpoint that
     cannot be exported, graphs that miss the parity limit, or a machine without the room. `out` is replaced only
     when all went well.
     """
     check_available(engine, precision)
-    forms = weight_forms(precision, block, prefill=prefill)
+    forms = weight_forms(precision, block, prefill=prefill and engine == ORT)
     if context < 1:
         raise CheckpointError(f"a conversation of {context} tokens holds nothing; give --context at least 1")
     checkpoint = Checkpoint.open(source, adapter)
@@ -94,7 +96,7 @@ def export_policy(
         manifest = PolicyManifest(
             name=name or source.resolve().name,
             architecture=checkpoint.config["architectures"][0],
-            engine=engine,
+            engine=ORT,
             precision=precision,
             weights=forms,
             lowering=LOWERING,
@@ -167,10 +169,10 @@ def _check_room(checkpoint: Checkpoint, folder: Path, precision: str) -> None:
 
 
 def check_available(engine: str, precision: str) -> None:
-    """BackendError, naming what there is, when this version cannot export for an engine or a precision."""
-    if precision not in AVAILABLE.get(engine, ()):
-        have = "; ".join(f"--engine {key} with --precision {', '.join(kinds)}" for key, kinds in AVAILABLE.items())
-        raise BackendError(f"cannot export for engine '{engine}' in precision '{precision}' yet; available: {have}")
+    """BackendError, naming what there is, when this version cannot export for an engine or in a precision."""
+    for what, given, known in (("engine", engine, ENGINES), ("precision", precision, PRECISIONS)):
+        if given not in known:
+            raise BackendError(f"policies cannot be exported for {what} '{given}'; available: {', '.join(known)}")
 
 
 def _write_texts(checkpoint: Checkpoint, folder: Path, dialect: str | Path | None) -> tuple[ChatFormat, Dialect]:

@@ -31,6 +31,8 @@ ALIGNMENT = 256
 KINDS = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64", "tensor(bool)": "BOOL"}
 DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "BOOL": np.bool_}
 LAUNCH_FAILURE, INVALID_VALUE, NO_MEMORY = 719, 1, 2
+GIVES = {"cudaGetDeviceProperties", "cudaMemGetInfo", "cudaMalloc", "cudaHostAlloc", "cudaStreamCreateWithFlags",
+         "cudaEventCreateWithFlags", "cudaStreamEndCapture", "cudaGraphInstantiate"}  # more than a code
 
 
 def code(number):
@@ -51,8 +53,8 @@ class HostRuntime:
     cudaGetErrorName = staticmethod(true_cuda.cudaGetErrorName)
     cudaGetErrorString = staticmethod(true_cuda.cudaGetErrorString)
 
-    def __init__(self, memory=2**30, sm=89):
-        self.total, self.sm = memory, sm
+    def __init__(self, memory=2**30, sm=89, driver=13000):
+        self.total, self.sm, self.driver = memory, sm, driver
         self.device, self.pinned = {}, {}  # address -> ctypes array
         self.streams, self.capturing = {}, {}  # handle -> operations that wait, or that are captured
         self.fails, self.calls, self.lost = {}, Counter(), False
@@ -70,7 +72,9 @@ class HostRuntime:
         self.calls[name] += 1
         failing = self.fails.get(name)
         number = failing.pop(0) if failing else LAUNCH_FAILURE if self.lost else 0
-        return (code(number), None) if number else function(*values)
+        if not number:
+            return function(*values)
+        return (code(number), None) if name in GIVES else (code(number),)
 
     @property
     def held(self):
@@ -124,7 +128,7 @@ class HostRuntime:
         return code(0), 13000
 
     def cudaDriverGetVersion(self):
-        return code(0), 13000
+        return code(0), self.driver
 
     def cudaMalloc(self, size):
         if self.held + size > self.total:
@@ -266,7 +270,9 @@ class HostEngine:
     def __init__(self, trt, runtime, logger, plan):
         told = json.loads(plan)
         self.trt, self.runtime, self.logger = trt, runtime, logger
-        self.session = ort.InferenceSession(told["graph"], providers=["CPUExecutionProvider"])
+        options = ort.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 3, 1
+        self.session = ort.InferenceSession(told["graph"], options, providers=["CPUExecutionProvider"])
         self.profiles = told["profiles"]
         self.io = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.input_names = [value.name for value in self.session.get_inputs()]
@@ -367,9 +373,12 @@ class HostContext:
         wanted = self.engine.io[name].shape
         if all(isinstance(size, int) or size in free for size in wanted):
             return [free.get(size, size) for size in wanted]
-        zeros = {value.name: np.zeros(self.shapes[value.name], DTYPES[KINDS[value.type]])
+        zeros = {value.name: np.zeros(self.shape_of(value.name), DTYPES[KINDS[value.type]])
                  for value in self.engine.session.get_inputs()}  # fmt: skip
         return list(self.engine.session.run([name], zeros)[0].shape)
+
+    def shape_of(self, name):
+        return self.shapes.get(name) or self.engine.get_tensor_shape(name)
 
     def set_tensor_address(self, name, address):
         if address % ALIGNMENT:
@@ -402,8 +411,8 @@ class HostContext:
 
     def _run(self):
         view, io = self.engine.runtime.view, self.engine.io
-        shape = {name: self.shapes.get(name) or self.engine.get_tensor_shape(name) for name in self.engine.input_names}
-        feeds = {name: view(self.addresses[name], shape[name], DTYPES[KINDS[io[name].type]]).copy() for name in shape}
+        feeds = {name: view(self.addresses[name], self.shape_of(name), DTYPES[KINDS[io[name].type]]).copy()
+                 for name in self.engine.input_names}  # fmt: skip
         names = [value.name for value in self.engine.session.get_outputs()]
         for name, array in zip(names, self.engine.session.run(names, feeds), strict=True):
             view(self.addresses[name], array.shape, array.dtype)[...] = array

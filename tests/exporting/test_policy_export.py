@@ -234,9 +234,17 @@ def test_a_full_disk_leaves_the_older_policy(checkpoints, policies, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
+def test_what_will_run_as_an_engine_has_no_graph_for_the_processor_alone(checkpoints, tmp_path):
+    kept = {}
+    for engine in ("ort", "tensorrt-rtx"):
+        export_policy(checkpoints[True], tmp_path / engine, engine=engine, precision="int4", block=32, parity=False)
+        kept[engine] = {path.name for path in (tmp_path / engine).iterdir()}
+    assert kept["ort"] - kept["tensorrt-rtx"] == {"prefill.onnx"}
+
+
 def test_an_engine_or_precision_not_to_be_had_is_refused(checkpoints, tmp_path):
-    with pytest.raises(BackendError, match="--engine ort with --precision fp32"):
-        export_policy(checkpoints[True], tmp_path / "out", engine="tensorrt")
+    with pytest.raises(BackendError, match="engine 'openvino'; available: ort, ort-cuda, tensorrt, tensorrt-rtx"):
+        export_policy(checkpoints[True], tmp_path / "out", engine="openvino")
     with pytest.raises(BackendError, match="int2"):
         export_policy(checkpoints[True], tmp_path / "out", precision="int2")
     with pytest.raises(CheckpointError, match="blocks of 48"):
@@ -306,5 +314,5 @@ def test_the_commands_end_with_a_line_of_json(checkpoints, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["graphs"]["greedy_differ"] == 0
     assert check_parity.main([str(out), "--checkpoint", str(checkpoints[False])]) == 1
     assert "was not exported from" in capsys.readouterr().err
-    assert export_command.main([str(checkpoints[True]), str(out), "--engine", "tensorrt-rtx"]) == 1
-    assert "available" in capsys.readouterr().err
+    assert export_command.main([str(checkpoints[True]), str(out), "--engine", "tensorrt-rtx"]) == 0
+    assert "export.build_engines BUNDLE --engine tensorrt-rtx" in capsys.readouterr().out

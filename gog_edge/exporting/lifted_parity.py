@@ -1,0 +1,191 @@
+"""Do graphs that were rewritten for other runtimes say what a bundle's own say? Both run on ONNX Runtime's processor.
+
+No GPU is asked: what is measured is the graphs, in the precision that they compute in. One side is opened after the
+other, since a large decoder fills the memory alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gog_edge.bundle import DEFAULT_BUNDLE, Bundle, Sample, read_samples
+from gog_edge.engines.base import Floats, GraphEngine
+from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
+from gog_edge.engines.ort import OrtGraph
+from gog_edge.errors import CheckpointError
+from gog_edge.exporting.lift import Kind
+from gog_edge.exporting.lifted_decoder import open_lifted
+from gog_edge.exporting.lifted_talk import Script, Talk, hold
+from gog_edge.exporting.recording import least_cosine
+from gog_edge.picture import decode_picture
+from gog_edge.policy.dialect import load_dialect
+from gog_edge.policy.manifest import DIALECT
+from gog_edge.policy.model import PolicyModel
+from gog_edge.policy.vision import ImageTokens, VisionEncoder
+from gog_edge.retrieval.encoder import Encoder
+from gog_edge.types import Pixels
+
+PICTURES = 3  # samples that are looked at, whole and in part
+MOST_PIXELS = 2**18  # of a picture that a tower sees: several windows, and on a slow machine a matter of seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How near a policy's rewritten graphs must come; embeddings of the encoder have one limit for all."""
+
+    vision_cosine: float  # least of any image token
+    logits_cosine: float  # least of any position
+    divergence: float  # Kullback-Leibler, nats, mean over the positions: what the policy may say otherwise
+    regret: float  # nats, the most: by how much what the other would say is less likely, as the bundle's own sees it
+
+
+EMBEDDING_COSINE = 0.999
+LIMITS = {
+    "fp32": Limit(0.999, 0.999, 0.01, 0.95),
+    "fp16": Limit(0.999, 0.999, 0.01, 0.95),
+    "int4": Limit(0.98, 0.98, 0.1, 0.8),
+}
+
+_BOUNDS = (  # graph, figure, limit
+    (VISION, "cosine", "vision_cosine"), (DECODER, "logits_cosine", "logits_cosine"),
+    (DECODER, "divergence", "divergence"), (DECODER, "regret", "regret"),
+    (IMAGE, "cosine", "embedding_cosine"), (TEXT, "cosine", "embedding_cosine"),
+)  # fmt: skip
+
+
+def measure_lifted(bundle: Bundle, lifted: Mapping[str, Path], kind: Kind, *, context: int) -> dict[str, Any]:
+    """Run rewritten graphs and the bundle's own over the same pictures, texts and conversation.
+
+    Args:
+        bundle: whose graphs they were made from, and whose samples are looked at; the atlas's where it has none.
+        lifted: of the names decoder, vision, image and text, those to measure; a decoder needs no vision beside it.
+        kind: what they were rewritten for.
+        context: tokens that the decoder's cache holds.
+
+    Returns:
+        A plain object for `engines.json`: figures of each graph, and the limits that `check_lifted` holds them to.
+
+    Raises:
+        ArtifactError: a part of the bundle or a sample cannot be read.
+        BackendError: ONNX Runtime cannot load a graph.
+        BudgetExceeded: the conversation does not fit the context.
+    """
+    samples = bundle.samples or read_samples(DEFAULT_BUNDLE / "samples")
+    views = _views(samples[:PICTURES])
+    report: dict[str, Any] = {"kind": kind, "limits": {"embedding_cosine": EMBEDDING_COSINE}}
+    if isinstance(bundle.policy, Path) and {DECODER, VISION} & lifted.keys():
+        report |= _measure_policy(bundle.policy, lifted, kind, context, views, _texts(samples), report["limits"])
+    if {IMAGE, TEXT} & lifted.keys():
+        report |= _measure_encoder(bundle.encoder, lifted, views, _texts(samples))
+    return report
+
+
+def check_lifted(report: Mapping[str, Any]) -> None:
+    """Raise CheckpointError with the figure that misses its limit, if one does."""
+    limits = report["limits"]
+    for graph, figure, name in _BOUNDS:
+        found = report.get(graph, {}).get(figure)
+        if found is None:
+            continue
+        least = figure.endswith("cosine")
+        if not (found >= limits[name] if least else found <= limits[name]):  # so written that what is no number fails
+            raise CheckpointError(
+                f"the {graph} rewritten as '{report['kind']}' differs from the bundle's own: {figure} is {found:.5g}, "
+                f"{'at least' if least else 'at most'} {limits[name]} was expected; report this"
+            )
+
+
+def _views(samples: Sequence[Sample]) -> list[Pixels]:
+    """Each picture whole, and the middle of it as a policy might crop it."""
+    views: list[Pixels] = []
+    for sample in samples:
+        pixels = decode_picture(sample.picture.read_bytes()).pixels
+        height, width = pixels.shape[:2]
+        views += [pixels, pixels[height // 4 : -(-3 * height // 4), width // 3 : -(-2 * width // 3)]]
+    return views
+
+
+def _texts(samples: Sequence[Sample]) -> list[str]:
+    return [text for sample in samples for text in (sample.title, *sample.questions)]
+
+
+def _measure_policy(folder: Path, lifted: Mapping[str, Path], kind: Kind, context: int, views: Sequence[Pixels],
+                    texts: Sequence[str], limits: dict[str, float]) -> dict[str, Any]:
+    model = PolicyModel.open(folder, context=context, prefill=False)  # that graph rounds weights otherwise
+    limits |= asdict(LIMITS[model.manifest.precision])
+    spec, decoder = model.manifest.vision, model.decoder
+    most = min(spec.max_pixels, MOST_PIXELS, max(spec.min_pixels, context // 8 * spec.factor**2))
+    images = [model.vision.encode(view, most) for view in views]
+    talk = Talk(load_dialect(folder / DIALECT).system_prompt, texts, images[:2])
+    script = Script(decoder.eos | {decoder.image_token})
+    own = hold(decoder, talk, script) if DECODER in lifted else None
+    del model
+    report: dict[str, Any] = {}
+    if own is not None:
+        decoder.engine = open_lifted(lifted[DECODER], kind, context=context)  # in the place of the bundle's own
+        report[DECODER] = {"tokens": len(script.tokens), **_compare_logits(own, hold(decoder, talk, script))}
+    del decoder
+    if VISION in lifted:
+        tower = VisionEncoder(_open(lifted[VISION]), spec)
+        report[VISION] = _compare_rows(_rows(images), _rows([tower.encode(view, most) for view in views]))
+    return report
+
+
+def _measure_encoder(folder: Path, lifted: Mapping[str, Path], views: Sequence[Pixels],
+                     texts: Sequence[str]) -> dict[str, Any]:
+    own = Encoder.open(folder)
+    graphs: Any = _Lifted(lifted, folder)  # what an encoder asks of built engines
+    new = Encoder.open(folder, engines=graphs)
+    report: dict[str, Any] = {}
+    if IMAGE in lifted:
+        report[IMAGE] = _compare_rows(own.embed_images(views), new.embed_images(views))
+    if TEXT in lifted:
+        report[TEXT] = _compare_rows(own.embed_texts(texts), new.embed_texts(texts))
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Lifted:
+    """Rewritten towers of an encoder, the folder's own where there is none."""
+
+    lifted: Mapping[str, Path]
+    folder: Path
+
+    def open_graph(self, name: str) -> GraphEngine:
+        return _open(self.lifted.get(name, self.folder / f"{name}.onnx"))
+
+
+def _open(path: Path) -> OrtGraph:
+    return OrtGraph(path, optimised=True)  # as it stands: what ONNX Runtime would make of it runs nowhere else
+
+
+def _rows(images: Sequence[ImageTokens]) -> Floats:
+    """Tokens, and below them features for the decoder's first layers, [n, hidden]."""
+    parts = [part for image in images for part in (image.embeds, image.deepstack) if part is not None]
+    return np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def _compare_rows(own: Floats, new: Floats) -> dict[str, Any]:
+    return {"rows": len(own), "cosine": least_cosine(own, new), "max_abs": float(np.abs(own - new).max())}
+
+
+def _compare_logits(own: Floats, new: Floats) -> dict[str, Any]:
+    mine, theirs = _log_softmax(own), _log_softmax(new)
+    divergence = (np.exp(mine) * (mine - theirs)).sum(axis=1)
+    regret = own.max(axis=1) - np.take_along_axis(own, new.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return {
+        "positions": len(own), "logits_cosine": least_cosine(own, new),
+        "divergence": float(divergence.mean()), "divergence_max": float(divergence.max()),
+        "regret": float(regret.max()), "same_likeliest": float((regret == 0).mean()),
+        "max_abs": float(np.abs(own - new).max()), "range": float(np.abs(own).max()),
+    }  # fmt: skip
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))

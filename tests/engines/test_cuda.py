@@ -1,0 +1,174 @@
+"""What CUDA answers becomes our errors; what is taken is given back. Without a driver for true, else on `host_gpu`."""
+
+import gc
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from host_gpu import HostRuntime
+
+from gog_edge.engines.cuda import Cuda, DeviceBuffer, DeviceMemory, DeviceProperties, Stream, device_memory, pinned
+from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory
+
+NO_DRIVER = """
+from cuda.bindings import runtime
+raise SystemExit(0 if runtime.cudaDriverGetVersion()[1] else 3)
+"""
+
+
+@pytest.fixture
+def runtime():
+    return HostRuntime(2**20)
+
+
+@pytest.fixture
+def cuda(runtime):
+    return Cuda(runtime)
+
+
+def test_without_a_driver_the_message_says_so():
+    if not subprocess.run([sys.executable, "-c", NO_DRIVER], timeout=60, check=False).returncode:
+        pytest.skip("there is a driver here")
+    with pytest.raises(BackendError, match="there is no CUDA driver here; install NVIDIA's driver, or ask for"):
+        device_memory()
+
+
+def test_without_the_package_the_message_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(BackendError, match=r"no bindings for CUDA here .*pip install 'gog_edge\[tensorrt-rtx\]'"):
+        Cuda.open()
+
+
+def test_a_driver_that_is_too_old_is_told_from_none():
+    runtime = HostRuntime(driver=12040)
+    runtime.fails["cudaSetDevice"] = [35]
+    with pytest.raises(BackendError, match=r"the driver here is for CUDA 12\.4, needed is 13\.0; install"):
+        Cuda(runtime)
+
+
+def test_a_device_that_is_not_there_is_an_error(runtime):
+    with pytest.raises(BackendError, match="sees no GPU 3"):
+        Cuda(runtime, 3)
+
+
+@pytest.mark.parametrize("number, error, said", [
+    (2, OutOfDeviceMemory, r"1,048,576 of 1,048,576 bytes are free.*--context"),
+    (700, DeviceLost, "lost to this process: cudaErrorIllegalAddress, an illegal memory access.* at cudaMalloc"),
+    (719, DeviceLost, "cudaErrorLaunchFailure"),
+    (214, DeviceLost, "cudaErrorECCUncorrectable"),
+    (1, BackendError, "cudaMalloc failed: cudaErrorInvalidValue, invalid argument"),
+    (100, BackendError, "sees no GPU 0"),
+])  # fmt: skip
+def test_codes_become_errors(runtime, cuda, number, error, said):
+    runtime.fails["cudaMalloc"] = [number]
+    with pytest.raises(error, match=said) as caught:
+        DeviceBuffer(cuda, 100)
+    assert type(caught.value) is error
+    assert DeviceBuffer(cuda, 100).nbytes == 100
+
+
+def test_facts_of_the_device(cuda):
+    assert cuda.properties() == DeviceProperties("Host GPU", 89, 2**20, False)
+    buffer = DeviceBuffer(cuda, 1000)
+    assert cuda.memory() == DeviceMemory(2**20 - 1000, 2**20) and buffer.nbytes == 1000
+
+
+def test_buffers_are_freed_with_their_owners(runtime, cuda):
+    first, second = DeviceBuffer(cuda, 1000), DeviceBuffer(cuda, 500)
+    first.close()
+    first.close()
+    assert runtime.held == 500 and runtime.calls["cudaFree"] == 1
+    del second
+    assert runtime.held == 0
+    with pytest.raises(OutOfDeviceMemory):
+        DeviceBuffer(cuda, 2**21)
+    assert runtime.held == 0
+
+
+def test_parts_of_a_buffer_lie_within(cuda):
+    buffer = DeviceBuffer(cuda, 100)
+    assert buffer.at(40, 60) == buffer.address + 40
+    for offset, count in ((41, 60), (-1, 4)):
+        with pytest.raises(BackendError, match="not within a buffer of 100"):
+            buffer.at(offset, count)
+
+
+def test_pinned_memory_stays_as_long_as_a_view_of_it(runtime, cuda):
+    array = pinned(cuda, (3, 4), np.float16)
+    assert array.shape == (3, 4) and array.dtype == np.float16
+    view = array[1:, :2].T
+    del array
+    gc.collect()
+    assert len(runtime.pinned) == 1
+    view[...] = 1
+    del view
+    assert not runtime.pinned
+
+
+def test_rows_are_copied_by_their_pitch(cuda):
+    stream, device = Stream(cuda), DeviceBuffer(cuda, 4 * 10)
+    given, got = pinned(cuda, (4, 3), np.uint8), pinned(cuda, (4, 10), np.uint8)
+    given[...] = np.arange(12).reshape(4, 3)
+    stream.clear(device.address, device.nbytes)
+    stream.copy_rows(device.at(2, 3), 10, given.ctypes.data, 3, 3, 4)
+    stream.copy(got.ctypes.data, device.address, 40)
+    stream.synchronize()
+    expected = np.zeros((4, 10), np.uint8)
+    expected[:, 2:5] = given
+    assert np.array_equal(got, expected)
+
+
+def test_a_captured_graph_does_it_again(cuda):
+    stream, device = Stream(cuda), DeviceBuffer(cuda, 4)
+    given, got = pinned(cuda, (1,), np.int32), pinned(cuda, (1,), np.int32)
+
+    def work():
+        stream.copy(device.address, given.ctypes.data, 4)
+        stream.copy(got.ctypes.data, device.address, 4)
+
+    graph = stream.capture(work)
+    stream.synchronize()
+    assert got[0] == 0  # noted down, not done
+    for value in (5, 6):
+        given[0] = value
+        stream.launch(graph)
+        stream.synchronize()
+        assert got[0] == value
+
+
+def test_a_capture_that_fails_is_ended(runtime, cuda):
+    stream = Stream(cuda)
+    runtime.fails["cudaMemcpyAsync"] = [900]
+    with pytest.raises(BackendError, match="cudaErrorStreamCaptureUnsupported"):
+        stream.capture(lambda: stream.copy(0, 0, 4))
+    assert not runtime.capturing
+
+
+def test_a_stream_waits_for_another(cuda):
+    first, second, device = Stream(cuda), Stream(cuda), DeviceBuffer(cuda, 4)
+    given, got = pinned(cuda, (1,), np.int32), pinned(cuda, (1,), np.int32)
+    given[0] = 7
+    first.copy(device.address, given.ctypes.data, 4)
+    second.wait_for(first)
+    second.copy(got.ctypes.data, device.address, 4)
+    second.synchronize()
+    assert got[0] == 7
+
+
+def test_what_cannot_be_freed_is_logged_and_a_lost_device_is_not(runtime, cuda, caplog):
+    buffer = DeviceBuffer(cuda, 10)
+    runtime.fails["cudaFree"] = [1]
+    buffer.close()
+    assert "cudaFree failed: cudaErrorInvalidValue" in caplog.text
+    caplog.clear()
+    buffer = DeviceBuffer(cuda, 10)
+    runtime.lost = True
+    del buffer
+    assert not caplog.text
+
+
+def test_nothing_of_cuda_is_imported_for_the_cpu():
+    code = "import sys, gog_edge.engines.ort, gog_edge.engines.cuda; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert not {"cuda", "tensorrt_rtx_bindings", "tensorrt"} & {name.split(".")[0] for name in done.stdout.split()}

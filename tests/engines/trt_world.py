@@ -1,0 +1,94 @@
+"""Policies lifted for TensorRT and opened on `host_gpu`; conftest files import the fixtures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from host_gpu import HostRuntime, HostTensorRT, write_plan
+
+from gog_edge.engines.built import DECODER, IN_PLACE, NEW_ROWS, TENSORRT_RTX, VISION, BuiltEngines, BuiltGraph
+from gog_edge.engines.cuda import Cuda
+from gog_edge.engines.trt_decoder import TrtDecoder
+from gog_edge.engines.trt_graph import TrtGraph
+from gog_edge.engines.trt_plan import Plan
+from gog_edge.exporting.engine_profiles import vision_profiles
+from gog_edge.exporting.lift import lift_graph
+from gog_edge.policy.manifest import read_manifest
+
+CONTEXT = 64
+KINDS = {IN_PLACE: "standard", NEW_ROWS: "decomposed"}
+
+
+@dataclass
+class World:
+    """A folder of engines, and the machine that they run on."""
+
+    policy: Path
+    folder: Path
+    built: BuiltEngines
+    runtime: HostRuntime
+    trt: HostTensorRT
+
+    def plan(self, name):
+        return Plan(self.trt, Cuda(self.runtime), self.folder, self.built, self.built.graph(name))
+
+    def decoder(self):
+        return TrtDecoder(self.plan(DECODER), self.built.graph(DECODER), self.built, self.spec)
+
+    def vision(self, **options):
+        return TrtGraph(self.plan(VISION), **options)
+
+    @property
+    def spec(self):
+        return read_manifest(self.policy).text
+
+
+def step_profiles(spec, steps=((1, 1, 8), (1, 16, 32))):
+    """As the builder makes them, for small steps."""
+    profiles = []
+    for step in steps:
+        profile = {"inputs_embeds": [(1, t, spec.hidden) for t in step], "rows": [(1,), (1,), (4,)]}
+        profile |= {name: [(1, t, spec.head_dim // 2) for t in step] for name in ("cos", "sin")}
+        if spec.deepstack:
+            profile["deepstack"] = [(spec.deepstack, t, spec.hidden) for t in step]
+        profiles.append({name: tuple(shapes) for name, shapes in profile.items()})
+    return tuple(profiles)
+
+
+@pytest.fixture(scope="session")
+def lifted(policies, qwen3_policy, tmp_path_factory):
+    """The graphs of a policy, lifted once each: name and cache -> folder with decoder.onnx and vision.onnx."""
+    folders = {"tied": policies[True], "untied": policies[False], "qwen3": qwen3_policy}
+    done = {}
+
+    def lift(name, cache):
+        if (name, cache) not in done:
+            out = tmp_path_factory.mktemp("lifted")
+            for graph in (DECODER, VISION):
+                context = CONTEXT if graph == DECODER else 0
+                lift_graph(folders[name] / f"{graph}.onnx", out / f"{graph}.onnx", KINDS[cache], context=context)
+            done[name, cache] = folders[name], out
+        return done[name, cache]
+
+    return lift
+
+
+@pytest.fixture
+def world(lifted, tmp_path_factory):
+    """Open a policy's engines: `world(name, cache)`."""
+
+    def make(name="tied", cache=IN_PLACE, *, memory=2**30, **trt):
+        policy, graphs = lifted(name, cache)
+        manifest, runtime = read_manifest(policy), HostRuntime(memory)
+        profiles = {DECODER: step_profiles(manifest.text), VISION: vision_profiles(manifest.vision)}
+        folder = tmp_path_factory.mktemp("engines")
+        for graph, shapes in profiles.items():
+            write_plan(folder / f"{graph}.engine", graphs / f"{graph}.onnx", shapes)
+        described = tuple(
+            BuiltGraph(graph, f"{graph}.engine", {}, cache if graph == DECODER else "", profiles[graph])
+            for graph in profiles
+        )
+        built = BuiltEngines(TENSORRT_RTX, "1.7.1.116", (86, 89), CONTEXT, described, {}, ())
+        return World(policy, folder, built, runtime, HostTensorRT(runtime, **trt))
+
+    return make
