@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the limit of decoding, where each token reads all weights once."""
+"""How fast this machine, or its GPU, reads memory: the limit of decoding, where each token reads all weights once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
+from gog_edge.engines.cuda import Cuda, DeviceBuffer, Stream
 
 BUFFER_BYTES = 512 << 20  # many times the caches
 
@@ -20,3 +22,21 @@ def read_bandwidth(threads: int, *, tries: int = 6, size: int = BUFFER_BYTES) ->
             list(pool.map(lambda part: np.dot(part, part), buffer))
             seconds.append(time.perf_counter() - started)
     return buffer.nbytes / min(seconds)
+
+
+def device_bandwidth(*, tries: int = 6, size: int = 2 * BUFFER_BYTES) -> float:
+    """Bytes a second that the first GPU reads and writes together, at best of several copies within its memory.
+
+    BackendError without one.
+    """
+    cuda = Cuda.open()
+    stream, seconds = Stream(cuda), []
+    source, target = (DeviceBuffer(cuda, size) for _ in range(2))
+    for _ in range(tries):
+        started = time.perf_counter()
+        stream.copy(target.address, source.address, size)
+        stream.synchronize()
+        seconds.append(time.perf_counter() - started)
+    source.close()
+    target.close()
+    return 2 * size / min(seconds)

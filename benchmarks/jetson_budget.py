@@ -8,7 +8,7 @@ every conversation and of the prompt in halves, scratch memory of the vision tow
 packs (`--index`), the program, and what is left to the system and to CUDA (`--system`: assumed, not measured).
 
 The limit of decoding is the memory's bandwidth: each token reads the decoder and the cache once. Bandwidths and
-memories are those of NVIDIA's data sheets, not measured. The last line is a JSON object.
+memories are as published, not measured; the Nano's is that of its newer firmware. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NOTE = "reckoned, not run: no Jetson was at hand"
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """A Jetson, as NVIDIA's data sheet has it."""
+    """A Jetson, as it is sold."""
 
     name: str
     memory: int  # GiB
@@ -103,6 +103,12 @@ def reckon(name: str, precision: str, context: int, args: argparse.Namespace) ->
     return Budget(name, precision, context, engines, plan.total, left, tokens)
 
 
+def reckon_all(args: argparse.Namespace) -> list[Budget]:
+    """All released shapes in both precisions, with each length of conversations."""
+    return [reckon(name, precision, int(context), args) for name in SHAPES for precision in PRECISIONS
+            for context in args.context.split(",")]  # fmt: skip
+
+
 def _specs(name: str) -> tuple[TextSpec, VisionSpec]:
     """A released shape as the exporter reads it from a checkpoint's folder."""
     shape = shape_of(name)
@@ -113,27 +119,39 @@ def _specs(name: str) -> tuple[TextSpec, VisionSpec]:
         return checkpoint.text, checkpoint.vision
 
 
+def as_rows(budgets: Sequence[Budget]) -> list[list[str]]:
+    """For each budget: model, precision, context, what it takes, and for each board what is left and the limit."""
+    return [
+        [one.model, one.precision, f"{one.context:,}", as_size(one.total),
+         *(f"{one.left[board.name] / 2**30:.1f} ({one.tokens_s[board.name]:.0f}/s)"
+           if board.name in one.tokens_s else "no" for board in BOARDS)]
+        for one in budgets
+    ]  # fmt: skip
+
+
 def _table(budgets: Sequence[Budget]) -> Table:
     table = Table("model", "", "context", "takes", *(f"{one.name} {one.memory}" for one in BOARDS),
                   title=f"GiB left, and the limit of tokens a second ({NOTE})")  # fmt: skip
-    for one in budgets:
-        cells = [f"{one.left[board.name] / 2**30:.1f} ({one.tokens_s[board.name]:.0f}/s)"
-                 if board.name in one.tokens_s else "[dim]no[/]" for board in BOARDS]  # fmt: skip
-        table.add_row(one.model, one.precision, f"{one.context:,}", as_size(one.total), *cells)
+    for row in as_rows(budgets):
+        table.add_row(*row)
     return table
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, and all of it as a last line of JSON."""
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", default="4096,8192", help="tokens of a conversation, with commas between")
     parser.add_argument("--concurrent", type=int, default=1, help="questions answered at the same time")
     parser.add_argument("--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="of the largest picture")
     parser.add_argument("--index", type=parse_size, default="512M", help="encoder and packs")
     parser.add_argument("--system", type=parse_size, default="2G", help="left to the system, a desktop, CUDA itself")
-    args = parser.parse_args(argv)
-    budgets = [reckon(name, precision, int(context), args) for name in SHAPES for precision in PRECISIONS
-               for context in args.context.split(",")]  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table, and all of it as a last line of JSON."""
+    args = parsed(argv)
+    budgets = reckon_all(args)
     Console(width=140).print(_table(budgets))
     print(json.dumps({"note": NOTE, "max_pixels": args.max_pixels, "index": args.index, "system": args.system,
                       "concurrent": args.concurrent, "boards": [asdict(one) for one in BOARDS],

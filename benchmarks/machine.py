@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
-PACKAGES = ("onnxruntime", "faiss-cpu", "numpy")
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13-bindings", "faiss-cpu", "faiss-gpu", "numpy")
 
 
 def machine_card() -> dict[str, str]:
@@ -22,5 +23,14 @@ def machine_card() -> dict[str, str]:
         "processor": f"{names[0] if names else platform.processor()} x {psutil.cpu_count()}",
         "memory": f"{memory:.0f} GiB",
         "python": sys.version.split()[0],
-        **{package: version(package) for package in PACKAGES},
+        **_versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that are here."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

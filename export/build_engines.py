@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from gog_edge.bundle import open_bundle
 from gog_edge.engines.built import BUILT_ENGINES, FOLDER
 from gog_edge.errors import GogEdgeError
 from gog_edge.exporting.engine_builder import BuildReport, OnStep, build_engines
+from gog_edge.exporting.engine_plan import peak_mib
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,11 +91,10 @@ def _table(report: BuildReport, out: Path) -> Table:
 
 def _line(report: BuildReport, out: Path) -> dict[str, object]:
     engines = report.engines
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return {
         "out": str(out), "engine": engines.engine, "version": engines.version, "context": engines.context,
         "graphs": report.graphs(), "parity": engines.parity,
-        "peak_mib": max(own, *(cost.peak_mib for cost in report.costs.values())),
+        "peak_mib": max(peak_mib(), *(cost.peak_mib for cost in report.costs.values())),
     }  # fmt: skip
 
 

@@ -87,6 +87,9 @@ class Still:
     def wake(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 @dataclass
 class Flags:

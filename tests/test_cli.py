@@ -90,6 +90,17 @@ def test_missing_bundle(picture, tmp_path):
     assert "bundle.toml" in done.stderr
 
 
+@pytest.mark.parametrize(("words", "says"), [
+    (["--engine", "cuda"], "known are ort, ort-cuda, tensorrt, tensorrt-rtx"),
+    (["--engines", "somewhere"], "name the engine that they were built for"),
+    (["--engine", "tensorrt-rtx", "--engines", "nowhere"], "no engines in 'nowhere'; build them: python -m export."),
+])
+def test_engines_that_cannot_be_had_are_one_line_and_exit_code_2(picture, words, says):
+    done = CliRunner().invoke(app, ["ask", str(picture), "Which?", *words])
+    assert done.exit_code == 2 and done.stdout == ""
+    assert says in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_serve_refuses_with_exit_code_2(tmp_path):
     done = CliRunner().invoke(app, ["serve", "--port", "0", "--bundle", str(tmp_path)])
     assert done.exit_code == 2

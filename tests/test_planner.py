@@ -1,9 +1,13 @@
 from dataclasses import replace
 
 import pytest
+from built_engines import build, toy  # noqa: F401
+from little_fixtures import little_pack_folder, tiny_encoder, tiny_encoder_folder  # noqa: F401
 
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
 from gog_edge.config import RemoteConfig
+from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
+from gog_edge.engines.choice import EngineChoice
 from gog_edge.errors import InputError, NotEnoughMemory
 from gog_edge.files import write_json
 from gog_edge.planner import MemoryPlan, as_size, free_memory, kv_bytes, parse_size, plan_memory
@@ -57,6 +61,50 @@ def test_what_does_not_fit_is_refused_with_advice(big, advice):
 def test_what_no_single_part_explains_wants_a_smaller_model():
     with pytest.raises(NotEnoughMemory, match="smaller model"):
         MemoryPlan(2**32, 2**32, 2**32, 0, 2**32).check(2**30)
+
+
+def test_engines_take_a_gpus_memory_and_the_rest_the_hosts(toy):  # noqa: F811
+    build(toy, context=1024)
+    engines = EngineChoice("ort-cuda").read(toy.root)
+    plan, own = plan_memory(toy, engines), plan_memory(toy)
+    assert plan.weights == engines.bytes((DECODER, VISION, IMAGE, TEXT))
+    spec = read_manifest(toy.policy).text
+    assert plan.conversations == 2 * 1024 * 2 * spec.layers * spec.kv_heads * spec.head_dim * 2  # halves, as they are
+    encoder = sum(path.stat().st_size for path in toy.encoder.iterdir())
+    assert plan.index == own.index - encoder and plan.switch == own.switch
+    assert plan.device == plan.weights + plan.conversations + plan.pictures + plan.prefill
+    assert plan.total - plan.device == plan.index + plan.switch + plan.program
+    assert str(plan).endswith(f"; {as_size(plan.device)} of it on the GPU") and own.device == 0
+    assert "GPU" not in str(own)
+
+
+def test_a_gpu_that_shares_the_hosts_memory_has_none_of_its_own(toy):  # noqa: F811
+    build(toy)
+    engines = EngineChoice("ort-cuda").read(toy.root)
+    plan, apart = plan_memory(toy, engines, integrated=True), plan_memory(toy, engines)
+    assert plan.total == apart.total and plan.device == 0 and str(plan) == str(apart).partition(";")[0]
+    with pytest.raises(NotEnoughMemory, match="1 MiB are free: "):
+        plan.check(2**20)
+    assert plan.check(plan.total, device_free=0) is plan
+
+
+def test_of_a_policy_elsewhere_only_the_encoders_engines_are_here(toy):  # noqa: F811
+    build(toy)
+    engines = EngineChoice("ort-cuda").read(toy.root)
+    remote = replace(toy, policy=RemoteConfig(url="http://127.0.0.1:9/v1", model="m", dialect="gog"))
+    plan = plan_memory(remote, engines)
+    assert plan.device == plan.weights == engines.bytes((IMAGE, TEXT)) and plan.conversations == 0
+
+
+@pytest.mark.parametrize("free, device_free, says", [
+    (2**40, 2**30, "1.0 GiB are free on the GPU: .*--precision int4"),
+    (2**30, 2**40, "1.0 GiB are free: leave out a pack"),
+])
+def test_what_does_not_fit_the_gpu_or_the_host_beside_it_is_refused(free, device_free, says):
+    plan = MemoryPlan(4 * 2**30, 2**28, 2**28, 2**28, index=3 * 2**30, on_device=True)
+    with pytest.raises(NotEnoughMemory, match=says):
+        plan.check(free, device_free)
+    assert plan.check(4 * 2**30, 5 * 2**30) is plan and plan.check(None, None) is plan
 
 
 def test_the_free_memory_of_this_machine_is_known():

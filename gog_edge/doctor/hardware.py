@@ -131,8 +131,8 @@ def _tensorrt_remedy(box: Box, engine: str) -> str:
 
 
 def _bindings_remedy(jetson: Jetson) -> str:
-    """The release of the bindings is that of JetPack's CUDA: 12.6 with JetPack 6, 13 with 7."""
-    release = ">=12.6,<12.7" if jetson.linux[:1] == (36,) else ">=13,<14"
+    """Bindings of JetPack's own major release of CUDA: 12 with JetPack 6, 13 with 7."""
+    release = ">=12,<13" if jetson.linux[:1] == (36,) else ">=13,<14"
     return f"pip install 'cuda-bindings{release}'"
 
 

@@ -14,6 +14,7 @@ from gog_edge.engines.built import (
     ENGINES,
     FOLDER,
     ORT,
+    TENSORRT,
     TENSORRT_ENGINES,
     TENSORRT_RTX,
     BuiltEngines,
@@ -55,7 +56,7 @@ def judge_bundle(folder: Path, box: Box, choice: EngineChoice) -> Iterator[Findi
     yield from _told("memory", _memory(bundle, None, box))
     for engine in BUILT_ENGINES:
         elsewhere = choice.folder if engine == choice.engine else None
-        yield from _told(engine, _built(bundle, engine, elsewhere or bundle.root / FOLDER / engine, box), (engine,))
+        yield from _told(engine, _built(bundle, engine, elsewhere, box), (engine,))
 
 
 def _told(what: str, findings: Iterator[Finding], needed_by: tuple[str, ...] = ENGINES) -> Iterator[Finding]:
@@ -94,26 +95,27 @@ def _memory(bundle: Bundle, engines: EngineSet | None, box: Box) -> Iterator[Fin
     """What it takes, on the CPU or with engines on the first GPU, against what is free."""
     gpu = box.gpus.gpus[0] if box.gpus.gpus else None
     engine = ORT if engines is None else engines.built.engine
+    part = "bundle" if engines is None else "engines"
     plan = plan_memory(bundle, engines, integrated=gpu is not None and gpu.integrated)
     try:
         plan.check(box.free, None if gpu is None else gpu.free)
     except GogEdgeError as exc:
         said, _, advice = str(exc).rpartition(": ")
-        yield Finding("bundle", f"memory, {engine}", WRONG, said, advice, (engine,))
+        yield Finding(part, f"memory, {engine}", WRONG, said, advice, (engine,))
     else:
-        yield Finding("bundle", f"memory, {engine}", OK, f"takes {plan}", "", (engine,))
+        yield Finding(part, f"memory, {engine}", OK, f"takes {plan}", "", (engine,))
 
 
-def _built(bundle: Bundle, engine: str, folder: Path, box: Box) -> Iterator[Finding]:
-    """The engines in a folder: there, whole, of these graphs, of this TensorRT and for this GPU."""
-    sms = [gpu.sm for gpu in box.gpus.gpus[:1]] if engine == TENSORRT_RTX else []
-    command = build_command(bundle.root, engine, sms)
+def _built(bundle: Bundle, engine: str, elsewhere: Path | None, box: Box) -> Iterator[Finding]:
+    """The bundle's engines, or those elsewhere: there, whole, of these graphs, of this TensorRT, for this GPU."""
+    folder = elsewhere or bundle.root / FOLDER / engine
+    command = _command(bundle, engine, elsewhere, box)
     if not folder.is_dir():
         yield Finding("engines", engine, MISSING, f"none in {folder}", command, (engine,))
         return
     try:
         engines = EngineChoice(engine, folder).read(bundle.root)
-        assert_usable(engines.built if engines else None, box)
+        _check_usable(engines.built if engines else None, box)
     except GogEdgeError as exc:
         yield Finding("engines", engine, WRONG, str(exc).partition("; build")[0], command, (engine,))
         return
@@ -122,7 +124,14 @@ def _built(bundle: Bundle, engine: str, folder: Path, box: Box) -> Iterator[Find
         yield from _memory(bundle, engines, box)
 
 
-def assert_usable(built: BuiltEngines | None, box: Box) -> None:
+def _command(bundle: Bundle, engine: str, elsewhere: Path | None, box: Box) -> str:
+    if box.jetson is not None and engine != TENSORRT:
+        return "ask for --engine tensorrt on a Jetson"
+    sms = [gpu.sm for gpu in box.gpus.gpus[:1]] if engine == TENSORRT_RTX else []
+    return build_command(bundle.root, engine, sms) + (f" --out {elsewhere}" if elsewhere else "")
+
+
+def _check_usable(built: BuiltEngines | None, box: Box) -> None:
     """BackendError where TensorRT here is of another release, or the first GPU is none that they were built for."""
     if built is None or built.engine not in TENSORRT_ENGINES:
         return

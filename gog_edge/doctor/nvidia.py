@@ -61,30 +61,37 @@ def list_gpus() -> Gpus:
     version, count = ctypes.c_int(), ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(version))
     cuda.cuDeviceGetCount(ctypes.byref(count))
-    driver, free = _ask_nvml([_bus_id(cuda, index) for index in range(count.value)])
-    gpus = tuple(_gpu(cuda, index, free[index]) for index in range(count.value))
+    devices = [_device(cuda, index) for index in range(count.value)]
+    driver, free = _ask_nvml([_bus_id(cuda, device) for device in devices])
+    gpus = tuple(_gpu(cuda, *one) for one in zip(devices, free, strict=True))
     return Gpus(gpus, driver, (version.value // 1000, version.value % 1000 // 10))
 
 
-def _gpu(cuda: ctypes.CDLL, index: int, free: int | None) -> Gpu:
+def _device(cuda: ctypes.CDLL, index: int) -> int:
+    device = ctypes.c_int()
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    return device.value
+
+
+def _gpu(cuda: ctypes.CDLL, device: int, free: int | None) -> Gpu:
     name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
-    cuda.cuDeviceGetName(name, len(name), index)
-    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), index)
-    major, minor, integrated = _attributes(cuda, index)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    major, minor, integrated = _attributes(cuda, device)
     return Gpu(name.value.decode(errors="replace"), 10 * major + minor, memory.value, bool(integrated), free)
 
 
-def _attributes(cuda: ctypes.CDLL, index: int) -> Iterator[int]:
+def _attributes(cuda: ctypes.CDLL, device: int) -> Iterator[int]:
     for attribute in (_SM_MAJOR, _SM_MINOR, _INTEGRATED):
         value = ctypes.c_int()
-        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, index)
+        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         yield value.value
 
 
-def _bus_id(cuda: ctypes.CDLL, index: int) -> bytes:
+def _bus_id(cuda: ctypes.CDLL, device: int) -> bytes:
     """The GPU's place on the PCI bus: CUDA and NVML count GPUs in different orders."""
     text = ctypes.create_string_buffer(32)
-    cuda.cuDeviceGetPCIBusId(text, len(text), index)
+    cuda.cuDeviceGetPCIBusId(text, len(text), device)
     return text.value
 
 

@@ -217,15 +217,6 @@ class Stream:
         """Set bytes of the device to zero."""
         self._cuda.call("cudaMemsetAsync", target, 0, nbytes, self.handle)
 
-    def wait_for(self, other: Stream) -> None:
-        """Do what follows only when the other stream has done what it was given so far."""
-        event = self._cuda.call("cudaEventCreateWithFlags", self._cuda.runtime.cudaEventDisableTiming)
-        try:
-            self._cuda.call("cudaEventRecord", event, other.handle)
-            self._cuda.call("cudaStreamWaitEvent", self.handle, event, 0)
-        finally:
-            self._cuda.give_back("cudaEventDestroy", event)
-
     def synchronize(self) -> None:
         """Wait until all is done. Errors of earlier work come out here, too."""
         self._cuda.call("cudaStreamSynchronize", self.handle)

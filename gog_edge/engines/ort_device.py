@@ -1,6 +1,6 @@
 """ONNX Runtime on a GPU: its provider's options, its libraries, and what its failures mean.
 
-Figures of memory, failures and options are those of ONNX Runtime 1.31's CUDA provider:
+Options and the words of failures are those of ONNX Runtime 1.31's CUDA provider:
 https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html.
 """
 
@@ -20,20 +20,18 @@ from gog_edge.errors import DeviceLost, OutOfDeviceMemory
 
 CUDA = ("CUDAExecutionProvider",)
 CUDA_DEVICE = "cuda"  # its memory's name
-INSTALL = {
-    CUDA[0]: " (pip uninstall onnxruntime, then pip install 'gog_edge[gpu]': both lie in one folder)",
-}
-# What is set otherwise than by default. CUDA graphs stay off: a session that records one can run nothing else than the
-# recorded shape, and ours appends, verifies drafts and decodes over one copy of the weights.
+INSTALL = {CUDA[0]: " (pip uninstall onnxruntime, then pip install 'gog_edge[gpu]': both lie in one folder)"}
+# What is set otherwise than by default. CUDA graphs stay off: ONNX Runtime records none where a run copies something to
+# the host, and a decoder learns there how many rows of logits are wanted.
 PROVIDER_OPTIONS: Mapping[str, Mapping[str, str]] = {
     CUDA[0]: {
         # Memory grows by what is asked for, not to the next power of two: caches, towers and an index share the GPU.
         "arena_extend_strategy": "kSameAsRequested",
-        # Searching for the quickest convolution would cost seconds for each size of picture that comes the first time.
+        # By default all ways to convolve are tried for each size of picture that comes the first time.
         "cudnn_conv_algo_search": "HEURISTIC",
     },
 }
-# A decoder convolves nothing: without cuDNN it starts sooner, and leaves its workspace to the caches.
+# A decoder convolves nothing: it does without cuDNN.
 DECODER_OPTIONS: Mapping[str, Mapping[str, str]] = {CUDA[0]: {**PROVIDER_OPTIONS[CUDA[0]], "enable_cudnn": "0"}}
 
 RUN_ERRORS = (EPFail, Fail, RuntimeException, RuntimeError)

@@ -48,7 +48,7 @@ class DecoderShape(Protocol):
 
 
 class TrtCache:
-    """One conversation's keys and values on the device, and its decode step."""
+    """One conversation's keys and values on the device, and its decode step. All is done when a method returns."""
 
     def __init__(self, decoder: TrtDecoder) -> None:
         cuda = decoder.plan.cuda
@@ -108,7 +108,6 @@ class TrtCache:
         if not isinstance(other, TrtCache) or other._facts != self._facts:
             raise BackendError("a cache can only be copied from one of the same decoder; open both on one engine")
         self._cuda.use()
-        self.stream.wait_for(other.stream)
         width = length * self.width
         for mine, theirs in zip(self.states.values(), other.states.values(), strict=True):
             self.stream.copy_rows(mine.address, self._stride, theirs.address, self._stride, width, self.heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from threading import Lock
@@ -18,7 +19,7 @@ from gog_edge.errors import BackendError
 
 CAPTURED = 16  # sets of shapes whose runs are kept as CUDA graphs: pictures of a box have few sizes
 SEEN = 64  # sets of shapes that are known again: the second time they are captured
-UPLOAD_BYTES = 2**24  # of page-locked memory that an upload goes through
+UPLOAD_BYTES = 2**24  # of page-locked memory that what is to stay on the device goes through
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +74,27 @@ class TrtGraph:
             self._seen.put(key, True)
             return outputs
 
-    def upload(self, array: Array) -> Resident:
-        """Copy an array to the device, where it stays until the answer is dropped. OutOfDeviceMemory."""
-        cuda, flat = self._plan.cuda, np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    def reserve(self, shape: Shape, dtype: np.dtype[Any]) -> Resident:
+        """Memory of the device for an array, as yet zeros; given back when the answer is dropped. OutOfDeviceMemory."""
+        cuda = self._plan.cuda
         cuda.use()
-        stream = Stream(cuda)
-        buffer = DeviceBuffer(cuda, flat.nbytes)
-        through = pinned(cuda, (min(UPLOAD_BYTES, flat.nbytes),), np.uint8)
+        buffer, stream = DeviceBuffer(cuda, math.prod(shape) * dtype.itemsize), Stream(cuda)
+        stream.clear(buffer.address, buffer.nbytes)
+        stream.synchronize()
+        return Resident(buffer, shape, dtype)
+
+    def fill(self, target: Resident, first: int, rows: Array) -> None:
+        """Copy rows to a reserved array, from its row `first` on. Nothing may run that reads them."""
+        flat = np.ascontiguousarray(rows, target.dtype).reshape(-1).view(np.uint8)
+        at = first * math.prod(target.shape[1:]) * target.dtype.itemsize
+        cuda = self._plan.cuda
+        cuda.use()
+        stream, through = Stream(cuda), pinned(cuda, (min(UPLOAD_BYTES, flat.nbytes),), np.uint8)
         for start in range(0, flat.nbytes, UPLOAD_BYTES):
             piece = flat[start : start + UPLOAD_BYTES]
             through[: len(piece)] = piece
-            stream.copy(buffer.at(start, len(piece)), through.ctypes.data, len(piece))
+            stream.copy(target.buffer.at(at + start, len(piece)), through.ctypes.data, len(piece))
             stream.synchronize()
-        return Resident(buffer, array.shape, array.dtype)
 
     def _prepare(self, feeds: Mapping[str, Feed], *, lasting: bool) -> Run:
         shapes = {name: tuple(feed.shape) for name, feed in feeds.items()}

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "INT64": np.dtype(np.int64), "BOOL": np.dtype(np.bool_), "UINT8": np.dtype(np.uint8),
 }  # fmt: skip
 LAST_LINES = 6  # of TensorRT's messages, that an error repeats
+SPOILT = ("Serialization", "magicTag", "readHeader")  # in messages about a file that is no plan, or not whole
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +100,13 @@ class Messages:
         return said
 
 
-def deserialise(trt: Any, runtime: Any, messages: Messages, path: Path) -> Any:
+@cache
+def messages_of(trt: Any) -> Messages:
+    """The process's own: TensorRT keeps the first logger that it gets, and calls it as long as anything is open."""
+    return Messages(trt)
+
+
+def deserialise(runtime: Any, messages: Messages, path: Path) -> Any:
     """The engine of a plan file, its weights copied to the device.
 
     Raises:
@@ -115,7 +123,7 @@ def deserialise(trt: Any, runtime: Any, messages: Messages, path: Path) -> Any:
     if engine is not None:
         return engine
     said = messages.take()
-    if "Serialization" in said or "magicTag" in said:
+    if any(word in said for word in SPOILT):
         raise ArtifactError(f"engines: '{path}' is truncated or no plan of this release ({said}); build it again")
     raise failure(f"the engine '{path}' cannot be loaded", said)
 
@@ -185,16 +193,16 @@ class Plan:
     def __init__(self, trt: Any, cuda: Cuda, folder: Path, built: BuiltEngines, graph: BuiltGraph) -> None:
         """Load and check; see `deserialise` for what it raises, and ArtifactError when plan and manifest disagree."""
         self.trt, self.cuda, self.path = trt, cuda, folder / graph.file
-        self.messages = Messages(trt)
+        self.messages = messages_of(trt)
         with self.explained("there is no runtime for it"):
             self._runtime = trt.Runtime(self.messages.logger)
-        self.engine = deserialise(trt, self._runtime, self.messages, self.path)
+        self.engine = deserialise(self._runtime, self.messages, self.path)
         self.inputs = {tensor.name: tensor for tensor in self._tensors(trt.TensorIOMode.INPUT)}
         self.outputs = {tensor.name: tensor for tensor in self._tensors(trt.TensorIOMode.OUTPUT)}
         self.profiles = tuple(self._profile(number) for number in range(self.engine.num_optimization_profiles))
         check_profiles(self.profiles, graph, built)
-        cache = folder / CACHE / f"{graph.name}.kernels"
-        self._kernels = Kernels(trt, self.engine, cache) if built.engine == TENSORRT_RTX else None
+        kept = folder / CACHE / f"{graph.name}.kernels"
+        self._kernels = Kernels(trt, self.engine, kept) if built.engine == TENSORRT_RTX else None
         self._workspace = DeviceBuffer(cuda, self.engine.device_memory_size_v2)
 
     def _tensors(self, mode: Any) -> Iterator[Tensor]:

@@ -59,8 +59,14 @@ def silent(_: str, __: int, ___: int) -> None:
 
 
 def build_engines(
-    bundle: Bundle, out: Path, *, engine: str, sms: Sequence[int] = (), context: int | None = None,
-    parity: bool = True, on_step: OnStep = silent,
+    bundle: Bundle,
+    out: Path,
+    *,
+    engine: str,
+    sms: Sequence[int] = (),
+    context: int | None = None,
+    parity: bool = True,
+    on_step: OnStep = silent,
 ) -> BuildReport:
     """Build the engines of a bundle into the folder `out`, which is replaced only when all went well.
 
@@ -92,8 +98,13 @@ def build_engines(
             costs[graph.name] = replace(cost, seconds=round(cost.seconds + lifting[graph.name], 2))
         names = [path.name for path in part.iterdir() if path.name != TIMINGS]
         engines = BuiltEngines(
-            engine=engine, version=target.version, sms=target.sms, context=found.context, graphs=tuple(built),
-            parity=report, files=tuple(describe_files(part, names)),
+            engine=engine,
+            version=target.version,
+            sms=target.sms,
+            context=found.context,
+            graphs=tuple(built),
+            parity=report,
+            files=tuple(describe_files(part, names)),
         )
         write_json(part / MANIFEST, engines.to_json())
     return BuildReport(engines, costs)
@@ -130,20 +141,13 @@ def _build(graph: GraphSource, part: Path, out: Path, target: Target, on_step: O
         size = sum(path.stat().st_size for path in graph_files(lifted))
         return BuiltGraph(graph.name, lifted.name, sources, cache), Cost(size, size, 0.0, 0)
     timings = _timings(part, out) if target.engine == TENSORRT else None
-    layers = _fused(graph, target)
-    request = PlanRequest(target.engine, lifted, engine, graph.profiles, target.ahead, layers, timings)
+    fused = graph.fused if target.kind == "standard" else {}
+    request = PlanRequest(target.engine, lifted, engine, graph.profiles, target.ahead, fused, timings)
     plan = build_apart(request, lambda done, of: on_step(f"build {graph.name}", done, of))
     for path in graph_files(lifted):
         path.unlink()
     built = BuiltGraph(graph.name, engine.name, sources, cache, graph.profiles, plan.layers)
     return built, Cost(plan.size, plan.weights, plan.seconds, plan.peak_mib)
-
-
-def _fused(graph: GraphSource, target: Target) -> dict[str, int]:
-    """Layers that a decoder's network must have, where they were not taken apart on purpose."""
-    if graph.name != DECODER or target.kind != "standard":
-        return {}
-    return {KV_CACHE_UPDATE: 2 * graph.attentions, ATTENTION: graph.attentions}
 
 
 def _timings(part: Path, out: Path) -> Path:

@@ -6,23 +6,23 @@ compiler may end the process, too.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gog_edge.engines.trt_plan import Messages, trt_module
+from gog_edge.engines.trt_shapes import Profile
 from gog_edge.errors import CheckpointError
-from gog_edge.exporting.engine_profiles import Profile
-from gog_edge.exporting.engine_tensorrt import OnStep, file_stream, known_sms, load_tensorrt, logger, step_monitor
+from gog_edge.exporting.engine_tensorrt import OnStep, file_stream, known_sms, step_monitor
 
 KV_CACHE_UPDATE, ATTENTION = "kv_cache_update", "attention"  # layers by what they do
 WORKSPACE_BYTES = 1 << 30  # that TensorRT on the device may use to time kernels
 # A plan holds the graph's weights once, and kernels; a second copy in another layout would be a second model.
 GROWTH, KERNEL_BYTES = 1.25, 32 << 20
-SAID_LINES = 6  # of TensorRT's own words, in an error
+
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
@@ -51,20 +51,25 @@ class BuiltPlan:
 def build_plan(request: PlanRequest, on_step: OnStep) -> BuiltPlan:
     """Build it. CheckpointError where TensorRT refuses the graph, loses some of it, or writes its weights twice."""
     started = time.monotonic()
-    trt = load_tensorrt(request.engine)
-    log = logger(trt)
-    builder = trt.Builder(log)
+    trt = trt_module(request.engine)
+    messages = Messages(trt)
+    builder = trt.Builder(messages.logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)  # must outlive the build: it owns the weights
+    parser = trt.OnnxParser(network, messages.logger)  # must outlive the build: it owns the weights
     if not parser.parse_from_file(str(request.graph)):
         raise CheckpointError(f"TensorRT cannot read '{request.graph.name}': {_refusals(parser)}")
     layers = _checked(network, request)
     config = _config(trt, builder, network, request, on_step)
-    _write(trt, builder, network, config, request, log.said)
+    _write(trt, builder, network, config, request, messages)
     size, weights = request.plan.stat().st_size, sum(path.stat().st_size for path in graph_files(request.graph))
     _check_size(request.graph, size, weights)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return BuiltPlan(size, weights, round(time.monotonic() - started, 2), peak, layers)
+    return BuiltPlan(size, weights, round(time.monotonic() - started, 2), peak_mib(), layers)
+
+
+def peak_mib() -> int:
+    """The most memory that this process had; what `getrusage` says begins with what its parent had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def graph_files(graph: Path) -> list[Path]:
@@ -155,15 +160,18 @@ def _profile(builder: Any, network: Any, shapes: Profile, graph: str) -> Any:
     """CheckpointError where the shapes are not those of the network's free inputs."""
     inputs = [network.get_input(at) for at in range(network.num_inputs)]
     free = {tensor.name for tensor in inputs if -1 in tuple(tensor.shape)}
-    if not free <= shapes.keys():
-        raise CheckpointError(f"'{graph}' has inputs of free shape that have no range: {sorted(free - shapes.keys())}")
+    if free != shapes.keys():
+        raise CheckpointError(
+            f"'{graph}' has the inputs {', '.join(sorted(free)) or 'none'} of free shape, bounds are there for "
+            f"{', '.join(sorted(shapes)) or 'none'}"
+        )
     profile = builder.create_optimization_profile()
-    for name in sorted(free):
-        profile.set_shape(name, *shapes[name])
+    for name, bounds in shapes.items():
+        profile.set_shape(name, *bounds)
     return profile
 
 
-def _write(trt: Any, builder: Any, network: Any, config: Any, request: PlanRequest, said: Sequence[str]) -> None:
+def _write(trt: Any, builder: Any, network: Any, config: Any, request: PlanRequest, messages: Messages) -> None:
     """Build and write the plan; in pieces where this TensorRT can."""
     with request.plan.open("wb") as file:
         if hasattr(builder, "build_serialized_network_to_stream"):
@@ -177,8 +185,7 @@ def _write(trt: Any, builder: Any, network: Any, config: Any, request: PlanReque
             file.write(plan or b"")
     if not done:
         raise CheckpointError(
-            f"TensorRT {trt.__version__} built no engine of '{request.graph.name}': "
-            f"{' / '.join(said[-SAID_LINES:]) or 'it does not say why'}"
+            f"TensorRT {trt.__version__} built no engine of '{request.graph.name}': {messages.take()}"
         )
     if request.timings is not None:
         request.timings.write_bytes(bytes(config.get_timing_cache().serialize()))

@@ -22,9 +22,10 @@ def build_apart(request: PlanRequest, on_step: OnStep) -> BuiltPlan:
     process.start()
     theirs.close()
     try:
-        said: BuiltPlan | BaseException | tuple[int, int]
-        while isinstance(said := ours.recv(), tuple):
+        said: BuiltPlan | BaseException | tuple[int, int] = ours.recv()
+        while isinstance(said, tuple):
             on_step(*said)
+            said = ours.recv()
     except EOFError:
         process.join()
         raise CheckpointError(_died(request, process.exitcode)) from None

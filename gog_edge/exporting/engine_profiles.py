@@ -1,27 +1,24 @@
-"""What shapes an engine must take: for each graph its profiles, each a range of shapes by input.
-
-Inputs that are not named have one shape only.
-"""
+"""What shapes an engine must take: for each graph its profiles, each with the bounds of every free shape by input."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TypeAlias
 
+from gog_edge.engines.trt_shapes import Bounds, Profile, Shape
 from gog_edge.errors import CheckpointError
 from gog_edge.policy.manifest import TextSpec, VisionSpec
 from gog_edge.policy.session import CHUNK
 from gog_edge.policy.vision import MAX_ASPECT
 from gog_edge.retrieval.encoder import AT_ONCE
 
-Shape: TypeAlias = tuple[int, ...]
-Range: TypeAlias = tuple[Shape, ...]  # least, usual, most
-Profile: TypeAlias = dict[str, Range]
+Sizes: TypeAlias = tuple[int, int, int]  # the least, the usual and the most
 
 # Tokens of a step: decode and verified drafts, append, prefill. A profile of exactly one token keeps a second copy of
 # half-precision weights in another layout; one of at most 2 to 64 crashes the compiler of TensorRT for RTX 1.7.1.
 DRAFTS = 128
-STEPS = ((1, 1, DRAFTS), (1, 64, CHUNK), (1, CHUNK, CHUNK))
+STEPS: tuple[Sizes, ...] = ((1, 1, DRAFTS), (1, 64, CHUNK), (1, CHUNK, CHUNK))
 BUCKETS = (64, 256, 1024)  # merged tokens of a picture, besides the most that there can be
 
 
@@ -29,16 +26,23 @@ def decoder_profiles(spec: TextSpec, context: int) -> tuple[Profile, ...]:
     """Decode, append, prefill, for caches of `context` tokens. CheckpointError for too few of them."""
     if context < DRAFTS:
         raise CheckpointError(f"a cache of {context} tokens is too small; give --context at least {DRAFTS}")
-    return tuple(_step(spec, tuple(min(tokens, context) for tokens in step)) for step in STEPS)
+    return tuple(_step(spec, (least, min(usual, context), min(most, context))) for least, usual, most in STEPS)
 
 
-def _step(spec: TextSpec, tokens: Shape) -> Profile:
-    profile = {"inputs_embeds": tuple((1, t, spec.hidden) for t in tokens), "rows": ((1,), (1,), (DRAFTS,))}
-    for name in ("cos", "sin"):
-        profile[name] = tuple((1, t, spec.head_dim // 2) for t in tokens)
+def _step(spec: TextSpec, tokens: Sizes) -> Profile:
+    angles = _bounds(tokens, lambda t: (1, t, spec.head_dim // 2))
+    profile = {
+        "inputs_embeds": _bounds(tokens, lambda t: (1, t, spec.hidden)), "cos": angles, "sin": angles,
+        "rows": _bounds((1, 1, DRAFTS), lambda rows: (rows,)),
+    }  # fmt: skip
     if spec.deepstack:
-        profile["deepstack"] = tuple((spec.deepstack, t, spec.hidden) for t in tokens)
+        profile["deepstack"] = _bounds(tokens, lambda t: (spec.deepstack, t, spec.hidden))
     return profile
+
+
+def _bounds(sizes: Sizes, shape: Callable[[int], Shape]) -> Bounds:
+    least, usual, most = map(shape, sizes)
+    return least, usual, most
 
 
 def vision_profiles(spec: VisionSpec) -> tuple[Profile, ...]:
@@ -63,20 +67,23 @@ def _most(spec: VisionSpec, budget: int) -> int:
 
 def _bucket(spec: VisionSpec, least: int, most: int) -> Profile:
     unit = spec.merge**2
-    patches = [tokens * unit for tokens in (least, most, most)]
-    profile: Profile = {"patches": tuple((m, spec.patch_dim) for m in patches)}
-    for name in ("cos", "sin"):
-        profile[name] = tuple((1, m, spec.head_dim // 2) for m in patches)
+    patches = (least * unit, most * unit, most * unit)
+    angles = _bounds(patches, lambda m: (1, m, spec.head_dim // 2))
+    profile = {"patches": _bounds(patches, lambda m: (m, spec.patch_dim)), "cos": angles, "sin": angles}
     if spec.position_side:
         for name in ("position_places", "position_shares"):
-            profile[name] = tuple((m, 4) for m in patches)
-    return profile | (_windows(spec, least, most) if spec.window else {})
+            profile[name] = _bounds(patches, lambda m: (m, 4))
+    if spec.window:
+        windows, slots = _windows(spec, least, most), (spec.window // spec.patch) ** 2
+        profile["window_slots"] = _bounds(windows, lambda count: (count, slots))
+        profile["patch_places"] = _bounds(patches, lambda m: (m,))
+        profile["window_mask"] = _bounds(windows, lambda count: (count, 1, slots, slots))
+    return profile
 
 
-def _windows(spec: VisionSpec, least: int, most: int) -> Profile:
-    """Of the windows of pictures of `least` to `most` tokens: few where they fill them, many where they are thin."""
+def _windows(spec: VisionSpec, least: int, most: int) -> Sizes:
+    """Windows of pictures of `least` to `most` tokens: few where they fill them, many where they are thin."""
     side = spec.window // spec.factor
-    slots = side**2 * spec.merge**2
     counts = []
     for rows in range(1, math.isqrt(most) + 1):
         fewest = max(rows, math.ceil(least / rows))
@@ -84,19 +91,14 @@ def _windows(spec: VisionSpec, least: int, most: int) -> Profile:
         counts += [math.ceil(rows / side) * math.ceil(columns / side) for columns in (fewest, widest)
                    if fewest <= widest]  # fmt: skip
     square = math.ceil(math.isqrt(most) / side) ** 2
-    windows = sorted((min(counts), square, max(counts)))
-    return {
-        "window_slots": tuple((count, slots) for count in windows),
-        "patch_places": tuple((tokens * spec.merge**2,) for tokens in (least, most, most)),
-        "window_mask": tuple((count, 1, slots, slots) for count in windows),
-    }
+    return min(counts), min(max(square, min(counts)), max(counts)), max(counts)
 
 
 def image_profiles(width: int, height: int) -> tuple[Profile, ...]:
     """As many pictures as an encoder runs at once."""
-    return ({"pixels": tuple((n, 3, height, width) for n in (1, 1, AT_ONCE))},)
+    return ({"pixels": _bounds((1, 1, AT_ONCE), lambda n: (n, 3, height, width))},)
 
 
 def text_profiles(length: int) -> tuple[Profile, ...]:
     """As many texts of `length` tokens as an encoder runs at once."""
-    return ({"tokens": tuple((n, length) for n in (1, 1, AT_ONCE))},)
+    return ({"tokens": _bounds((1, 1, AT_ONCE), lambda n: (n, length))},)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gog_edge.bundle import Bundle
 from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
+from gog_edge.engines.trt_shapes import Profile
 from gog_edge.errors import ArtifactError, CheckpointError
-from gog_edge.exporting.engine_profiles import (
-    Profile,
-    decoder_profiles,
-    image_profiles,
-    text_profiles,
-    vision_profiles,
-)
+from gog_edge.exporting.engine_plan import ATTENTION, KV_CACHE_UPDATE
+from gog_edge.exporting.engine_profiles import decoder_profiles, image_profiles, text_profiles, vision_profiles
 from gog_edge.files import FileEntry, read_json, verify_files
 from gog_edge.policy.manifest import DECODER_GRAPH, VISION_GRAPH, PolicyManifest, read_manifest
 from gog_edge.retrieval.encoder import SCHEMA, image_spec
@@ -28,7 +24,7 @@ class GraphSource:
     path: Path
     files: tuple[FileEntry, ...]  # the graph and its weights; paths within the bundle
     profiles: tuple[Profile, ...]
-    attentions: int = 0  # layers of a decoder
+    fused: Mapping[str, int] = field(default_factory=dict)  # layers that its network must have, where it is to be fused
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +63,16 @@ def bundle_graphs(bundle: Bundle, context: int | None = None) -> BundleGraphs:
 
 def _policy(root: Path, folder: Path, manifest: PolicyManifest, context: int) -> tuple[GraphSource, ...]:
     decoder, vision = folder / DECODER_GRAPH, folder / VISION_GRAPH
-    profiles = decoder_profiles(manifest.text, context)
+    text, tower, files = manifest.text, manifest.vision, manifest.files
+    cached = {KV_CACHE_UPDATE: 2 * text.layers, ATTENTION: text.layers}
     return (
-        GraphSource(DECODER, decoder, _files(root, decoder, manifest.files), profiles, manifest.text.layers),
-        GraphSource(VISION, vision, _files(root, vision, manifest.files), vision_profiles(manifest.vision)),
+        GraphSource(DECODER, decoder, _files(root, decoder, files), decoder_profiles(text, context), cached),
+        GraphSource(VISION, vision, _files(root, vision, files), vision_profiles(tower), {ATTENTION: tower.depth}),
     )
 
 
 def _encoder(root: Path, folder: Path) -> tuple[GraphSource, ...]:
+    """Towers that torch.onnx wrote hold no attention that could be recognised: nothing is asked of them."""
     manifest = read_json(folder / "manifest.json", what="encoder")
     try:
         if manifest["kind"] != "encoder" or manifest["schema"] != SCHEMA:

@@ -8,8 +8,9 @@ from typing import Any
 
 from gog_edge.engines.built import BUILT_ENGINES, IN_PLACE, NEW_ROWS, ORT_CUDA, TENSORRT, TENSORRT_RTX
 from gog_edge.engines.cuda import device_properties
+from gog_edge.engines.trt_plan import trt_module
 from gog_edge.errors import BackendError
-from gog_edge.exporting.engine_tensorrt import known_sms, load_tensorrt
+from gog_edge.exporting.engine_tensorrt import known_sms
 from gog_edge.exporting.lift import Kind
 
 FUSED_FROM = (10, 15)  # this TensorRT updates caches in place and has a layer for attention; before, neither
@@ -39,7 +40,7 @@ def choose_target(engine: str, sms: Sequence[int], *, int4: bool) -> Target:
         raise BackendError(f"--sm is for {TENSORRT_RTX}; engines of '{engine}' run on the GPU that they are used on")
     if engine == ORT_CUDA:
         return Target(engine, "half", IN_PLACE)
-    trt = load_tensorrt(engine)
+    trt = trt_module(engine)
     if engine == TENSORRT:
         return _on_device(trt)
     chosen = _known(trt, sms, int4=int4)
@@ -48,8 +49,10 @@ def choose_target(engine: str, sms: Sequence[int], *, int4: bool) -> Target:
 
 def _on_device(trt: Any) -> Target:
     release = tuple(int(part) for part in trt.__version__.split(".")[:2])
-    kind, cache = ("standard", IN_PLACE) if release >= FUSED_FROM else ("decomposed", NEW_ROWS)
-    return Target(TENSORRT, kind, cache, trt.__version__, (device_properties().sm,))
+    sms = (device_properties().sm,)
+    if release < FUSED_FROM:
+        return Target(TENSORRT, "decomposed", NEW_ROWS, trt.__version__, sms)
+    return Target(TENSORRT, "standard", IN_PLACE, trt.__version__, sms)
 
 
 def _known(trt: Any, sms: Sequence[int], *, int4: bool) -> tuple[int, ...]:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from gog_edge.bundle import DEFAULT_BUNDLE, Bundle, Sample, read_samples
-from gog_edge.engines.base import Floats, GraphEngine
+from gog_edge.engines.base import DecoderEngine, Floats, GraphEngine
 from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
-from gog_edge.engines.ort import OrtGraph
+from gog_edge.engines.ort import OrtDecoder, OrtGraph
+from gog_edge.engines.packed import CACHE
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.lift import Kind
 from gog_edge.exporting.lifted_decoder import open_lifted
@@ -24,7 +25,7 @@ from gog_edge.exporting.lifted_talk import Script, Talk, hold
 from gog_edge.exporting.recording import least_cosine
 from gog_edge.picture import decode_picture
 from gog_edge.policy.dialect import load_dialect
-from gog_edge.policy.manifest import DIALECT
+from gog_edge.policy.manifest import DECODER_GRAPH, DIALECT, TextSpec
 from gog_edge.policy.model import PolicyModel
 from gog_edge.policy.vision import ImageTokens, VisionEncoder
 from gog_edge.retrieval.encoder import Encoder
@@ -44,13 +45,16 @@ class Limit:
     regret: float  # nats, the most: by how much what the other would say is less likely, as the bundle's own sees it
 
 
-EMBEDDING_COSINE = 0.999
+EMBEDDING_COSINE = 0.999  # half precision alone gives 0.999999; packs that were built with either must serve both
+# Far above what half precision gave over 6 layers (divergence 5e-6, cosines 0.99999), since errors grow with layers,
+# and far below what faults give (the scale of one layer's attention off by a half: divergence 0.08). In int4 the
+# bundle's own graphs round what they multiply to 8 bits, and the rewritten ones do not: they differ by that
+# (divergence 7e-4, cosine of logits 0.9991, of image tokens 0.9997).
 LIMITS = {
-    "fp32": Limit(0.999, 0.999, 0.01, 0.95),
-    "fp16": Limit(0.999, 0.999, 0.01, 0.95),
-    "int4": Limit(0.98, 0.98, 0.1, 0.8),
+    "fp32": Limit(0.999, 0.999, 1e-3, 0.1),
+    "fp16": Limit(0.999, 0.999, 1e-3, 0.1),
+    "int4": Limit(0.99, 0.99, 0.02, 0.5),
 }
-
 _BOUNDS = (  # graph, figure, limit
     (VISION, "cosine", "vision_cosine"), (DECODER, "logits_cosine", "logits_cosine"),
     (DECODER, "divergence", "divergence"), (DECODER, "regret", "regret"),
@@ -116,7 +120,8 @@ def _texts(samples: Sequence[Sample]) -> list[str]:
 
 def _measure_policy(folder: Path, lifted: Mapping[str, Path], kind: Kind, context: int, views: Sequence[Pixels],
                     texts: Sequence[str], limits: dict[str, float]) -> dict[str, Any]:
-    model = PolicyModel.open(folder, context=context, prefill=False)  # that graph rounds weights otherwise
+    own_graphs: Any = _Graphs(folder, {})  # what a policy asks of built engines
+    model = PolicyModel.open(folder, context=context, engines=own_graphs)
     limits |= asdict(LIMITS[model.manifest.precision])
     spec, decoder = model.manifest.vision, model.decoder
     most = min(spec.max_pixels, MOST_PIXELS, max(spec.min_pixels, context // 8 * spec.factor**2))
@@ -127,11 +132,12 @@ def _measure_policy(folder: Path, lifted: Mapping[str, Path], kind: Kind, contex
     del model
     report: dict[str, Any] = {}
     if own is not None:
-        decoder.engine = open_lifted(lifted[DECODER], kind, context=context)  # in the place of the bundle's own
+        del decoder.engine  # the memory holds one
+        decoder.engine = open_lifted(lifted[DECODER], kind, context=context)
         report[DECODER] = {"tokens": len(script.tokens), **_compare_logits(own, hold(decoder, talk, script))}
     del decoder
     if VISION in lifted:
-        tower = VisionEncoder(_open(lifted[VISION]), spec)
+        tower = VisionEncoder(_Graphs(folder, lifted).open_graph(VISION), spec)
         report[VISION] = _compare_rows(_rows(images), _rows([tower.encode(view, most) for view in views]))
     return report
 
@@ -139,7 +145,7 @@ def _measure_policy(folder: Path, lifted: Mapping[str, Path], kind: Kind, contex
 def _measure_encoder(folder: Path, lifted: Mapping[str, Path], views: Sequence[Pixels],
                      texts: Sequence[str]) -> dict[str, Any]:
     own = Encoder.open(folder)
-    graphs: Any = _Lifted(lifted, folder)  # what an encoder asks of built engines
+    graphs: Any = _Graphs(folder, lifted)  # what an encoder asks of built engines
     new = Encoder.open(folder, engines=graphs)
     report: dict[str, Any] = {}
     if IMAGE in lifted:
@@ -150,18 +156,25 @@ def _measure_encoder(folder: Path, lifted: Mapping[str, Path], views: Sequence[P
 
 
 @dataclass(frozen=True, slots=True)
-class _Lifted:
-    """Rewritten towers of an encoder, the folder's own where there is none."""
+class _Graphs:
+    """A folder's own graphs, but for those that were rewritten; nothing is kept beside them for this processor.
 
-    lifted: Mapping[str, Path]
+    The decoder's graph for many tokens is left out: its weights are rounded otherwise.
+    """
+
     folder: Path
+    lifted: Mapping[str, Path]
 
     def open_graph(self, name: str) -> GraphEngine:
-        return _open(self.lifted.get(name, self.folder / f"{name}.onnx"))
+        if name in self.lifted:
+            return OrtGraph(self.lifted[name], optimised=True)  # as it stands: nothing else runs on a GPU
+        return OrtGraph(self.folder / f"{name}.onnx")
 
+    def open_decoder(self, _: TextSpec, context: int) -> DecoderEngine:
+        return OrtDecoder(self.folder / DECODER_GRAPH, capacity=context)
 
-def _open(path: Path) -> OrtGraph:
-    return OrtGraph(path, optimised=True)  # as it stands: what ONNX Runtime would make of it runs nowhere else
+    def cache(self) -> Path:
+        return self.folder / CACHE
 
 
 def _rows(images: Sequence[ImageTokens]) -> Floats:

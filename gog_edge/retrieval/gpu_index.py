@@ -105,6 +105,10 @@ class Gpu:
 
         return GpuIndex(self, self.call(move))
 
+    def index(self, shards: VectorShards, tombstones: Ids) -> GpuVectorIndex:
+        """A pack's vectors on this GPU: a `pack.MakeIndex`. Raises as `GpuVectorIndex.on_gpu` does."""
+        return GpuVectorIndex.on_gpu(shards, self, tombstones=tombstones)
+
     def close(self) -> None:
         """End the thread; what lies on the GPU must be gone. A second time does nothing."""
         self._owner.close()

@@ -14,7 +14,6 @@ from gog_edge.errors import PackError, PictureError
 from gog_edge.files import OnBytes
 from gog_edge.picture import decode_picture
 from gog_edge.retrieval.encoder import INTERCHANGEABLE_COSINE, Encoder
-from gog_edge.retrieval.gpu_index import Gpu, GpuVectorIndex
 from gog_edge.retrieval.index import Hits, VectorIndex
 from gog_edge.retrieval.manifest import Counts, Manifest, Space, read_manifest, verify_files_of
 from gog_edge.retrieval.segment import StoredPicture
@@ -57,6 +56,7 @@ class SpaceIndex(Protocol):
 
 
 OpenIndex: TypeAlias = Callable[[Manifest, str, Ids], SpaceIndex]  # "images" or "captions", ids of images that are gone
+MakeIndex: TypeAlias = Callable[[VectorShards, Ids], SpaceIndex]  # a space's vectors, ids of images that are gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +72,17 @@ class Pack:
 
     @classmethod
     def open(cls, folder: Path, encoder: Encoder | None, open_index: OpenIndex | None = None, *,
-             gpu: Gpu | None = None) -> Pack:
+             make_index: MakeIndex | None = None) -> Pack:
         """Open a pack and check it: files by hash, ids against vectors against rows, the encoder, a golden query.
 
         Args:
             folder: the pack.
             encoder: its own; None will do for a pack of texts alone.
             open_index: gives the indexes of its spaces; its files of vectors and indexes are not looked for then.
-            gpu: searches its own vectors exactly, in the place of its indexes; must be closed after the pack.
+            make_index: makes them from the pack's own vectors, in the place of its indexes: `Gpu.index` does.
 
         Raises:
-            OutOfDeviceMemory: the vectors do not fit the GPU.
+            BackendError: of `make_index`.
             PackError: missing or altered files, another schema, another encoder, counts that disagree, or a golden
                 image that does not find itself.
         """
@@ -92,7 +92,7 @@ class Pack:
         articles, images = read_tombstones(folder, manifest)
         store = Store.open(folder, manifest.segments, articles.tolist())
         try:
-            opener = open_index or _opener(folder, 0 if encoder is None else encoder.dim, gpu)
+            opener = open_index or _opener(folder, 0 if encoder is None else encoder.dim, make_index)
             pictures, captions = (opener(manifest, space, images) for space in ("images", "captions"))
             pack = cls(folder, manifest, store, pictures, captions, frozenset(images.tolist()))
             pack._check_counts()
@@ -249,13 +249,14 @@ def open_shards(folder: Path, space: Space, dim: int) -> VectorShards:
     return VectorShards.open([(folder / shard.vectors, folder / shard.ids) for shard in space.shards], dim)
 
 
-def _opener(folder: Path, dim: int, gpu: Gpu | None) -> OpenIndex:
+def _opener(folder: Path, dim: int, make_index: MakeIndex | None) -> OpenIndex:
     """The pack's own files."""
 
-    def open_index(manifest: Manifest, name: str, gone: Ids) -> VectorIndex:
+    def open_index(manifest: Manifest, name: str, gone: Ids) -> SpaceIndex:
         space: Space = getattr(manifest, name)
-        if gpu is not None:
-            return GpuVectorIndex.on_gpu(open_shards(folder, space, dim), gpu, tombstones=gone)
-        return VectorIndex.open(folder, space.index, open_shards(folder, space, dim), tombstones=gone)
+        shards = open_shards(folder, space, dim)
+        if make_index is not None:
+            return make_index(shards, gone)
+        return VectorIndex.open(folder, space.index, shards, tombstones=gone)
 
     return open_index

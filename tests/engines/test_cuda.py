@@ -145,17 +145,6 @@ def test_a_capture_that_fails_is_ended(runtime, cuda):
     assert not runtime.capturing
 
 
-def test_a_stream_waits_for_another(cuda):
-    first, second, device = Stream(cuda), Stream(cuda), DeviceBuffer(cuda, 4)
-    given, got = pinned(cuda, (1,), np.int32), pinned(cuda, (1,), np.int32)
-    given[0] = 7
-    first.copy(device.address, given.ctypes.data, 4)
-    second.wait_for(first)
-    second.copy(got.ctypes.data, device.address, 4)
-    second.synchronize()
-    assert got[0] == 7
-
-
 def test_what_cannot_be_freed_is_logged_and_a_lost_device_is_not(runtime, cuda, caplog):
     buffer = DeviceBuffer(cuda, 10)
     runtime.fails["cudaFree"] = [1]

@@ -1,15 +1,46 @@
-import numpy as np
-import pytest
+import gc
 
-from gog_edge.engines.ort import OrtDecoder, OrtGraph, open_session, physical_cores
-from gog_edge.errors import BackendError, CheckpointError
+import numpy as np
+import onnxruntime
+import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+from gog_edge.engines.built import DECODER, ORT_CUDA, VISION, BuiltEngines, BuiltGraph
+from gog_edge.engines.ort import (
+    CUDA,
+    OrtDecoder,
+    OrtGraph,
+    open_cuda_decoder,
+    open_cuda_graph,
+    open_session,
+    physical_cores,
+)
+from gog_edge.engines.ort_device import device_error, device_errors
+from gog_edge.engines.ort_tensors import DeviceTensor, HostTensor, window
+from gog_edge.errors import BackendError, CheckpointError, DeviceLost, OutOfDeviceMemory
 from gog_edge.exporting.checkpoint import Checkpoint
 from gog_edge.exporting.decoder_graph import write_decoder
+from gog_edge.exporting.graph import FLOAT, INT64, GraphBuilder
+from gog_edge.exporting.lift import lift_graph
 
 
 @pytest.fixture(scope="module")
 def decoder(policies):
     return OrtDecoder(policies[True] / "decoder.onnx", capacity=64, threads=1)
+
+
+@pytest.fixture(scope="module")
+def half(policies, tmp_path_factory):
+    """The same decoder as the CUDA provider takes it."""
+    path = tmp_path_factory.mktemp("half") / "decoder.onnx"
+    lift_graph(policies[True] / "decoder.onnx", path, "half", context=64)
+    return path
+
+
+@pytest.fixture(scope="module", params=[None, "cpu"])
+def half_decoder(half, request):
+    """Its caches as arrays, and as memory of a device, as on a GPU; the device is the processor here."""
+    return OrtDecoder(half, capacity=64, threads=1, device=request.param)
 
 
 def tokens(decoder, count, seed=0):
@@ -19,9 +50,16 @@ def tokens(decoder, count, seed=0):
     return [array.astype(np.float32) for array in (embeds, np.cos(angles), np.sin(angles))]
 
 
-def test_a_provider_that_is_not_there_is_an_error(policies):
-    with pytest.raises(BackendError, match="has no CUDAExecutionProvider"):
-        OrtGraph(policies[True] / "vision.onnx", providers=("CUDAExecutionProvider",))
+def test_a_provider_that_is_not_there_is_an_error(policies, half):
+    graphs = (BuiltGraph(DECODER, half.name, {}), BuiltGraph(VISION, "vision.onnx", {}))
+    built = BuiltEngines(ORT_CUDA, "", (), 64, graphs, {}, ())
+    for opened in (
+        lambda: OrtGraph(policies[True] / "vision.onnx", providers=CUDA),
+        lambda: open_cuda_graph(policies[True], built, VISION),
+        lambda: open_cuda_decoder(half.parent, built, context=64),
+    ):
+        with pytest.raises(BackendError, match=r"has no CUDAExecutionProvider.*pip install 'gog_edge\[gpu\]'"):
+            opened()
 
 
 def test_a_graph_that_cannot_be_loaded_is_an_error(tmp_path):
@@ -121,3 +159,94 @@ def test_logits_of_the_last_positions_are_those_of_single_steps(decoder):
     for row, at in enumerate(range(8, 12)):
         alone = decoder.step(single, embeds[at : at + 1], cos[at : at + 1], sin[at : at + 1], at)
         assert np.abs(kept[row] - alone[0]).max() < 1e-4
+
+
+def test_half_precision_says_nearly_the_same_wherever_caches_lie(decoder, half_decoder):
+    embeds, cos, sin = tokens(decoder, 20)
+    single, cache = decoder.new_cache(), half_decoder.new_cache()
+    assert {state.value.data_type() for state in cache.states} == {"tensor(float16)"}
+    past = 0
+    for count, keep in ((9, 1), (1, 1), (6, 3), (4, 4)):
+        rows = slice(past, past + count)
+        expected = decoder.step(single, embeds[rows], cos[rows], sin[rows], past, keep=keep)
+        logits = half_decoder.step(cache, embeds[rows], cos[rows], sin[rows], past, keep=keep)
+        assert logits.dtype == np.float32 and 0 < np.abs(logits - expected).max() < 0.02
+        past += count
+
+
+def test_caches_move_between_devices_and_go_on(decoder, half_decoder):
+    embeds, cos, sin = tokens(decoder, 10)
+    cache, copied, restored = (half_decoder.new_cache() for _ in range(3))
+    half_decoder.step(cache, embeds[:9], cos[:9], sin[:9], 0)
+    copied.copy_from(cache, 9)
+    kept = cache.snapshot(9)
+    assert kept.states.dtype == np.float32 and kept.states.shape == (6, 2, 9, 16) and np.abs(kept.states).max() > 1
+    restored.restore(kept)
+    half_decoder.step(cache, -embeds[:9], cos[:9], sin[:9], 0)
+    said = [half_decoder.step(one, embeds[9:], cos[9:], sin[9:], 9).copy() for one in (copied, restored)]
+    assert np.array_equal(*said)
+    single = decoder.new_cache()
+    single.restore(kept)  # of another precision and place
+    assert np.abs(decoder.step(single, embeds[9:], cos[9:], sin[9:], 9) - said[0]).max() < 0.02
+    with pytest.raises(BackendError, match="remove those files"):
+        copied.restore(type(kept)(kept.states[:, :, :5], kept.cos, kept.sin))
+
+
+def test_caches_of_two_places_are_not_copied(half):
+    caches = [OrtDecoder(half, capacity=64, threads=1, device=device).new_cache() for device in (None, "cpu")]
+    for mine, other in (caches, caches[::-1]):
+        with pytest.raises(BackendError, match="on the same device"):
+            mine.copy_from(other, 1)
+
+
+@pytest.mark.parametrize("kind", [HostTensor, lambda shape, dtype: DeviceTensor(shape, dtype, "cpu")])
+@pytest.mark.parametrize("lead", [(), (1, 3)])
+def test_tokens_are_written_and_read_in_place(kind, lead):
+    random = np.random.default_rng(0)
+    first, second = (kind((*lead, 8, 4), np.dtype(np.float16)) for _ in range(2))
+    rows = random.normal(size=(*lead, 3, 4)).astype(np.float32)
+    first.write(2, rows)
+    assert np.array_equal(first.read(8)[..., 2:5, :], rows.astype(np.float16))
+    assert not first.read(2).any() and not first.read(8)[..., 5:, :].any()
+    second.copy_from(first, 4)
+    assert np.array_equal(second.read(4), first.read(4)) and not second.read(8)[..., 4:, :].any()
+    assert first.read(0).shape == (*lead, 0, 4)
+
+
+def test_a_window_shares_memory_and_keeps_it():
+    value = onnxruntime.OrtValue.ortvalue_from_shape_and_type((6, 4), np.float32, "cpu")
+    value.update_inplace(np.arange(24, dtype=np.float32).reshape(6, 4))
+    part = window(value, 8, (2, 4))
+    part.update_inplace(np.full((2, 4), -1, np.float32))
+    assert value.numpy()[:, 0].tolist() == [0, 4, -1, -1, 16, 20] and value.shape() == [6, 4]
+    del value
+    gc.collect()
+    onnxruntime.OrtValue.ortvalue_from_shape_and_type((6, 4), np.float32, "cpu")
+    assert (part.numpy() == -1).all()
+
+
+def test_memory_that_is_not_to_be_had_is_an_error_of_ours(tmp_path):
+    graph = GraphBuilder("wide", tmp_path / "wide.onnx")
+    value, shape = graph.input("x", FLOAT, [1]), graph.input("shape", INT64, [1])
+    graph.output(graph.op("Expand", value, shape), "y", FLOAT, ["n"])
+    graph.save()
+    wide = OrtGraph(tmp_path / "wide.onnx", threads=1)
+    assert len(wide.run({"x": np.ones(1, np.float32), "shape": np.array([5])})["y"]) == 5
+    with pytest.raises(OutOfDeviceMemory, match="a graph cannot be run: the device has not the memory"):
+        wide.run({"x": np.ones(1, np.float32), "shape": np.array([2**50])})
+
+
+def test_failures_of_a_gpu_are_told_apart():
+    # The words are those of ONNX Runtime 1.31 (core/providers/cuda/cuda_call.cc).
+    words = "Non-zero status code while running MatMul node. CUDA failure {}; GPU=0 ; hostname=box ; expr=f(x);"
+    full = device_error(Fail(words.format("2: out of memory ")), "12 tokens cannot be computed")
+    assert isinstance(full, OutOfDeviceMemory) and "12 tokens cannot be computed" in str(full)
+    assert "CUDA failure 2: out of memory)" in str(full) and "box" not in str(full)
+    for failure in ("719: unspecified launch failure ", "700: an illegal memory access was encountered "):
+        assert isinstance(device_error(RuntimeError(words.format(failure)), "x"), DeviceLost)
+    assert device_error(Fail("Invalid rank for input: pixels"), "x") is None
+    with pytest.raises(KeyError), device_errors("x"):
+        raise KeyError("not of a device")
+    with pytest.raises(DeviceLost) as caught, device_errors("x"):
+        raise Fail(words.format("999: unknown error "))
+    assert isinstance(caught.value.__cause__, Fail)

@@ -4,9 +4,12 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from host_gpu import HostRuntime
 
+from gog_edge.engines.cuda import Cuda
 from gog_edge.engines.ort import OrtGraph
 from gog_edge.engines.trt_graph import key_of
+from gog_edge.engines.trt_run import Staging
 from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory
 from gog_edge.policy.manifest import read_manifest
 from gog_edge.policy.vision import Grid, grid_feeds
@@ -33,9 +36,9 @@ def assert_same(got, expected):
 def test_it_sees_what_onnx_runtime_sees(world, name):
     here = world(name)
     tower, reference = here.vision(), OrtGraph(here.policy / "vision.onnx", threads=1)
-    for grid in (WIDE, LARGE, TALL, WIDE):
-        feeds = tower_feeds(here, grid)
-        assert_same(tower.run(feeds), reference.run(feeds))
+    said = [(tower.run(feeds), feeds) for feeds in (tower_feeds(here, grid) for grid in (WIDE, LARGE, TALL, WIDE))]
+    for got, feeds in said:  # later runs leave what earlier ones gave
+        assert_same(got, reference.run(feeds))
 
 
 def test_grids_that_come_back_are_captured(world):
@@ -69,6 +72,17 @@ def test_larger_pictures_move_places_and_captured_runs_go(world):
     assert here.runtime.calls["cudaGraphLaunch"] == 2
 
 
+def test_a_place_that_grows_never_takes_both_at_once():
+    runtime = HostRuntime(2**20)
+    staging, kind = Staging(Cuda(runtime)), np.dtype(np.uint8)
+    first = staging.place("x", (500_000,), kind)
+    assert staging.place("x", (1000,), kind).address == first.address and staging.moves == 1
+    assert staging.place("x", (700_000,), kind).nbytes == 700_000 and staging.moves == 2
+    with pytest.raises(OutOfDeviceMemory):
+        staging.place("x", (2**20,), kind)
+    assert staging.place("x", (100,), kind).host.shape == (100,) and runtime.held < 10_000
+
+
 def test_only_the_latest_runs_are_kept(world):
     here = world()
     tower = here.vision(captured=1)
@@ -100,7 +114,11 @@ def test_an_input_on_the_device_is_fed_as_it_lies(world):
     tower = here.vision()
     feeds = tower_feeds(here, WIDE)
     expected = tower.run(feeds)
-    resident = tower.upload(feeds["patches"])
+    resident = tower.reserve(feeds["patches"].shape, feeds["patches"].dtype)
+    tower.fill(resident, 0, feeds["patches"][:10])
+    tower.fill(resident, 10, feeds["patches"][10:])
+    with pytest.raises(BackendError, match="not within"):
+        tower.fill(resident, 40, feeds["patches"][:10])
     held = {**feeds, "patches": resident}
     assert key_of(held) != key_of(feeds)
     for _ in range(3):

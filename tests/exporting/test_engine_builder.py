@@ -110,7 +110,7 @@ def test_onnx_runtime_gets_the_lifted_graphs_themselves(tmp_path):
 
 @pytest.mark.parametrize("asked, said", [
     ({"engine": "tensorrt-rtx", "sms": (86, 90)}, "no engines for SM 90; it builds for 75, 80, 86, 89, 120, 121"),
-    ({"engine": "tensorrt"}, "needs the module 'tensorrt'"),
+    ({"engine": "tensorrt"}, "'tensorrt' is not to be had here"),
     ({"engine": "ort-cuda", "sms": (86,)}, "--sm is for tensorrt-rtx"),
     ({"engine": "openvino"}, "cannot be built; there are ort-cuda, tensorrt, tensorrt-rtx"),
 ])  # fmt: skip

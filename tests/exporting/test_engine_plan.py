@@ -10,10 +10,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from gog_edge.errors import BackendError, CheckpointError
+from gog_edge.bundle import DEFAULT_BUNDLE
+from gog_edge.engines.trt_plan import trt_module
+from gog_edge.errors import CheckpointError
 from gog_edge.exporting.engine_plan import PlanRequest, build_plan
 from gog_edge.exporting.engine_process import build_apart
-from gog_edge.exporting.engine_tensorrt import known_sms, load_tensorrt
+from gog_edge.exporting.engine_profiles import decoder_profiles, image_profiles, text_profiles, vision_profiles
+from gog_edge.exporting.engine_tensorrt import known_sms
+from gog_edge.exporting.lift import lift_graph
+from gog_edge.policy.manifest import read_manifest
 
 HALF, FLOAT, INT64 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.INT64
 
@@ -109,9 +114,11 @@ def test_an_engine_that_cannot_be_built_says_why(tmp_path):
         build_plan(request(graph), ignore)
 
 
-def test_free_inputs_need_a_range(tmp_path):
-    with pytest.raises(CheckpointError, match=r"'product.onnx' has inputs of free shape that have no range: \['x'\]"):
-        build_plan(request(product(tmp_path), {"other": ((1,), (1,), (1,))}), ignore)
+@pytest.mark.parametrize("names", [(), ("other",), ("x", "other")])
+def test_bounds_are_of_the_inputs_of_free_shape(tmp_path, names):
+    profile = dict.fromkeys(names, ((1, 256), (1, 256), (2, 256)))
+    with pytest.raises(CheckpointError, match="'product.onnx' has the inputs x of free shape, bounds are there for"):
+        build_plan(request(product(tmp_path), profile), ignore)
 
 
 def test_weights_written_twice_are_found_out(tmp_path):
@@ -120,6 +127,20 @@ def test_weights_written_twice_are_found_out(tmp_path):
     assert build_plan(request(graph, batches(4096, 1, 1, 128), batches(4096, 1, 64, 512)), ignore).size < 100e6
     with pytest.raises(CheckpointError, match="'product.onnx' has 1..,...,... bytes, its graph 67,...,...: more than"):
         build_plan(request(graph, batches(4096, 1, 1, 1), batches(4096, 1, 64, 512)), ignore)
+
+
+@pytest.mark.parametrize("part, name, context", [("policy", "decoder", 512), ("policy", "vision", 0),
+                                                 ("encoder", "image", 0), ("encoder", "text", 0)])  # fmt: skip
+def test_graphs_for_older_releases_are_taken_too(tmp_path, part, name, context):
+    """Nothing in them needs a cache updated in place or one layer for attention."""
+    manifest = read_manifest(DEFAULT_BUNDLE / "policy")
+    profiles = {"decoder": decoder_profiles(manifest.text, 512), "vision": vision_profiles(manifest.vision),
+                "image": image_profiles(96, 96), "text": text_profiles(32)}  # fmt: skip
+    graph = tmp_path / f"{name}.onnx"
+    lift_graph(DEFAULT_BUNDLE / part / graph.name, graph, "decomposed", context=context)
+    plan = build_plan(request(graph, profiles[name][0]), ignore)
+    assert not {"kv_cache_update", "attention", "rotary_embedding"} & plan.layers.keys()
+    assert plan.size > plan.weights
 
 
 @pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops in TensorRT-RTX")
@@ -170,10 +191,5 @@ def test_a_full_disk_is_an_error(tmp_path, builds):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_missing_module_names_the_extra():
-    with pytest.raises(BackendError, match="'tensorrt' needs the module 'tensorrt', .* JetPack"):
-        load_tensorrt("tensorrt")
-
-
 def test_gpus_are_named_by_number():
-    assert set(known_sms(load_tensorrt("tensorrt-rtx"))) >= {75, 80, 86, 89, 120, 121}
+    assert set(known_sms(trt_module("tensorrt-rtx"))) >= {75, 80, 86, 89, 120, 121}

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gog_edge.engines.trt_shapes import choose_profile
 from gog_edge.errors import CheckpointError, PictureError
 from gog_edge.exporting.engine_profiles import decoder_profiles, image_profiles, most_tokens, vision_profiles
 from gog_edge.policy.manifest import TextSpec, VisionSpec
@@ -46,7 +47,9 @@ def test_every_picture_fits_one_profile(spec, width, height, crop, budget):
         size = smart_resize(Size(width, height), spec, min(budget, spec.crop_max_pixels) if crop else None)
     except PictureError:
         return
-    assert sum(fits(shapes_of(size, spec), profile) for profile in vision_profiles(spec)) == 1
+    shapes, profiles = shapes_of(size, spec), vision_profiles(spec)
+    assert [fits(shapes, profile) for profile in profiles].index(True) == choose_profile(profiles, shapes)
+    assert sum(fits(shapes, profile) for profile in profiles) == 1
 
 
 @pytest.mark.parametrize("long", [1, 8, 27, 64, 200])
@@ -78,6 +81,11 @@ def test_usual_shapes_lie_between_the_others():
             assert fits({name: shapes[1] for name, shapes in profile.items()}, profile)
 
 
+def decoder_shapes(tokens):
+    return {"inputs_embeds": (1, tokens, 64), "rows": (1,), "deepstack": (2, tokens, 64),
+            "cos": (1, tokens, 16), "sin": (1, tokens, 16)}  # fmt: skip
+
+
 def test_a_decoder_has_three_profiles_of_the_sessions_steps():
     decode, append, prefill = decoder_profiles(TEXT, 4096)
     assert [profile["inputs_embeds"] for profile in (decode, append, prefill)] == [
@@ -86,6 +94,8 @@ def test_a_decoder_has_three_profiles_of_the_sessions_steps():
     ]  # fmt: skip
     assert decode["rows"] == ((1,), (1,), (128,)) and decode["deepstack"][2] == (2, 128, 64)
     assert append["cos"] == append["sin"] == ((1, 1, 16), (1, 64, 16), (1, CHUNK, 16))
+    chosen = [choose_profile((decode, append, prefill), decoder_shapes(tokens)) for tokens in (1, 5, 64, 300, 512)]
+    assert chosen == [0, 0, 1, 2, 2]
     assert "deepstack" not in decoder_profiles(replace(TEXT, deepstack=0), 4096)[0]
 
 

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from test_index import DIM, NONE, exact, stored, unit
 
+from benchmarks.retrieval import gpu as bench
+from benchmarks.retrieval.corpus import make_corpus
+from benchmarks.retrieval.vectors import World
 from gog_edge.errors import BackendError, OutOfDeviceMemory
 from gog_edge.retrieval.gpu_index import (
     Gpu,
@@ -73,7 +76,8 @@ class OnCpu(Gpu):
 
 def test_a_pack_opens_on_it_and_finds_what_it_finds_without(little_pack_folder, tiny_encoder):
     gpu = OnCpu()
-    with_it, without = Pack.open(little_pack_folder, tiny_encoder, gpu=gpu), Pack.open(little_pack_folder, tiny_encoder)
+    with_it = Pack.open(little_pack_folder, tiny_encoder, make_index=gpu.index)
+    without = Pack.open(little_pack_folder, tiny_encoder)
     for one, other in ((with_it.images, without.images), (with_it.captions, without.captions)):
         queries = one.shards.take(np.arange(min(6, len(one))))
         np.testing.assert_allclose(one.search(queries, 3).scores, other.search(queries, 3).scores, atol=1e-6)
@@ -205,3 +209,17 @@ def test_a_space_without_vectors(tmp_path, thread):
 def test_what_vectors_take():
     assert vectors_bytes(1_000, 512) == 2 * 1_000 * 1_028
     assert 8_000_000 * 1_028 < vectors_bytes(8_000_000, 512) < 9_000_000 * 1_028
+
+
+@without_gpu
+def test_the_benchmark_measures_nothing_without_a_gpu(tmp_path, capsys):
+    assert bench.main(["--work", str(tmp_path), "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("nothing was measured: faiss ") and not said.out and not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_finds_what_exact_search_finds(tmp_path):
+    gpu = OnCpu()
+    figures = bench.measure(make_corpus(World.make(32), 3_000, tmp_path), gpu, rounds=5)
+    assert figures.rows == 3_000 and figures.recall10 > 0.99 and 0 < figures.p50_ms_1 <= figures.p95_ms_1
+    gpu.close()

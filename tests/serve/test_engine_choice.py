@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import httpx
@@ -24,7 +25,7 @@ from gog_edge.serve.__main__ import main
 from gog_edge.serve.server import supervise
 from gog_edge.serve.supervisor import Supervisor
 
-WAIT = 60
+WAIT = 30
 QUESTION = {"sample": "row.jpg", "question": "How many flags are there?"}
 
 
@@ -45,6 +46,18 @@ def wait_for_reason(client, says):
     return reason
 
 
+@contextmanager
+def process_of(command, **options):
+    """A process that is over at the end of the block, whatever happens in it."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        try:
+            yield process
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(WAIT) in (0, -signal.SIGTERM)
+        finally:
+            process.kill()
+
+
 def refused(reply, says):
     assert reply.status_code == 503 and says in reply.json()["error"]["message"], reply.text
 
@@ -53,10 +66,12 @@ def refused(reply, says):
 
 
 def test_a_server_without_its_engines_is_up_says_why_and_looks_again(toy):  # noqa: F811
-    """A real process: no engines; then, found without being told, engines that nothing can run here; then a torn one."""
+    """No engines; then, found without being told, engines that this box may be unable to run; then a torn one."""
     command = [sys.executable, "-m", "gog_edge.serve", "--port", "0", "--threads", "1", "--bundle", str(toy.root),
                "--engine", TENSORRT_RTX]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    out = build(toy, TENSORRT_RTX, sms=(86,))
+    aside = out.rename(toy.root / "aside")
+    with process_of(command) as process:
         url = next(word for word in process.stdout.readline().split() if word.startswith("http://"))
         with httpx.Client(base_url=url, timeout=WAIT) as client:
             says = f"python -m export.build_engines {toy.root} --engine tensorrt-rtx"
@@ -67,16 +82,15 @@ def test_a_server_without_its_engines_is_up_says_why_and_looks_again(toy):  # no
             assert client.get("/").status_code == client.get("/v1/samples/row.jpg").status_code == 200
             assert client.get("/v1/models").json()["data"] == []
             assert 'outcome="failed"} 1' in client.get("/metrics").text
-            out = build(toy, TENSORRT_RTX, sms=(86,))
+            aside.rename(out)
             end = time.monotonic() + WAIT
             while "there are no engines" in (second := reason_of(client)):
                 assert time.monotonic() < end
                 time.sleep(0.05)
             (out / "image.engine").write_bytes((out / "image.engine").read_bytes()[:1000])
             process.send_signal(signal.SIGHUP)
-            assert "--engine tensorrt-rtx --sm 86" in wait_for_reason(client, "has 1000 bytes")
+            assert says in wait_for_reason(client, "has 1000 bytes")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(WAIT) in (0, -signal.SIGTERM)
         said = process.stderr.read().splitlines()
     first, *others = [line for line in said if not line.startswith("gog_edge takes up to")]
     assert first.startswith("gog_edge is not ready: there are no engines")
@@ -258,14 +272,12 @@ def test_a_process_that_lost_its_device_begins_anew(tmp_path, pytestconfig):
     environment = os.environ | {"PYTHONPATH": str(pytestconfig.rootpath / "tests")}
     command = [sys.executable, str(script), str(tmp_path), str(port)]
     question = {"sample": "three flags.png", "question": "Which?"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+    with process_of(command, env=environment) as process:
         assert "serves 'toy'" in process.stdout.readline()
         url = f"http://127.0.0.1:{port}"
         refused(httpx.post(url + "/v1/ask", json=question, timeout=WAIT), "GPU 0 is lost")
         assert "serves 'toy'" in process.stdout.readline()  # the same process, another program
         assert httpx.post(url + "/v1/ask", json=question, timeout=WAIT).json()["answer"]
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(WAIT) in (0, -signal.SIGTERM)
 
 
 # --- what the choice costs those who do not make it -----------------------------------------------
@@ -278,5 +290,5 @@ def test_serving_on_the_processor_loads_no_part_of_another_runtime():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT, check=True)
     loaded = set(done.stdout.split())
     assert "gog_edge.engines.ort" in loaded
-    assert not {"gog_edge.engines.cuda", "gog_edge.engines.trt"} & loaded
+    assert not {name for name in loaded if name.startswith("gog_edge.engines.trt")}
     assert not {name for name in loaded if name.split(".")[0] in ("cuda", "tensorrt", "tensorrt_rtx_bindings")}

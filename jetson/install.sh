@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Installs gog_edge on a Jetson, into a virtual environment that sees JetPack's TensorRT. Not run on a Jetson by its
+# authors: see jetson/README.md. It may be run again: what is there already is kept.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: bash jetson/install.sh [--venv DIR] [--wheels DIR] [--cpu] [--python FILE] [--dry-run]
+
+  --venv DIR     the virtual environment to make, or to complete (default: ~/gog_edge)
+  --wheels DIR   install from the wheels in this folder and from nowhere else: for boxes without a network
+  --cpu          serve on the processor alone; needs no TensorRT, and takes any Python that gog_edge runs on
+  --python FILE  the interpreter (default: /usr/bin/python3, the one that JetPack's TensorRT is built for)
+  --dry-run      check everything, print the commands, run none
+  --root DIR     read /etc and /proc below this folder (for tests)
+
+JetPack 7 (Jetson Linux 38 on Thor, 39 on Thor and Orin): TensorRT. JetPack 6 (Jetson Linux 36): --cpu.
+TEXT
+}
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=$HOME/gog_edge wheels='' python=/usr/bin/python3 root='' cpu=no dry=no
+
+while (($#)); do
+  case $1 in
+    --venv | --wheels | --python | --root)
+      (($# > 1)) || { echo "$1 needs a value; see --help" >&2; exit 2; }
+      declare "${1#--}=$2"
+      shift 2
+      ;;
+    --cpu) cpu=yes; shift ;;
+    --dry-run) dry=yes; shift ;;
+    -h | --help) usage; exit 0 ;;
+    *) echo "'$1' is no option; see --help" >&2; exit 2 ;;
+  esac
+done
+
+refuse() {
+  printf 'refused: %s\n' "$1" >&2
+  exit 1
+}
+
+run() {
+  printf '+'
+  printf ' %q' "$@"
+  printf '\n'
+  [[ $dry == yes ]] || "$@"
+}
+
+# The first line is "# R39 (release), REVISION: 2.1, GCID: ...": Jetson Linux 39.2.1.
+check_release() {
+  local file=$root/etc/nv_tegra_release line=''
+  [[ -r $file ]] || refuse "there is no '$file', so this is no Jetson; on a PC: pip install 'gog_edge[tensorrt-rtx]'"
+  read -r line <"$file" || true
+  [[ $line =~ ^#\ R([0-9]+)\ \(release\),\ REVISION:\ ([0-9.]+) ]] ||
+    refuse "'$file' begins with '$line', which names no release of Jetson Linux"
+  linux=${BASH_REMATCH[1]}
+  echo "Jetson Linux $linux.${BASH_REMATCH[2]} on $(board)"
+  case $linux in
+    36 | 38 | 39) ;;
+    *) refuse "Jetson Linux $linux is neither JetPack 6 (36) nor 7 (38, 39); flash one of them with NVIDIA's SDK Manager" ;;
+  esac
+}
+
+board() {
+  local model=$root/proc/device-tree/model
+  if [[ -r $model ]]; then tr -d '\0' <"$model"; else echo 'an unknown board'; fi
+}
+
+# One source for the oldest Python: pyproject.toml.
+check_python() {
+  local oldest version
+  oldest=$(sed -nE 's/^requires-python = ">=3\.([0-9]+)"$/\1/p' "$here/../pyproject.toml")
+  version=$("$python" -c 'import sys; print(sys.version_info[1])') || refuse "'$python' does not run; give --python FILE"
+  echo "Python 3.$version ($python)"
+  ((version >= oldest)) && return
+  [[ $cpu == yes ]] && refuse "gog_edge needs Python 3.$oldest; install one and name it with --python"
+  refuse "gog_edge needs Python 3.$oldest, and this release's TensorRT is built for 3.$version alone. Flash JetPack 7.2 \
+(Jetson Linux 39 runs on Orin too), or serve on the processor: --cpu --python /usr/bin/python3.$oldest"
+}
+
+check_tensorrt() {
+  local version
+  version=$("$python" -c 'import tensorrt; print(tensorrt.__version__)' 2>/dev/null) ||
+    refuse "'$python' cannot import tensorrt; sudo apt install nvidia-jetpack"
+  echo "TensorRT $version"
+}
+
+install_packages() {
+  local source=("$here/..[cpu]") from=()
+  if [[ -n $wheels ]]; then
+    compgen -G "$wheels/gog_edge-*.whl" >/dev/null || refuse "there is no gog_edge-*.whl in '$wheels'; see jetson/README.md"
+    source=('gog_edge[cpu]') from=(--no-index --find-links "$wheels")
+  fi
+  # Bindings of the major release of CUDA that JetPack has; onnx, since engines are built on the box they run on.
+  [[ $cpu == yes ]] || source+=("$([[ $linux == 36 ]] && echo 'cuda-bindings>=12,<13' || echo 'cuda-bindings>=13,<14')" 'onnx>=1.19')
+  run "$venv/bin/python" -m pip install "${from[@]}" "${source[@]}"
+}
+
+check_release
+check_python
+[[ $cpu == yes ]] || check_tensorrt
+
+if [[ ! -x $venv/bin/python ]]; then
+  # JetPack's TensorRT is a package of the system's Python: the environment must see it.
+  system=(--system-site-packages)
+  [[ $cpu == yes ]] && system=()
+  run "$python" -m venv "${system[@]}" "$venv"
+fi
+install_packages
+
+engine=$([[ $cpu == yes ]] && echo ort || echo tensorrt)
+run "$venv/bin/gog-edge" doctor --engine "$engine" || true # what is still missing, with its commands
+echo
+echo "Next, from the folder of the checkout:"
+[[ $cpu == yes ]] || echo "  $venv/bin/python -m export.build_engines BUNDLE --engine tensorrt"
+echo "  $venv/bin/gog-edge doctor --bundle BUNDLE --engine $engine"
+echo "  $venv/bin/python -m gog_edge.serve --bundle BUNDLE --engine $engine"
