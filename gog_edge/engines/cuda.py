@@ -209,9 +209,7 @@ class Stream:
     def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
         """Copy `rows` runs of `width` bytes that begin `pitch` bytes from one another."""
         kind = self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDefault
-        self._cuda.call(
-            "cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, rows, kind, self.handle
-        )
+        self._cuda.call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, rows, kind, self.handle)
 
     def clear(self, target: int, nbytes: int) -> None:
         """Set bytes of the device to zero."""

@@ -8,15 +8,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gog_edge.engines.base import Array, Floats, KvCache, Snapshot
+from gog_edge.engines.base import Array, Floats, KvCache
 from gog_edge.engines.built import IN_PLACE, BuiltEngines, BuiltGraph
-from gog_edge.engines.cuda import DeviceBuffer, Stream, pinned
-from gog_edge.engines.trt_plan import Execution, Plan, Tensor
-from gog_edge.engines.trt_run import Run, Staged, Staging
-from gog_edge.engines.trt_shapes import Shape, choose_profile
+from gog_edge.engines.cuda import Stream
+from gog_edge.engines.trt_cache import HALF, TrtCache
+from gog_edge.engines.trt_plan import Plan, Tensor
+from gog_edge.engines.trt_run import Execution, Run, Staging
+from gog_edge.engines.trt_shapes import choose_profile
 from gog_edge.errors import ArtifactError, BackendError
 
-SINGLE, HALF, WHOLE = np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.int64)
+SINGLE, WHOLE = np.dtype(np.float32), np.dtype(np.int64)
 
 
 class DecoderShape(Protocol):
@@ -47,81 +48,6 @@ class DecoderShape(Protocol):
         """Layers whose output gets a picture's features added."""
 
 
-class TrtCache:
-    """One conversation's keys and values on the device, and its decode step. All is done when a method returns."""
-
-    def __init__(self, decoder: TrtDecoder) -> None:
-        cuda = decoder.plan.cuda
-        cuda.use()
-        self.capacity = decoder.capacity
-        self.heads, self.width = decoder.kv_heads, decoder.head_dim * HALF.itemsize  # bytes of a token in one head
-        self._cuda, self._stride = cuda, self.capacity * self.width  # bytes from one head to the next
-        self.stream, self.staging = Stream(cuda), Staging(cuda)
-        self.states = {name: DeviceBuffer(cuda, self.heads * self._stride) for name in decoder.states}
-        for state in self.states.values():
-            # Places not written yet weigh nothing in attention, but nothing times NaN is NaN.
-            self.stream.clear(state.address, state.nbytes)
-        self.stream.synchronize()
-        self.decode: Run | None = None
-        # Keys lie here as they were turned; the angles are for snapshots alone.
-        self.cos: Floats = np.zeros((self.capacity, decoder.head_dim // 2), np.float32)
-        self.sin: Floats = np.zeros_like(self.cos)
-
-    def append(self, rows: Mapping[str, Staged], past: int, count: int) -> None:
-        """Copy new rows [kv_heads, count, head_dim] of each state behind the first `past`."""
-        width = count * self.width
-        for name, staged in rows.items():
-            target = self.states[name].at(past * self.width, width)
-            self.stream.copy_rows(target, self._stride, staged.address, width, width, self.heads)
-
-    def snapshot(self, length: int) -> Snapshot:
-        """The first `length` tokens, to be kept in files."""
-        self._cuda.use()
-        through = pinned(self._cuda, self._shape(length), HALF)
-        kept = np.empty((len(self.states), *through.shape), np.float32)
-        width = length * self.width
-        for state, values in zip(self.states.values(), kept, strict=True):
-            self.stream.copy_rows(through.ctypes.data, width, state.address, self._stride, width, self.heads)
-            self.stream.synchronize()
-            values[...] = through
-        return Snapshot(kept, self.cos[:length].copy(), self.sin[:length].copy())
-
-    def restore(self, kept: Snapshot) -> None:
-        """Begin with the tokens of a snapshot; BackendError when it is of another decoder or too long."""
-        self._cuda.use()
-        length = len(kept.cos)
-        mine = (len(self.states), *self._shape(length))
-        if kept.states.shape != mine or length > self.capacity:
-            raise BackendError(
-                f"a cache of {mine} cannot begin with kept tokens of {kept.states.shape}; remove those files"
-            )
-        through = pinned(self._cuda, self._shape(length), HALF)
-        width = length * self.width
-        for state, values in zip(self.states.values(), kept.states, strict=True):
-            through[...] = values
-            self.stream.copy_rows(state.address, self._stride, through.ctypes.data, width, width, self.heads)
-            self.stream.synchronize()
-        self.cos[:length], self.sin[:length] = kept.cos, kept.sin
-
-    def copy_from(self, other: KvCache, length: int) -> None:
-        """Take over the first `length` tokens of another cache of the same engine."""
-        if not isinstance(other, TrtCache) or other._facts != self._facts:
-            raise BackendError("a cache can only be copied from one of the same decoder; open both on one engine")
-        self._cuda.use()
-        width = length * self.width
-        for mine, theirs in zip(self.states.values(), other.states.values(), strict=True):
-            self.stream.copy_rows(mine.address, self._stride, theirs.address, self._stride, width, self.heads)
-        self.stream.synchronize()
-        self.cos[:length], self.sin[:length] = other.cos[:length], other.sin[:length]
-
-    @property
-    def _facts(self) -> tuple[int, ...]:
-        return len(self.states), self.heads, self.width, self.capacity
-
-    def _shape(self, length: int) -> Shape:
-        return self.heads, length, self.width // HALF.itemsize
-
-
 class TrtDecoder:
     """A decoder. Caches are stepped by turns: they share the memory that a step computes in."""
 
@@ -144,7 +70,9 @@ class TrtDecoder:
 
     def new_cache(self) -> TrtCache:
         """An empty cache. OutOfDeviceMemory when there is no room for it."""
-        return TrtCache(self)
+        return TrtCache(
+            self.plan.cuda, self.states, kv_heads=self.kv_heads, head_dim=self.head_dim, capacity=self.capacity
+        )
 
     def warm(self) -> None:
         """Do a decode step, and do it again as a captured graph: kernels are compiled, and what fails, fails now."""
@@ -211,9 +139,7 @@ class TrtDecoder:
             self._capturing = cache.decode.capture(self.plan)
         return logits
 
-    def _prepare(
-        self, cache: TrtCache, staging: Staging, execution: Execution, feeds: Mapping[str, Array]
-    ) -> Run:
+    def _prepare(self, cache: TrtCache, staging: Staging, execution: Execution, feeds: Mapping[str, Array]) -> Run:
         given = execution.reshape({name: feed.shape for name, feed in feeds.items()})
         inputs = {name: staging.place(name, feed.shape, self.plan.inputs[name].dtype) for name, feed in feeds.items()}
         outputs = {"logits": staging.place("logits", given["logits"], SINGLE)}

@@ -12,8 +12,8 @@ import numpy as np
 
 from gog_edge.engines.base import Array
 from gog_edge.engines.cuda import DeviceBuffer, Stream, pinned
-from gog_edge.engines.trt_plan import Execution, Plan
-from gog_edge.engines.trt_run import Run, Staged, Staging
+from gog_edge.engines.trt_plan import Plan
+from gog_edge.engines.trt_run import Execution, Run, Staged, Staging
 from gog_edge.engines.trt_shapes import Recent, Shape, choose_profile
 from gog_edge.errors import BackendError
 

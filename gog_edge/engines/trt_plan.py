@@ -7,7 +7,6 @@ holds. Their messages are collected, never printed, and end up in our errors.
 from __future__ import annotations
 
 import importlib
-import logging
 import mmap
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -20,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from gog_edge.engines.built import CACHE, TENSORRT, TENSORRT_RTX, BuiltEngines, BuiltGraph
-from gog_edge.engines.cuda import Cuda, DeviceBuffer, DeviceProperties, Stream
+from gog_edge.engines.cuda import Cuda, DeviceBuffer, DeviceProperties
+from gog_edge.engines.trt_kernels import Kernels
 from gog_edge.engines.trt_shapes import Profile, Shape
 from gog_edge.errors import ArtifactError, BackendError, OutOfDeviceMemory
-from gog_edge.files import write_atomic
 
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx_bindings"}
 INSTALL = {
@@ -37,8 +36,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }  # fmt: skip
 LAST_LINES = 6  # of TensorRT's messages, that an error repeats
 SPOILT = ("Serialization", "magicTag", "readHeader")  # in messages about a file that is no plan, or not whole
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ def check_device(device: DeviceProperties, built: BuiltEngines) -> None:
 
 
 class Messages:
-    """What TensorRT says while it works: the last lines of errors and warnings."""
+    """What TensorRT says of errors while it works: the last lines."""
 
     def __init__(self, trt: Any) -> None:
         lines: deque[str] = deque(maxlen=LAST_LINES)
@@ -133,58 +130,6 @@ def failure(what: str, said: str) -> BackendError:
     if "out of memory" in said.lower() or "OutOfMemory" in said:
         return OutOfDeviceMemory(f"{what}: the GPU's memory is taken ({said}); end what else uses it")
     return BackendError(f"{what}: {said}; `gog-edge doctor` says what this box has")
-
-
-class Kernels:
-    """TensorRT for RTX compiles kernels where they run: how, and where they are kept for the next start.
-
-    TensorRT proper has its kernels in the plan: there is nothing of this.
-    """
-
-    def __init__(self, trt: Any, engine: Any, path: Path) -> None:
-        """`path`: the file they are kept in; one of another GPU, driver or release is not used, and written anew."""
-        self._path, self._kept = path, 0
-        first = engine.create_runtime_config()
-        self._cache = first.create_runtime_cache()
-        self._read()
-        # Kernels for one shape are worth their compiling where it comes for ever, in a decode step. Pictures and
-        # appended texts have ever other shapes: compiling for each would go on without end, in threads that call our
-        # logger while Python may be waiting for them.
-        specialised = trt.DynamicShapesKernelSpecializationStrategy
-        self._any_shape = self._config(trt, first, specialised.NONE)
-        self._one_shape = self._config(trt, engine.create_runtime_config(), specialised.EAGER)
-
-    def _config(self, trt: Any, config: Any, specialisation: Any) -> Any:
-        config.set_runtime_cache(self._cache)
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        config.dynamic_shapes_kernel_specialization_strategy = specialisation
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # we capture copies along with it
-        return config
-
-    def config(self, *, one_shape: bool) -> Any:
-        """How to open a context; `one_shape`: with kernels made for the one that it will run."""
-        return self._one_shape if one_shape else self._any_shape
-
-    def _read(self) -> None:
-        try:
-            kept = self._path.read_bytes() if self._path.is_file() else b""
-        except OSError as exc:
-            _log.warning("compiled kernels in '%s' cannot be read (%s): they are compiled again", self._path, exc)
-            return
-        if kept and self._cache.deserialize(kept):
-            self._kept = len(kept)
-
-    def keep(self) -> None:
-        """Write what was compiled since; a folder that cannot be written is logged: every start compiles again."""
-        compiled = bytes(self._cache.serialize())
-        if len(compiled) == self._kept:
-            return
-        try:
-            self._path.parent.mkdir(exist_ok=True)
-            write_atomic(self._path, compiled)
-            self._kept = len(compiled)
-        except OSError as exc:
-            _log.warning("compiled kernels cannot be kept in '%s' (%s): every start compiles them", self._path, exc)
 
 
 class Plan:
@@ -271,43 +216,3 @@ def check_profiles(profiles: tuple[Profile, ...], graph: BuiltGraph, built: Buil
 
 def _other(said: Mapping[str, tuple[Shape, ...]], profile: Profile) -> bool:
     return any(name in profile and profile[name] != shapes for name, shapes in said.items())
-
-
-class Execution:
-    """One context with one profile, for one thread at a time."""
-
-    def __init__(self, plan: Plan, stream: Stream, profile: int, *, one_shape: bool = False) -> None:
-        self._plan = plan
-        self._context = plan.context(one_shape=one_shape)
-        if not self._context.set_optimization_profile_async(profile, stream.handle):
-            raise plan.failure(f"it does not take profile {profile}")
-        stream.synchronize()
-
-    def reshape(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Say the inputs' shapes -> those of the outputs."""
-        with self._plan.explained("shapes are refused"):
-            for name, shape in shapes.items():
-                if not self._context.set_input_shape(name, shape):
-                    raise self._plan.failure(f"it takes no '{name}' of {shape}")
-            outputs = {name: tuple(self._context.get_tensor_shape(name)) for name in self._plan.outputs}
-        unknown = [name for name, shape in outputs.items() if min(shape, default=0) < 0]
-        if unknown:
-            raise self._plan.failure(f"it does not say what shape {', '.join(unknown)} will have")
-        return outputs
-
-    def bind(self, addresses: Mapping[str, int]) -> None:
-        """Say where on the device inputs and outputs lie."""
-        for name, address in addresses.items():
-            if not self._context.set_tensor_address(name, address):
-                raise self._plan.failure(f"it does not take address {address:#x} for '{name}'")
-
-    def enqueue(self, stream: Stream) -> None:
-        """Give a stream the engine's work."""
-        with self._plan.explained("it does not run"):
-            if not self._context.execute_async_v3(stream.handle):
-                raise self._plan.failure("it does not run")
-
-    def capturable(self, stream: Stream) -> bool:
-        """Whether that work may be captured."""
-        asked = getattr(self._context, "is_stream_capturable", None)  # RTX alone can say no
-        return True if asked is None else bool(asked(stream.handle))

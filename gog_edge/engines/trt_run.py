@@ -1,4 +1,4 @@
-"""One run of an engine with its addresses fixed, done piece by piece or, once captured, as a whole."""
+"""Running an engine: its contexts, the places of what goes in and out, and runs that are captured as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,51 @@ import numpy as np
 
 from gog_edge.engines.base import Array
 from gog_edge.engines.cuda import CapturedGraph, Cuda, DeviceBuffer, Stream, pinned
-from gog_edge.engines.trt_plan import Execution, Plan
+from gog_edge.engines.trt_plan import Plan
 from gog_edge.engines.trt_shapes import Shape, grown
 from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory
 
 _log = logging.getLogger(__name__)
+
+
+class Execution:
+    """One context with one profile, for one thread at a time."""
+
+    def __init__(self, plan: Plan, stream: Stream, profile: int, *, one_shape: bool = False) -> None:
+        self._plan = plan
+        self._context = plan.context(one_shape=one_shape)
+        if not self._context.set_optimization_profile_async(profile, stream.handle):
+            raise plan.failure(f"it does not take profile {profile}")
+        stream.synchronize()
+
+    def reshape(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Say the inputs' shapes -> those of the outputs."""
+        with self._plan.explained("shapes are refused"):
+            for name, shape in shapes.items():
+                if not self._context.set_input_shape(name, shape):
+                    raise self._plan.failure(f"it takes no '{name}' of {shape}")
+            outputs = {name: tuple(self._context.get_tensor_shape(name)) for name in self._plan.outputs}
+        unknown = [name for name, shape in outputs.items() if min(shape, default=0) < 0]
+        if unknown:
+            raise self._plan.failure(f"it does not say what shape {', '.join(unknown)} will have")
+        return outputs
+
+    def bind(self, addresses: Mapping[str, int]) -> None:
+        """Say where on the device inputs and outputs lie."""
+        for name, address in addresses.items():
+            if not self._context.set_tensor_address(name, address):
+                raise self._plan.failure(f"it does not take address {address:#x} for '{name}'")
+
+    def enqueue(self, stream: Stream) -> None:
+        """Give a stream the engine's work."""
+        with self._plan.explained("it does not run"):
+            if not self._context.execute_async_v3(stream.handle):
+                raise self._plan.failure("it does not run")
+
+    def capturable(self, stream: Stream) -> bool:
+        """Whether that work may be captured."""
+        asked = getattr(self._context, "is_stream_capturable", None)  # RTX alone can say no
+        return True if asked is None else bool(asked(stream.handle))
 
 
 @dataclass(frozen=True, slots=True)

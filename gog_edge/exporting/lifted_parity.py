@@ -32,7 +32,7 @@ from gog_edge.retrieval.encoder import Encoder
 from gog_edge.types import Pixels
 
 PICTURES = 3  # samples that are looked at, whole and in part
-MOST_PIXELS = 2**18  # of a picture that a tower sees: several windows, and on a slow machine a matter of seconds
+MOST_PIXELS = 2**17  # of a picture that a tower sees: several windows, and large models take seconds for each
 
 
 @dataclass(frozen=True, slots=True)

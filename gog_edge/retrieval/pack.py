@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -90,16 +91,15 @@ class Pack:
         _check_encoder(manifest, encoder)
         verify_files_of(folder, manifest, full=False, vectors=open_index is None)
         articles, images = read_tombstones(folder, manifest)
-        store = Store.open(folder, manifest.segments, articles.tolist())
-        try:
-            opener = open_index or _opener(folder, 0 if encoder is None else encoder.dim, make_index)
-            pictures, captions = (opener(manifest, space, images) for space in ("images", "captions"))
+        opener = open_index or _opener(folder, 0 if encoder is None else encoder.dim, make_index)
+        with ExitStack() as opened:  # what is refused leaves nothing open
+            store = opened.enter_context(closing(Store.open(folder, manifest.segments, articles.tolist())))
+            pictures, captions = (opened.enter_context(closing(opener(manifest, space, images)))
+                                  for space in ("images", "captions"))  # fmt: skip
             pack = cls(folder, manifest, store, pictures, captions, frozenset(images.tolist()))
             pack._check_counts()
             pack._check_golden(encoder)
-        except BaseException:
-            store.close()
-            raise
+            opened.pop_all()
         return pack
 
     @property

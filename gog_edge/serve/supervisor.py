@@ -125,6 +125,6 @@ class Supervisor:
 
 def _tell(runtime: Runtime) -> None:
     if runtime.failure:
-        _log.warning("gog_edge is not ready: %s", runtime.failure)
+        _log.warning("gog_edge is not ready: %s", " ".join(runtime.failure.split()))
     else:
         _log.warning("gog_edge is ready: '%s' is served", runtime.name)

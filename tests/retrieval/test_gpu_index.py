@@ -1,7 +1,9 @@
 """What needs no GPU runs on FAISS's own CPU indexes; where there is one, `benchmarks.retrieval.gpu` checks the rest."""
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import faiss
 import numpy as np
@@ -11,7 +13,8 @@ from test_index import DIM, NONE, exact, stored, unit
 from benchmarks.retrieval import gpu as bench
 from benchmarks.retrieval.corpus import make_corpus
 from benchmarks.retrieval.vectors import World
-from gog_edge.errors import BackendError, OutOfDeviceMemory
+from gog_edge.errors import BackendError, OutOfDeviceMemory, PackError
+from gog_edge.files import write_json
 from gog_edge.retrieval.gpu_index import (
     Gpu,
     GpuVectorIndex,
@@ -22,6 +25,7 @@ from gog_edge.retrieval.gpu_index import (
     vectors_bytes,
 )
 from gog_edge.retrieval.index import MAX_K, VectorIndex
+from gog_edge.retrieval.manifest import read_manifest
 from gog_edge.retrieval.pack import Pack
 from gog_edge.retrieval.slabs import MOST, SLAB_ROWS, SlabPart, nearest_rows, search_slabs
 from gog_edge.retrieval.vectors import VectorShards
@@ -83,6 +87,23 @@ def test_a_pack_opens_on_it_and_finds_what_it_finds_without(little_pack_folder, 
         np.testing.assert_allclose(one.search(queries, 3).scores, other.search(queries, 3).scores, atol=1e-6)
     for pack in (with_it, without):
         pack.close()
+    gpu.close()
+
+
+def test_a_pack_that_is_refused_gives_the_memory_back(little_pack_folder, tiny_encoder, tmp_path):
+    shutil.copytree(little_pack_folder, tmp_path / "pack")
+    manifest = read_manifest(tmp_path / "pack")
+    lying = replace(manifest, counts=replace(manifest.counts, images=1_000_000))
+    write_json(tmp_path / "pack/MANIFEST.json", lying.to_json())
+    gpu, made = OnCpu(), []
+
+    def make_index(shards, tombstones):
+        made.append(gpu.index(shards, tombstones))
+        return made[-1]
+
+    with pytest.raises(PackError, match="disagree"):
+        Pack.open(tmp_path / "pack", tiny_encoder, make_index=make_index)
+    assert len(made) == 2 and not any(index._slabs.slabs for index in made)
     gpu.close()
 
 
