@@ -34,6 +34,11 @@ AHEAD = 32  # tokens from which the graph that only fills the cache is worth its
 NUMBERS = ("last", "total", "keep")  # small inputs of a decoder; one that only fills the cache does without the last
 DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 
+_NOT_OBTAINED = (
+    "asked for {} for '{}', which would run on the processor: the provider's libraries or the driver cannot be loaded, "
+    "or it lacks an operator (ONNX Runtime's log says which); see `gog-edge doctor`"
+)
+
 
 def physical_cores() -> int:
     """Cores this process may use, hyper-threads counted once."""
@@ -54,6 +59,8 @@ def session_options(threads: int | None = None, *, spinning: bool = True) -> ort
     # Threads spin while a graph runs (small operators follow each other closely) and sleep between runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    # Where it joins a product and the widening of its weights, what they are multiplied with is not to be rounded.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return options
 
 
@@ -67,13 +74,7 @@ def open_session(
     run on the provider; else it may leave some, such as those that reckon with shapes, to the processor.
     """
     load_libraries(providers)
-    missing = [name for name in providers if name not in ort.get_available_providers()]
-    if missing:
-        raise BackendError(
-            f"ONNX Runtime {ort.__version__} here has no {', '.join(missing)} (it has "
-            f"{', '.join(ort.get_available_providers())}); install the build that has it"
-            f"{INSTALL.get(missing[0], '')} or ask for another provider"
-        )
+    _check_available(providers)
     options = session_options(threads, spinning=spinning)
     options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(decoder and tuple(providers) != CPU)))
     if optimised:
@@ -83,25 +84,30 @@ def open_session(
     try:
         with device_errors(f"'{path}' cannot be loaded"):
             session = ort.InferenceSession(str(path), options, providers=asked, enable_fallback=False)
-    except START_ERRORS as exc:
-        raise BackendError(
-            f"{', '.join(providers)} cannot begin here: {failure_of(exc)}; see `gog-edge doctor`"
-        ) from exc
-    except LOAD_ERRORS as exc:
-        if "fallback to CPU EP has been explicitly disabled" in str(exc):
-            raise _not_obtained(path, providers) from exc
-        mend = f"remove the folder '{path.parent}', it is made anew" if optimised else "export it again"
-        raise BackendError(f"ONNX Runtime {ort.__version__} cannot load '{path}': {exc}; {mend}") from exc
+    except (*START_ERRORS, *LOAD_ERRORS) as exc:
+        raise _load_error(exc, path, providers, optimised) from exc
     if session.get_providers()[: len(providers)] != list(providers):
-        raise _not_obtained(path, providers)
+        raise BackendError(_NOT_OBTAINED.format(", ".join(providers), path))
     return session
 
 
-def _not_obtained(path: Path, providers: Sequence[str]) -> BackendError:
-    return BackendError(
-        f"asked for {', '.join(providers)} for '{path}', which would run on the processor: the provider's libraries or "
-        "the driver cannot be loaded, or it lacks an operator (ONNX Runtime's log says which); see `gog-edge doctor`"
-    )
+def _check_available(providers: Sequence[str]) -> None:
+    missing = [name for name in providers if name not in ort.get_available_providers()]
+    if missing:
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} here has no {', '.join(missing)} (it has "
+            f"{', '.join(ort.get_available_providers())}); install the build that has it"
+            f"{INSTALL.get(missing[0], '')} or ask for another provider"
+        )
+
+
+def _load_error(exc: Exception, path: Path, providers: Sequence[str], optimised: bool) -> BackendError:
+    if isinstance(exc, START_ERRORS):
+        return BackendError(f"{', '.join(providers)} cannot begin here: {failure_of(exc)}; see `gog-edge doctor`")
+    if "fallback to CPU EP has been explicitly disabled" in str(exc):
+        return BackendError(_NOT_OBTAINED.format(", ".join(providers), path))
+    mend = f"remove the folder '{path.parent}', it is made anew" if optimised else "export it again"
+    return BackendError(f"ONNX Runtime {ort.__version__} cannot load '{path}': {exc}; {mend}")
 
 
 class OrtGraph:

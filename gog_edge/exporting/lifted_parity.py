@@ -166,8 +166,8 @@ class _Graphs:
     lifted: Mapping[str, Path]
 
     def open_graph(self, name: str) -> GraphEngine:
-        if name in self.lifted:
-            return OrtGraph(self.lifted[name], optimised=True)  # as it stands: nothing else runs on a GPU
+        if name in self.lifted:  # as it stands: ONNX Runtime 1.31's optimiser crashes on a text tower in half precision
+            return OrtGraph(self.lifted[name], optimised=True)
         return OrtGraph(self.folder / f"{name}.onnx")
 
     def open_decoder(self, _: TextSpec, context: int) -> DecoderEngine:
