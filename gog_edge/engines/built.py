@@ -27,14 +27,14 @@ ENGINES = (ORT, *BUILT_ENGINES)  # that a bundle can be served with
 IN_PLACE = "in-place"  # the outputs present_* are the inputs past_*, updated
 NEW_ROWS = "new-rows"  # the outputs new_* are the new tokens' rows; the runtime copies them into past_*
 
-DECODER, VISION, IMAGE, TEXT = "decoder", "vision", "image", "text"  # names of graphs
+DECODER, VISION, IMAGE, TEXT, SEARCH = "decoder", "vision", "image", "text", "search"  # names of graphs
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltGraph:
     """One graph, ready to run."""
 
-    name: str  # of DECODER, VISION, IMAGE, TEXT
+    name: str  # of DECODER, VISION, IMAGE, TEXT, SEARCH
     file: str  # within the folder; its weights may lie beside
     sources: Mapping[str, str]  # the graph that it was made from, and its weights: paths in the bundle, to sha256
     cache: str = ""  # decoders: IN_PLACE or NEW_ROWS

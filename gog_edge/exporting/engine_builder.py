@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gog_edge.bundle import Bundle
-from gog_edge.engines.built import DECODER, MANIFEST, TENSORRT, TENSORRT_ENGINES, BuiltEngines, BuiltGraph
+from gog_edge.engines.built import DECODER, MANIFEST, SEARCH, TENSORRT, TENSORRT_ENGINES, BuiltEngines, BuiltGraph
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.engine_plan import ATTENTION, KV_CACHE_UPDATE, PlanRequest, graph_files
 from gog_edge.exporting.engine_process import build_apart
-from gog_edge.exporting.engine_sources import BundleGraphs, GraphSource, bundle_graphs
+from gog_edge.exporting.engine_sources import BundleGraphs, GraphSource, bundle_graphs, search_source
 from gog_edge.exporting.engine_target import Target, choose_target
 from gog_edge.exporting.lift import lift_graph
 from gog_edge.exporting.lifted_parity import check_lifted, measure_lifted
+from gog_edge.exporting.search_graph import write_search_graph
 from gog_edge.files import describe_files, read_json, write_json
 
 TIMINGS = "timings.cache"  # TensorRT on the device: kernels' times on its GPU, so that the next build is quick
@@ -89,10 +90,12 @@ def build_engines(
     target = choose_target(engine, sms, int4=found.int4)
     with _replacing(out) as part:
         _check_room(found, part)
-        lifting = {graph.name: _lift(graph, part, target, found.context, on_step) for graph in found.graphs}
+        tensorrt = target.engine in TENSORRT_ENGINES
+        sources = (*found.graphs, search_source(found.dim)) if tensorrt else found.graphs
+        lifting = {graph.name: _lift(graph, part, target, found, on_step) for graph in sources}
         report = _parity(bundle, found, part, target, on_step) if parity else {}
         built, costs = [], {}
-        for graph in found.graphs:
+        for graph in sources:
             described, cost = _build(graph, part, out, target, on_step)
             built.append(described)
             costs[graph.name] = replace(cost, seconds=round(cost.seconds + lifting[graph.name], 2))
@@ -110,11 +113,14 @@ def build_engines(
     return BuildReport(engines, costs)
 
 
-def _lift(graph: GraphSource, part: Path, target: Target, context: int, on_step: OnStep) -> float:
+def _lift(graph: GraphSource, part: Path, target: Target, found: BundleGraphs, on_step: OnStep) -> float:
     """Seconds that it took."""
     started = time.monotonic()
     on_step(f"lift {graph.name}", 0, 1)
-    lift_graph(graph.path, _lifted(graph, part), target.kind, context=context if graph.name == DECODER else 0)
+    if graph.name == SEARCH:
+        write_search_graph(_lifted(graph, part), found.dim)
+    else:
+        lift_graph(graph.path, _lifted(graph, part), target.kind, context=found.context * (graph.name == DECODER))
     on_step(f"lift {graph.name}", 1, 1)
     return time.monotonic() - started
 

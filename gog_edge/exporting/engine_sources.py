@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gog_edge.bundle import Bundle
-from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
+from gog_edge.engines.built import DECODER, IMAGE, SEARCH, TEXT, VISION
 from gog_edge.engines.trt_shapes import Profile
 from gog_edge.errors import ArtifactError, CheckpointError
 from gog_edge.exporting.engine_plan import ATTENTION, KV_CACHE_UPDATE
 from gog_edge.exporting.engine_profiles import decoder_profiles, image_profiles, text_profiles, vision_profiles
+from gog_edge.exporting.search_graph import search_profiles
 from gog_edge.files import FileEntry, read_json, verify_files
 from gog_edge.policy.manifest import DECODER_GRAPH, VISION_GRAPH, PolicyManifest, read_manifest
 from gog_edge.retrieval.encoder import SCHEMA, image_spec
@@ -19,9 +20,9 @@ from gog_edge.retrieval.encoder import SCHEMA, image_spec
 
 @dataclass(frozen=True, slots=True)
 class GraphSource:
-    """One graph of the bundle."""
+    """One graph of the bundle, or the search, which is of none."""
 
-    name: str  # of DECODER, VISION, IMAGE, TEXT
+    name: str  # of DECODER, VISION, IMAGE, TEXT, SEARCH
     path: Path
     files: tuple[FileEntry, ...]  # the graph and its weights; paths within the bundle
     profiles: tuple[Profile, ...]
@@ -35,6 +36,7 @@ class BundleGraphs:
     graphs: tuple[GraphSource, ...]
     context: int  # tokens that the decoder's caches hold; 0 without a decoder
     int4: bool  # some weights have four bits
+    dim: int  # of the encoder's vectors
 
     @property
     def size(self) -> int:
@@ -48,8 +50,9 @@ def bundle_graphs(bundle: Bundle, context: int | None = None) -> BundleGraphs:
     `context`: tokens that the decoder's caches hold, by default as many as the policy's conversations have.
     Raises ArtifactError for files that are missing or altered, CheckpointError for a `context` that cannot be had.
     """
+    towers, dim = _encoder(bundle.root, bundle.encoder)
     if not isinstance(bundle.policy, Path):
-        return BundleGraphs(_encoder(bundle.root, bundle.encoder), 0, int4=False)
+        return BundleGraphs(towers, 0, False, dim)
     manifest = read_manifest(bundle.policy)
     tokens = manifest.max_context if context is None else context
     if tokens > manifest.max_context:
@@ -59,7 +62,12 @@ def bundle_graphs(bundle: Bundle, context: int | None = None) -> BundleGraphs:
         )
     policy = _policy(bundle.root, bundle.policy, manifest, tokens)
     int4 = manifest.weights.decoder is not None and manifest.weights.decoder.bits == 4
-    return BundleGraphs((*policy, *_encoder(bundle.root, bundle.encoder)), tokens, int4)
+    return BundleGraphs((*policy, *towers), tokens, int4, dim)
+
+
+def search_source(dim: int) -> GraphSource:
+    """The exact search among vectors of `dim`, which is written for the engine: no file of the bundle holds it."""
+    return GraphSource(SEARCH, Path(), (), search_profiles(dim))
 
 
 def _policy(root: Path, folder: Path, manifest: PolicyManifest, context: int) -> tuple[GraphSource, ...]:
@@ -72,22 +80,27 @@ def _policy(root: Path, folder: Path, manifest: PolicyManifest, context: int) ->
     )
 
 
-def _encoder(root: Path, folder: Path) -> tuple[GraphSource, ...]:
-    """Towers that torch.onnx wrote hold no attention that could be recognised: nothing is asked of them."""
+def _encoder(root: Path, folder: Path) -> tuple[tuple[GraphSource, ...], int]:
+    """Its towers, and the length of its vectors.
+
+    Towers that torch.onnx wrote hold no attention that could be recognised: nothing is asked of them.
+    """
     manifest = read_json(folder / "manifest.json", what="encoder")
     try:
         if manifest["kind"] != "encoder" or manifest["schema"] != SCHEMA:
             raise ValueError(f"kind {manifest['kind']!r}, schema {manifest['schema']!r}")
         size, length = image_spec(manifest["image"]).size, int(manifest["text"]["context_length"])
+        dim = int(manifest["dim"])
         files = tuple(FileEntry(**entry) for entry in manifest["files"])
     except (KeyError, TypeError, ValueError) as exc:
         raise ArtifactError(f"encoder: the manifest of '{folder}' is unusable ({exc}); export it again") from exc
     verify_files(folder, files, what="encoder")
     image, text = folder / "image.onnx", folder / "text.onnx"
-    return (
+    towers = (
         GraphSource(IMAGE, image, _files(root, image, files), image_profiles(size.width, size.height)),
         GraphSource(TEXT, text, _files(root, text, files), text_profiles(length)),
     )
+    return towers, dim
 
 
 def _files(root: Path, graph: Path, entries: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:

@@ -34,15 +34,17 @@ def lift_graph(source: Path, target: Path, kind: Kind, *, context: int = 0) -> N
         source: decoder.onnx or vision.onnx of a policy folder, image.onnx or text.onnx of an encoder folder.
         target: the file to write; larger weights go to a file beside it.
         kind: what for.
-        context: tokens that each cache of a decoder holds.
+        context: tokens that each cache of a decoder holds; 0 for all other graphs.
 
     Raises:
-        CheckpointError: an operator cannot be rewritten, half precision does not hold a weight, or a decoder's context
-            is none.
+        CheckpointError: an operator cannot be rewritten, half precision does not hold a weight, a decoder's caches hold
+            nothing, or what is no decoder is given some.
     """
     model = onnx.load(str(source), load_external_data=False)
-    if context < 1 and any(node.op_type == "GroupQueryAttention" for node in model.graph.node):
-        raise CheckpointError(f"'{source}' is a decoder, whose caches must hold a token at least, not {context}")
+    decoder = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
+    if decoder != (context > 0):
+        said = "a decoder: its caches must hold a token at least" if decoder else "no decoder: it has no caches"
+        raise CheckpointError(f"'{source}' is {said}; a context of {context} cannot be had")
     graph = GraphBuilder(model.graph.name, target, opset=OPSETS[kind])
     rewriter = Rewriter(graph, model.graph, source.parent)
     lifter: Lifter = HalfLifter(rewriter, context)

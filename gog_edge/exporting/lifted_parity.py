@@ -47,13 +47,13 @@ class Limit:
 
 EMBEDDING_COSINE = 0.999  # half precision alone gives 0.999999; packs that were built with either must serve both
 # Far above what half precision gave over 6 layers (divergence 5e-6, cosines 0.99999), since errors grow with layers,
-# and far below what faults give (the scale of one layer's attention off by a half: divergence 0.08). In int4 the
-# bundle's own graphs round what they multiply to 8 bits, and the rewritten ones do not: they differ by that
-# (divergence 7e-4, cosine of logits 0.9991, of image tokens 0.9997).
+# and below what faults give (the scale of one layer's attention off by a half: divergence 0.08, cosine 0.975). In int4
+# the bundle's own graphs round what they multiply to 8 bits, and the rewritten ones do not: they differ by that (7e-4,
+# 0.9991, image tokens 0.9997 over 6 layers; 7e-3, 0.9936, 0.9989 over the 28 of a 7B of random weights, regret 0.19).
 LIMITS = {
     "fp32": Limit(0.999, 0.999, 1e-3, 0.1),
     "fp16": Limit(0.999, 0.999, 1e-3, 0.1),
-    "int4": Limit(0.99, 0.99, 0.02, 0.5),
+    "int4": Limit(0.98, 0.98, 0.05, 1.0),
 }
 _BOUNDS = (  # graph, figure, limit
     (VISION, "cosine", "vision_cosine"), (DECODER, "logits_cosine", "logits_cosine"),

@@ -9,6 +9,7 @@ import numpy as np
 from gog_edge.exporting.graph import FLOAT, FLOAT16, INT64, GraphBuilder
 from gog_edge.retrieval.gpu_search import BLOCK_ROWS, NEAREST, QUERIES
 
+OPSET = 21  # of every TensorRT that runs engines of ours
 Shape = tuple[int, ...]
 
 
@@ -18,7 +19,7 @@ def write_search_graph(path: Path, dim: int) -> None:
     Inputs: queries float32 [n, dim]; vectors float16 [rows, dim], at least `NEAREST` rows. Outputs: scores float32 and
     rows int64 [n, NEAREST], inner products and row numbers, best first. Products are computed in half precision.
     """
-    graph = GraphBuilder("search", path)
+    graph = GraphBuilder("search", path, opset=OPSET)
     queries = graph.op("Cast", graph.input("queries", FLOAT, ["n", dim]), to=FLOAT16)
     vectors = graph.op("Transpose", graph.input("vectors", FLOAT16, ["rows", dim]), perm=[1, 0])
     products = graph.op("MatMul", queries, vectors)

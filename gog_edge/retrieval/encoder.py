@@ -24,7 +24,7 @@ from gog_edge.types import Pixels, Size, Vectors
 
 SCHEMA = 1
 RESIZES = ("squash", "shortest", "longest")
-AT_ONCE = 16  # pictures a run of the graph: what lies between the operators of more no longer fits the caches
+AT_ONCE = 16  # pictures or texts a run of a graph: what lies between the operators of more no longer fits the caches
 SCALED_PIXELS = 2**24  # 64 MiB: of slivers that would have more once they cover the frame, the middle is computed
 # Vectors of one thing that are this near each other may be searched among each other: what an export in another
 # precision must keep to, so that it may bear the fingerprint of the weights that it was made from.
@@ -130,12 +130,13 @@ class Encoder:
         return self._unit(np.concatenate([self._image.run({"pixels": part})["embedding"] for part in parts]))
 
     def embed_texts(self, texts: Sequence[str]) -> Vectors:
-        """Unit vectors [n, dim] of n texts, cut at the context length, in one run of the text graph."""
+        """Unit vectors [n, dim] of n texts, cut at the context length."""
         if not texts:
             return np.empty((0, self.dim), dtype=np.float32)
         encodings = self._tokenizer.encode_batch(list(texts))
         tokens = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
-        return self._unit(self._text.run({"tokens": tokens})["embedding"])
+        parts = [tokens[start : start + AT_ONCE] for start in range(0, len(tokens), AT_ONCE)]
+        return self._unit(np.concatenate([self._text.run({"tokens": part})["embedding"] for part in parts]))
 
     def _unit(self, raw: NDArray[Any]) -> Vectors:
         vectors = raw.astype(np.float32)

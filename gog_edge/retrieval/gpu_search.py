@@ -23,7 +23,6 @@ from gog_edge.types import Vectors
 if TYPE_CHECKING:  # a box that searches on the CPU loads nothing of it
     from gog_edge.engines.trt_graph import Resident, TrtGraph
 
-SEARCH = "search"  # name of the graph
 BLOCK_ROWS = 4 * READ_ROWS
 NEAREST = 256  # rows that one block gives of a query
 QUERIES = BATCH  # at once

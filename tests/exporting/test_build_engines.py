@@ -40,7 +40,7 @@ def test_the_last_line_names_each_graph_for_each_gpu(tmp_path):
     for entry in line["graphs"]:
         assert entry["bytes"] == (tmp_path / "out" / entry["file"]).stat().st_size
         assert entry["weights"] < entry["bytes"] < 1.25 * entry["weights"] + (32 << 20)
-        assert entry["seconds"] > 0 and entry["layers"] > 100 and entry["peak_mib"] > 50
+        assert entry["seconds"] > 0 and entry["layers"] > 5 and entry["peak_mib"] > 50
     decoder = line["graphs"][0]
     assert decoder["kv_cache_update"] == 2 * decoder["attention"] == 12
 

@@ -134,9 +134,11 @@ def test_no_shape_of_a_lifted_text_tower_depends_on_the_text(tmp_path):
     assert _count(onnx.load(str(tmp_path / "text.onnx")), "ReduceMax") == 0
 
 
-def test_a_decoder_needs_room_for_a_token(exported, tmp_path):
-    with pytest.raises(CheckpointError, match="must hold a token at least, not 0"):
+def test_caches_are_for_decoders_and_hold_something(exported, tmp_path):
+    with pytest.raises(CheckpointError, match="hold a token at least; a context of 0"):
         lift_graph(exported["tied"] / "decoder.onnx", tmp_path / "decoder.onnx", "standard")
+    with pytest.raises(CheckpointError, match="no decoder: it has no caches; a context of 64"):
+        lift_graph(exported["tied"] / "vision.onnx", tmp_path / "vision.onnx", "standard", context=CONTEXT)
 
 
 def test_operators_of_others_are_refused_by_name(tmp_path):

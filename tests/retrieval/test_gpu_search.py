@@ -7,7 +7,7 @@ import tensorrt_rtx_bindings as trt
 from host_gpu import HostRuntime, HostTensorRT, write_plan
 from test_index import DIM, NONE, exact, stored, unit
 
-from gog_edge.engines.built import TENSORRT_RTX, BuiltEngines, BuiltGraph
+from gog_edge.engines.built import SEARCH, TENSORRT_RTX, BuiltEngines, BuiltGraph
 from gog_edge.engines.cuda import Cuda
 from gog_edge.engines.ort import OrtGraph
 from gog_edge.engines.trt_graph import TrtGraph
@@ -16,7 +16,7 @@ from gog_edge.errors import OutOfDeviceMemory
 from gog_edge.exporting.engine_plan import PlanRequest, build_plan
 from gog_edge.exporting.search_graph import search_profiles, write_search_graph
 from gog_edge.retrieval import gpu_search
-from gog_edge.retrieval.gpu_search import BLOCK_ROWS, NEAREST, SEARCH, SLACK, TrtVectorIndex, likeliest
+from gog_edge.retrieval.gpu_search import BLOCK_ROWS, NEAREST, SLACK, TrtVectorIndex, likeliest
 from gog_edge.retrieval.index import MAX_K, VectorIndex
 from gog_edge.retrieval.vectors import VectorShards
 
