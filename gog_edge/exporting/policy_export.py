@@ -192,12 +192,12 @@ def _write_weights(
     tower, decoder = checkpoint.vision_weights(), checkpoint.decoder_weights()
     write_vision(folder / VISION_GRAPH, checkpoint.vision, tower, forms.vision or plain, progress)
     write_decoder(
-        folder / DECODER_GRAPH, checkpoint.text, decoder, "gqa", form=forms.decoder or plain,
+        folder / DECODER_GRAPH, checkpoint.text, decoder, form=forms.decoder or plain,
         head=forms.head or plain, progress=progress,
     )
     if forms.prefill is not None:
         write_decoder(
-            folder / PREFILL_GRAPH, checkpoint.text, decoder, "gqa-prefill", form=forms.prefill, progress=progress
+            folder / PREFILL_GRAPH, checkpoint.text, decoder, prefill=True, form=forms.prefill, progress=progress
         )
     _write_embeddings(folder, decoder("embed_tokens.weight"), forms.embeddings or plain)
     if checkpoint.adapter is not None:

@@ -116,27 +116,6 @@ def test_the_cache_of_another_engine_is_refused(decoder, policies):
         decoder.new_cache().copy_from(other.new_cache(), 1)
 
 
-def test_the_portable_form_says_the_same(decoder, checkpoints, tmp_path):
-    checkpoint = Checkpoint.open(checkpoints[True])
-    write_decoder(tmp_path / "standard.onnx", checkpoint.text, checkpoint.decoder_weights(), "standard")
-    graph, spec = OrtGraph(tmp_path / "standard.onnx", threads=1), checkpoint.text
-    embeds, cos, sin = tokens(decoder, 15)
-    names = [f"{kind}_{layer}" for layer in range(spec.layers) for kind in ("key", "value")]
-    states = {name: np.zeros((1, spec.kv_heads, 64, spec.head_dim), np.float32) for name in names}
-    cache = decoder.new_cache()
-    past = 0
-    for count in (10, 1, 4):
-        rows = slice(past, past + count)
-        feeds = {"inputs_embeds": embeds[None, rows], "cos": cos[None, rows], "sin": sin[None, rows]}
-        feeds |= {"past": np.array([past]), "keep": np.ones(1, np.int64)}
-        feeds |= {f"past_{name}": state for name, state in states.items()}
-        outputs = graph.run(feeds)
-        states = {name: outputs[f"present_{name}"] for name in names}
-        expected = decoder.step(cache, embeds[rows], cos[rows], sin[rows], past)
-        assert np.abs(outputs["logits"][0] - expected).max() < 1e-4
-        past += count
-
-
 def test_heads_that_the_kernel_cannot_take_are_refused_at_export(checkpoints, tmp_path):
     import dataclasses
 
