@@ -150,6 +150,6 @@ def write_decoder(
     path: Path, spec: TextSpec, weights: Weights, *, prefill: bool = False, form: Form = "fp32",
     head: Form | None = None, progress: Progress = silent,
 ) -> None:
-    """Write the decoder graph, its weights stored as `form`, the head's as `head`; `prefill`: one that only fills caches."""
+    """Write the decoder graph, its weights stored as `form`, the head's as `head`; `prefill`: to only fill caches."""
     writer = PrefillWriter if prefill else DecoderWriter
     writer(path, spec, weights, form=form, head=head, progress=progress).write()
