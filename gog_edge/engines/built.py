@@ -14,7 +14,7 @@ from typing import Any
 from gog_edge.errors import ArtifactError, BackendError
 from gog_edge.files import FileEntry, read_json, verify_files
 
-SCHEMA = 1
+SCHEMA, KIND = 1, "engines"
 MANIFEST = "engines.json"
 FOLDER = "engines"  # within a bundle; engines lie in a folder of the runtime's name in it
 CACHE = "cache"  # within the folder of engines: what a runtime compiles for this box's GPU
@@ -68,15 +68,15 @@ class BuiltEngines:
 
     def to_json(self) -> dict[str, Any]:
         """The object that `engines.json` holds."""
-        return {"schema": SCHEMA, "kind": "engines", **asdict(self)}
+        return {"schema": SCHEMA, "kind": KIND, **asdict(self)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> BuiltEngines:
         """Inverse of `to_json`; ArtifactError names what is missing."""
-        if value.get("schema") != SCHEMA or value.get("kind") != "engines":
+        if value.get("schema") != SCHEMA or value.get("kind") != KIND:
             raise ArtifactError(
                 f"engines: the manifest has schema {value.get('schema')!r} and kind {value.get('kind')!r}, expected "
-                f"{SCHEMA} and 'engines'; build them again with this version"
+                f"{SCHEMA} and '{KIND}'; build them again with this version"
             )
         fields = {key: item for key, item in value.items() if key not in ("schema", "kind")}
         try:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,8 @@ from gog_edge.exporting.clip_graph import write_image_tower, write_text_tower
 from gog_edge.exporting.clip_parity import SAMPLES, as_json, measure_parity, noise_batches, picture_batches
 from gog_edge.exporting.graph import Form
 from gog_edge.exporting.quantise import ROWS
-from gog_edge.files import describe_files, read_json, sha256_of, write_json
+from gog_edge.exporting.replacing import replacing
+from gog_edge.files import describe_files, sha256_of, write_json
 from gog_edge.retrieval.encoder import SCHEMA, image_spec
 
 OPSET = 20  # of graphs that torch.onnx writes
@@ -70,7 +69,7 @@ def export_clip(
     if precision not in PRECISIONS:
         raise CheckpointError(f"encoders cannot be exported in '{precision}'; there are {', '.join(PRECISIONS)}")
     towers = _towers(checkpoint, pictures)
-    with _replacing(out) as part:
+    with replacing(out, "encoder") as part:
         lowering = {tower.file: _write(tower, part, checkpoint.name, precision) for tower in towers}
         image, text = (
             measure_parity(part / f"{tower.file}.onnx", tower.module, tower.input, tower.batches, precision)
@@ -94,26 +93,6 @@ def _towers(checkpoint: ClipCheckpoint, pictures: Path) -> tuple[_Tower, _Tower]
         _Tower("text", "tokens", _TextTower(model).eval(), texts,
                lambda path, form: write_text_tower(path, read_text_tower(model), form)),
     )  # fmt: skip
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place in the end; whatever goes wrong before leaves `out` as it was."""
-    known = out / "manifest.json"
-    kind = read_json(known, what="encoder").get("kind") if known.is_file() else None
-    if out.exists() and kind != "encoder" and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"'{out}' exists and is no encoder folder; name another one or remove it")
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        yield part
-        shutil.rmtree(out, ignore_errors=True)
-        part.rename(out)
-    except OSError as exc:
-        raise CheckpointError(f"'{part}' cannot be written ({exc.strerror or exc}); nothing was kept") from exc
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write(tower: _Tower, folder: Path, name: str, precision: str) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from gog_edge.bundle import Bundle
-from gog_edge.engines.built import DECODER, MANIFEST, SEARCH, TENSORRT, TENSORRT_ENGINES, BuiltEngines, BuiltGraph
+from gog_edge.engines.built import DECODER, KIND, MANIFEST, SEARCH, TENSORRT, TENSORRT_ENGINES, BuiltEngines, BuiltGraph
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.engine_plan import ATTENTION, KV_CACHE_UPDATE, PlanRequest, graph_files
 from gog_edge.exporting.engine_process import build_apart
@@ -19,8 +18,9 @@ from gog_edge.exporting.engine_sources import BundleGraphs, GraphSource, bundle_
 from gog_edge.exporting.engine_target import Target, choose_target
 from gog_edge.exporting.lift import lift_graph
 from gog_edge.exporting.lifted_parity import check_lifted, measure_lifted
+from gog_edge.exporting.replacing import replacing
 from gog_edge.exporting.search_graph import write_search_graph
-from gog_edge.files import describe_files, read_json, write_json
+from gog_edge.files import describe_files, write_json
 
 TIMINGS = "timings.cache"  # TensorRT on the device: kernels' times on its GPU, so that the next build is quick
 ROOM = 2.5  # times the bundle's graphs: all of them lifted, and all engines
@@ -88,7 +88,7 @@ def build_engines(
     """
     found = bundle_graphs(bundle, context)
     target = choose_target(engine, sms, int4=found.int4)
-    with _replacing(out) as part:
+    with replacing(out, KIND, MANIFEST) as part:
         _check_room(found, part)
         tensorrt = target.engine in TENSORRT_ENGINES
         sources = (*found.graphs, search_source(found.dim)) if tensorrt else found.graphs
@@ -170,35 +170,3 @@ def _check_room(found: BundleGraphs, part: Path) -> None:
             f"'{part.parent}' has {free / 1e9:.1f} GB free, building takes about {needed / 1e9:.1f} GB; make room, or "
             "name a folder on another disk with --out"
         )
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when all went well; otherwise nothing stays of it."""
-    if out.exists() and not _is_engines(out):
-        raise CheckpointError(f"'{out}' exists and holds no engines; name another folder or remove it")
-    part = out.with_name(f"{out.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        shutil.rmtree(out, ignore_errors=True)
-        part.rename(out)
-    except OSError as exc:
-        raise CheckpointError(f"'{part}' cannot be written ({exc.strerror or exc}); nothing was kept") from exc
-    except MemoryError as exc:
-        raise CheckpointError(
-            "this machine has too little memory to build the engines; nothing was kept: close other programs, leave "
-            "out the parity check (--no-parity), or build on a larger machine"
-        ) from exc
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _is_engines(folder: Path) -> bool:
-    """A folder of engines, or an empty one, may be replaced."""
-    if not folder.is_dir():
-        return False
-    manifest = folder / MANIFEST
-    kind = read_json(manifest, what="engines").get("kind") if manifest.is_file() else None
-    return kind == "engines" or not any(folder.iterdir())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,9 @@ from gog_edge.exporting.decoder_graph import write_decoder
 from gog_edge.exporting.graph import Form, Progress, silent
 from gog_edge.exporting.parity import ParityEpisode, check_passed, measure_parity
 from gog_edge.exporting.quantise import ROWS, quantise
+from gog_edge.exporting.replacing import replacing
 from gog_edge.exporting.vision_graph import write_vision
-from gog_edge.files import describe_files, read_json, write_json
+from gog_edge.files import describe_files, write_json
 from gog_edge.policy.chat import ChatFormat
 from gog_edge.policy.dialect import Dialect, copy_dialect
 from gog_edge.policy.manifest import (
@@ -84,12 +84,7 @@ def export_policy(
     if context < 1:
         raise CheckpointError(f"a conversation of {context} tokens holds nothing; give --context at least 1")
     checkpoint = Checkpoint.open(source, adapter)
-    if out.exists() and not _is_policy(out):
-        raise CheckpointError(f"'{out}' exists and is no policy folder; name another one or remove it")
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    with _clear_failures(part):
-        part.mkdir(parents=True)
+    with replacing(out, "policy") as part:
         _check_room(checkpoint, part, precision)
         chat, spoken = _write_texts(checkpoint, part, dialect)  # what may be missing is found before the long work
         _write_weights(checkpoint, part, precision, forms, progress)
@@ -117,8 +112,6 @@ def export_policy(
             check_passed(report)
             manifest = dataclasses.replace(manifest, parity=report.to_json())
             write_json(part / MANIFEST, manifest.to_json())
-        shutil.rmtree(out, ignore_errors=True)
-        part.rename(out)
     return manifest
 
 
@@ -138,22 +131,6 @@ def weight_forms(precision: str, block: int = DEFAULT_BLOCK, *, prefill: bool = 
     return WeightForms(
         decoder=Blocks(4, block), prefill=ROWS if prefill else None, head=wide, embeddings=wide, vision=ROWS
     )
-
-
-@contextmanager
-def _clear_failures(part: Path) -> Iterator[None]:
-    """A full disk and a lack of memory become errors that say so; nothing half-written stays."""
-    try:
-        yield
-    except OSError as exc:
-        raise CheckpointError(f"'{part}' cannot be written ({exc.strerror or exc}); nothing was kept") from exc
-    except MemoryError as exc:
-        raise CheckpointError(
-            "this machine has too little memory to export the checkpoint; nothing was kept: close other programs, "
-            "leave out the parity check (--no-parity), or export on a larger machine"
-        ) from exc
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int4": 1.9}  # int4: with scales, what takes 8 bits, and two decoders
@@ -230,12 +207,3 @@ def _copy_dialect(checkpoint: Checkpoint, folder: Path, chosen: str | Path | Non
     replaced = wanted == DEFAULT_DIALECT and not chosen and checkpoint.is_qwen3
     dialect, _ = copy_dialect(wanted, folder, "rel1000" if replaced else None)
     return dialect
-
-
-def _is_policy(folder: Path) -> bool:
-    """A policy folder, or an empty one, may be replaced."""
-    if not folder.is_dir():
-        return False
-    manifest = folder / MANIFEST
-    kind = read_json(manifest, what="policy").get("kind") if manifest.is_file() else None
-    return kind == "policy" or not any(folder.iterdir())

@@ -179,7 +179,7 @@ def test_only_an_encoder_is_written_over(tmp_path, both):
     checkpoint = load_clip(str(both[0] / "model"))
     (tmp_path / "letters.txt").write_text("dear")
     for place in (tmp_path, tmp_path / "letters.txt"):
-        with pytest.raises(CheckpointError, match="is no encoder folder"):
+        with pytest.raises(CheckpointError, match="is no folder of kind 'encoder'"):
             export_clip(checkpoint, place)
     assert (tmp_path / "letters.txt").read_text() == "dear"
     with pytest.raises(CheckpointError, match="there are fp32, int8"):

@@ -138,7 +138,7 @@ def test_caches_of_impossible_sizes_are_refused(tmp_path, context, said):
 def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "one.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match="holds no engines; name another folder or remove it"):
+    with pytest.raises(CheckpointError, match="is no folder of kind 'engines'; name another one"):
         build_engines(open_bundle(DEFAULT_BUNDLE), tmp_path / "letters", engine="tensorrt-rtx")
     assert (tmp_path / "letters" / "one.txt").read_text() == "dear"
 
