@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Self
 
 from gog_edge.bundle import Bundle
-from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
-from gog_edge.engines.choice import EngineSet
+from gog_edge.engines.built import DECODER, IMAGE, SEARCH, TENSORRT, TEXT, VISION
+from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, EngineSet
 from gog_edge.errors import BackendError, InputError, NotEnoughMemory
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
@@ -32,8 +32,9 @@ MEMINFO = "proc/meminfo"
 CONTROL_GROUP = "sys/fs/cgroup"
 
 
-DEVICE_PARTS = ("weights", "conversations", "pictures", "prefill")  # where a GPU has memory of its own, they lie there
-PARTS = (*DEVICE_PARTS, "index", "switch", "program")
+# Where a GPU has memory of its own, that of built engines lies there, and that of a search by a GPU.
+ENGINE_PARTS, SEARCH_PARTS = ("weights", "conversations", "pictures", "prefill"), ("vectors",)
+PARTS = (*ENGINE_PARTS, *SEARCH_PARTS, "index", "switch", "program")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,8 @@ class MemoryPlan:
     index: int  # packs' indexes, and the encoder where it is not on a GPU; texts are read as they are asked for
     switch: int = 0  # the largest pack's index again: a new generation is opened beside the old one
     program: int = PROGRAM_BYTES
-    on_device: bool = False  # `DEVICE_PARTS` lie in a GPU's own memory
+    vectors: int = 0  # of packs that a GPU searches, the largest twice as `switch` says, and its scratch memory
+    on_device: tuple[str, ...] = ()  # parts that lie in a GPU's own memory
 
     @property
     def total(self) -> int:
@@ -57,17 +59,17 @@ class MemoryPlan:
     @property
     def device(self) -> int:
         """What lies in a GPU's own memory."""
-        return self._sum(DEVICE_PARTS) if self.on_device else 0
+        return self._sum(self.on_device)
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {as_size(getattr(self, name))}" for name in PARTS)
-        return f"{as_size(self.total)}: {parts}" + (f"; {as_size(self.device)} of it on the GPU" * self.on_device)
+        parts = ", ".join(f"{name} {as_size(getattr(self, name))}" for name in PARTS if getattr(self, name))
+        return f"{as_size(self.total)}: {parts}" + f"; {as_size(self.device)} of it on the GPU" * bool(self.on_device)
 
     def check(self, free: int | None, device_free: int | None = None) -> Self:
         """NotEnoughMemory, with advice, when this is more than is free, in bytes; None is not known."""
         if self.on_device and device_free is not None and self.device > device_free:
-            raise self._refusal(DEVICE_PARTS, device_free, "free on the GPU")
-        host = tuple(name for name in PARTS if not (self.on_device and name in DEVICE_PARTS))
+            raise self._refusal(self.on_device, device_free, "free on the GPU")
+        host = tuple(name for name in PARTS if name not in self.on_device)
         if free is not None and self._sum(host) > free:
             raise self._refusal(host, free, "free")
         return self
@@ -90,34 +92,40 @@ _ADVICE = {
     "conversations": "export it, or build its engines, with a smaller --context, or answer fewer questions at a time "
     "([limits] concurrent in bundle.toml)",
     "pictures": "set a smaller max_pixels in the checkpoint's preprocessor_config.json and export it again",
+    "vectors": "leave out a pack, or search it on the CPU",
     "index": "leave out a pack, or build it with a smaller index",
 }
 
 
 def fit_memory(
-    bundle: Bundle, engines: EngineSet | None = None, on_plan: Callable[[MemoryPlan], None] | None = None
+    bundle: Bundle, engines: EngineSet | None = None, on_plan: Callable[[MemoryPlan], None] | None = None, *,
+    search: str = CPU_SEARCH,
 ) -> None:
     """Reckon what a bundle will take, tell it to `on_plan`, and refuse with NotEnoughMemory what does not fit here."""
-    device_free, integrated = (None, False) if engines is None else _device()
-    plan = plan_memory(bundle, engines, integrated=integrated)
+    device_free, integrated = (None, False) if engines is None and search == CPU_SEARCH else _device()
+    plan = plan_memory(bundle, engines, search=search, integrated=integrated)
     if on_plan is not None:
         on_plan(plan)
     plan.check(free_memory(), device_free)
 
 
-def plan_memory(bundle: Bundle, engines: EngineSet | None = None, *, integrated: bool = False) -> MemoryPlan:
-    """What an opened bundle takes at most. Raises ArtifactError where a part cannot be read.
+def plan_memory(
+    bundle: Bundle, engines: EngineSet | None = None, *, search: str = CPU_SEARCH, integrated: bool = False
+) -> MemoryPlan:
+    """What an opened bundle takes at most. Raises ArtifactError where a part cannot be read, BackendError of engines.
 
-    `engines` run on a GPU, in its own memory or, if it is `integrated`, in the host's.
+    `engines` run on a GPU, and one of `SEARCHES` may search there, in its own memory or, if it is `integrated`, in the
+    host's.
     """
-    packs = [0 if pack in bundle.servers else _index_bytes(pack) for pack in bundle.packs]
-    index, switch = sum(packs), max(packs)
+    packs = [pack for pack in bundle.packs if pack not in bundle.servers]
+    indexes = [_index_bytes(pack, search) for pack in packs]
+    index, switch, vectors = sum(indexes), max(indexes, default=0), _vectors_bytes(packs, search)
     if engines is None:
         index += _bytes(bundle.encoder)
-    on_device = engines is not None and not integrated
-    towers = 0 if engines is None else engines.bytes((IMAGE, TEXT))
-    if not isinstance(bundle.policy, Path):
-        return MemoryPlan(towers, 0, 0, 0, index, switch, on_device=on_device)  # another server holds the policy
+    on_device = _on_device(engines, search) if not integrated else ()
+    towers = 0 if engines is None else engines.bytes((IMAGE, TEXT, SEARCH) if search == TENSORRT else (IMAGE, TEXT))
+    if not isinstance(bundle.policy, Path):  # another server holds the policy
+        return MemoryPlan(towers, 0, 0, 0, index, switch, vectors=vectors, on_device=on_device)
     manifest = read_manifest(bundle.policy)
     context, wide = (manifest.max_context, FLOAT_BYTES) if engines is None else (engines.built.context, HALF_BYTES)
     return MemoryPlan(
@@ -128,6 +136,7 @@ def plan_memory(bundle: Bundle, engines: EngineSet | None = None, *, integrated:
         prefill=prefill_bytes(manifest.text),
         index=index,
         switch=switch,
+        vectors=vectors,
         on_device=on_device,
     )
 
@@ -177,11 +186,35 @@ def _device() -> tuple[int | None, bool]:
         return None, False  # opening the engines says what is wrong
 
 
-def _index_bytes(pack: Path) -> int:
-    """What the search holds in memory; vectors that candidates are compared with are read as they are needed."""
+def _on_device(engines: EngineSet | None, search: str) -> tuple[str, ...]:
+    return (() if engines is None else ENGINE_PARTS) + (() if search == CPU_SEARCH else SEARCH_PARTS)
+
+
+def _vectors_bytes(packs: Iterable[Path], search: str) -> int:
+    """What a search by a GPU holds there."""
+    if search == CPU_SEARCH:
+        return 0
+    if search == FAISS_GPU:
+        from gog_edge.retrieval.gpu_index import TEMP_BYTES as SCRATCH_BYTES
+        from gog_edge.retrieval.gpu_index import vectors_bytes
+    else:
+        from gog_edge.retrieval.gpu_search import SCRATCH_BYTES, vectors_bytes
+    taken = [sum(vectors_bytes(space.rows, dim) for space in spaces) for spaces, dim in map(_spaces, packs)]
+    return SCRATCH_BYTES + sum(taken) + max(taken, default=0)
+
+
+def _index_bytes(pack: Path, search: str) -> int:
+    """What the search holds in the host's memory; vectors that candidates are compared with are read as needed."""
+    spaces, dim = _spaces(pack)
+    if search != CPU_SEARCH:
+        return sum(space.rows * ID_BYTES for space in spaces)
+    return sum(_space_bytes(pack, space, dim) for space in spaces)
+
+
+def _spaces(pack: Path) -> tuple[tuple[Space, ...], int]:
+    """All that is searched of a pack, and its vectors' dimensions."""
     manifest = read_pack(pack)
-    dim = 0 if manifest.encoder is None else manifest.encoder.dim
-    return sum(_space_bytes(pack, space, dim) for space in (manifest.images, manifest.captions))
+    return (manifest.images, manifest.captions), 0 if manifest.encoder is None else manifest.encoder.dim
 
 
 def _space_bytes(pack: Path, space: Space, dim: int) -> int:

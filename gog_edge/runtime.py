@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
@@ -15,7 +16,7 @@ from gog_edge.agent.loop import Searcher, run_episode
 from gog_edge.agent.trace import TraceWriter
 from gog_edge.bundle import Bundle, Sample, open_bundle
 from gog_edge.config import Budget, Limits
-from gog_edge.engines.choice import EngineChoice, EngineSet
+from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, EngineChoice, EngineSet
 from gog_edge.errors import BackendError, NotEnoughMemory, NotFound
 from gog_edge.picture import Picture, decode_picture
 from gog_edge.planner import MemoryPlan, fit_memory
@@ -25,7 +26,7 @@ from gog_edge.types import ImageQuery, PackState, Query, SearchResult, TextQuery
 
 if TYPE_CHECKING:
     from gog_edge.retrieval.encoder import Encoder
-    from gog_edge.retrieval.pack import Pack
+    from gog_edge.retrieval.pack import MakeIndex, Pack
 
 T = TypeVar("T")
 OnPlan: TypeAlias = Callable[[MemoryPlan], None]
@@ -143,6 +144,11 @@ class Runtime:
                                  workflow=Workflow.FULL_IMAGE):
                 pass
 
+    def close(self) -> None:
+        """Close the packs, and what searches them; what is lent stays open until it is given back."""
+        if self.packs is not None:
+            self.packs.close()
+
     def _lease(self) -> AbstractContextManager[Library]:
         return self._there(self.packs).lease()
 
@@ -157,14 +163,17 @@ def open_runtime(
 ) -> Runtime:
     """Open every part of a bundle. Raises ArtifactError or BackendError naming the part and what to do.
 
-    `choice`: what runs the graphs. `on_plan` is told what it will take of the memory before anything is loaded;
-    NotEnoughMemory when that is not free.
+    `choice`: what runs the graphs and searches the packs. `on_plan` is told what it will take of the memory before
+    anything is loaded; NotEnoughMemory when that is not free.
     """
     bundle = open_bundle(folder)
     engines = choice.read(bundle.root)
-    fit_memory(bundle, engines, on_plan)
-    packs = open_packs(bundle, threads=threads, engines=engines)
-    policy = open_policy(bundle, threads=threads, engines=engines)
+    fit_memory(bundle, engines, on_plan, search=choice.search)
+    packs = open_packs(bundle, threads=threads, engines=engines, search=choice.search)
+    with ExitStack() as opened:
+        opened.callback(packs.close)
+        policy = open_policy(bundle, threads=threads, engines=engines)
+        opened.pop_all()
     return Runtime(bundle.name, policy, packs, bundle.limits, bundle.samples)
 
 
@@ -175,40 +184,67 @@ def open_missing(
 
     Raises ArtifactError where a part of the bundle itself cannot be opened.
     """
-    try:
-        engines = choice.read(bundle.root)
-        if runtime.packs is None:
-            fit_memory(bundle, engines, on_plan)
-            runtime = replace(runtime, packs=open_packs(bundle, threads=threads, engines=engines))
-        whole = replace(runtime, policy=open_policy(bundle, threads=threads, engines=engines), failure="")
-        whole.warm_up()
+    with ExitStack() as opened:
+        try:
+            engines = choice.read(bundle.root)
+            if runtime.packs is None:
+                fit_memory(bundle, engines, on_plan, search=choice.search)
+                packs = open_packs(bundle, threads=threads, engines=engines, search=choice.search)
+                opened.callback(packs.close)
+                runtime = replace(runtime, packs=packs)
+            whole = replace(runtime, policy=open_policy(bundle, threads=threads, engines=engines), failure="")
+            whole.warm_up()
+        except UNAVAILABLE as exc:
+            whole = replace(runtime, failure=str(exc))
+        opened.pop_all()
         return whole
-    except UNAVAILABLE as exc:
-        return replace(runtime, failure=str(exc))
 
 
-def open_packs(bundle: Bundle, *, threads: int, engines: EngineSet | None = None) -> Packs:
-    """The bundle's packs with its encoder, which searches them. Raises as `open_runtime` does."""
+def open_packs(
+    bundle: Bundle, *, threads: int, engines: EngineSet | None = None, search: str = CPU_SEARCH
+) -> Packs:
+    """The bundle's packs with its encoder, and what searches them. Raises as `open_runtime` does."""
     from gog_edge.retrieval.encoder import Encoder  # engines load here: a runtime around other parts needs none
     from gog_edge.retrieval.shelf import Shelf
 
     encoder = Encoder.open(bundle.encoder, threads=threads, engines=engines)
-    return Shelf(bundle.packs, encoder, pack_opener(bundle))
+    with ExitStack() as opened:
+        opener = pack_opener(bundle, _gpu_search(search, engines, opened))
+        return Shelf(bundle.packs, encoder, opener, opened.pop_all().close)
 
 
-def pack_opener(bundle: Bundle) -> Callable[[Path, Encoder], Pack]:
+def _gpu_search(search: str, engines: EngineSet | None, opened: ExitStack) -> MakeIndex | None:
+    """What puts a pack's vectors on the GPU, and in `opened` what ends it; None where packs' own indexes search."""
+    if search == CPU_SEARCH:
+        return None
+    if search == FAISS_GPU:
+        from gog_edge.retrieval.gpu_index import Gpu
+
+        return opened.enter_context(closing(Gpu())).index
+    from gog_edge.retrieval.gpu_search import TrtVectorIndex
+
+    if engines is None:
+        raise BackendError(f"search '{search}' is an engine, and none are read; name the engines, too")
+    graph = engines.open_search()
+    return lambda shards, gone: TrtVectorIndex.on_gpu(graph, shards, tombstones=gone)
+
+
+def pack_opener(bundle: Bundle, make_index: MakeIndex | None = None) -> Callable[[Path, Encoder], Pack]:
     """How the bundle's packs are opened: with their own vectors, or those that a Milvus server searches.
+
+    `make_index` searches their own vectors in place of their own indexes.
 
     Raises BackendError where a server is named that cannot be reached.
     """
     from gog_edge.retrieval.pack import Pack
 
     if not bundle.servers:
-        return Pack.open
+        return partial(Pack.open, make_index=make_index)
     from gog_edge.retrieval.server import MilvusServer
 
     servers = {pack: MilvusServer.open(config) for pack, config in bundle.servers.items()}
-    return lambda pack, encoder: Pack.open(pack, encoder, servers[pack].index if pack in servers else None)
+    return lambda pack, encoder: Pack.open(pack, encoder, servers[pack].index if pack in servers else None,
+                                           make_index=make_index)  # fmt: skip
 
 
 def open_policy(bundle: Bundle, *, threads: int, engines: EngineSet | None = None) -> Policy:

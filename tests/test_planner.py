@@ -10,7 +10,7 @@ from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
 from gog_edge.engines.choice import EngineChoice
 from gog_edge.errors import InputError, NotEnoughMemory
 from gog_edge.files import write_json
-from gog_edge.planner import MemoryPlan, as_size, free_memory, kv_bytes, parse_size, plan_memory
+from gog_edge.planner import ENGINE_PARTS, MemoryPlan, as_size, free_memory, kv_bytes, parse_size, plan_memory
 from gog_edge.policy.manifest import read_manifest
 from gog_edge.retrieval.encoder import Fingerprint
 from gog_edge.retrieval.index import IndexEntry
@@ -101,7 +101,7 @@ def test_of_a_policy_elsewhere_only_the_encoders_engines_are_here(toy):  # noqa:
     (2**30, 2**40, "1.0 GiB are free: leave out a pack"),
 ])
 def test_what_does_not_fit_the_gpu_or_the_host_beside_it_is_refused(free, device_free, says):
-    plan = MemoryPlan(4 * 2**30, 2**28, 2**28, 2**28, index=3 * 2**30, on_device=True)
+    plan = MemoryPlan(4 * 2**30, 2**28, 2**28, 2**28, index=3 * 2**30, on_device=ENGINE_PARTS)
     with pytest.raises(NotEnoughMemory, match=says):
         plan.check(free, device_free)
     assert plan.check(4 * 2**30, 5 * 2**30) is plan and plan.check(None, None) is plan

@@ -4,15 +4,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tensorrt_rtx_bindings as true_trt
 from host_gpu import HostRuntime, HostTensorRT, write_plan
 
-from gog_edge.engines.built import DECODER, IN_PLACE, NEW_ROWS, TENSORRT_RTX, VISION, BuiltEngines, BuiltGraph
+from gog_edge.engines import trt as engines
+from gog_edge.engines.built import (
+    DECODER,
+    IN_PLACE,
+    MANIFEST,
+    NEW_ROWS,
+    SEARCH,
+    TENSORRT_RTX,
+    VISION,
+    BuiltEngines,
+    BuiltGraph,
+)
 from gog_edge.engines.cuda import Cuda
 from gog_edge.engines.trt_decoder import TrtDecoder
 from gog_edge.engines.trt_graph import TrtGraph
-from gog_edge.engines.trt_plan import Plan
+from gog_edge.engines.trt_plan import MODULES, Plan
 from gog_edge.exporting.engine_profiles import vision_profiles
+from gog_edge.exporting.engine_sources import bundle_graphs, search_source
 from gog_edge.exporting.lift import lift_graph
+from gog_edge.exporting.search_graph import write_search_graph
+from gog_edge.files import describe_files, write_json
 from gog_edge.policy.manifest import read_manifest
 
 CONTEXT = 64
@@ -53,6 +68,36 @@ def step_profiles(spec, steps=((1, 1, 8), (1, 16, 32))):
             profile["deepstack"] = [(spec.deepstack, t, spec.hidden) for t in step]
         profiles.append({name: tuple(shapes) for name, shapes in profile.items()})
     return tuple(profiles)
+
+
+def write_engines(bundle, out, cache=IN_PLACE, *, search=True):
+    """All engines of a bundle, as the builder leaves them, but for the plans."""
+    found, described = bundle_graphs(bundle, 2048), []
+    out.mkdir(parents=True, exist_ok=True)
+    for graph in (*found.graphs, *[search_source(found.dim)] * search):
+        decoder = graph.name == DECODER
+        if graph.name == SEARCH:
+            write_search_graph(out / f"{graph.name}.onnx", found.dim)
+        else:
+            lift_graph(graph.path, out / f"{graph.name}.onnx", KINDS[cache], context=found.context * decoder)
+        write_plan(out / f"{graph.name}.engine", out / f"{graph.name}.onnx", graph.profiles)
+        sources = {entry.path: entry.sha256 for entry in graph.files}
+        described.append(BuiltGraph(graph.name, f"{graph.name}.engine", sources, cache * decoder, graph.profiles))
+    files = describe_files(out, [graph.file for graph in described])
+    built = BuiltEngines(TENSORRT_RTX, true_trt.__version__, (89,), found.context, tuple(described), {}, tuple(files))
+    write_json(out / MANIFEST, built.to_json())
+    return out
+
+
+@pytest.fixture
+def host_gpu(monkeypatch):
+    """Where NVIDIA's modules would be asked for, the host's stand."""
+    device = HostRuntime(2**31)
+    module = HostTensorRT(device)
+    monkeypatch.setattr(engines, "trt_module", lambda engine: module)
+    monkeypatch.setattr(Cuda, "open", classmethod(lambda cls, index=0: cls(device, index)))
+    assert MODULES[TENSORRT_RTX] == true_trt.__name__
+    return device
 
 
 @pytest.fixture(scope="session")

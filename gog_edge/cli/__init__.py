@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,8 @@ EngineOption = Annotated[str, typer.Option("--engine", help="What runs the graph
                                            "tensorrt-rtx.")]
 EnginesOption = Annotated[Path | None, typer.Option("--engines", help="Folder of built engines; engines/ENGINE in the "
                                                     "bundle when left out.")]
+SearchOption = Annotated[str, typer.Option("--search", help="What searches the packs: cpu (their own indexes), "
+                                           "faiss-gpu, or tensorrt (an engine).")]
 
 
 def main() -> None:
@@ -49,6 +52,7 @@ def serve(
     traces: Annotated[Path | None, typer.Option(help="Folder that gets a trace of each question.")] = None,
     engine: EngineOption = "ort",
     engines: EnginesOption = None,
+    search: SearchOption = "cpu",
 ) -> None:
     """Serve a bundle to browsers and programs."""
     from gog_edge.config import ServeConfig
@@ -57,7 +61,7 @@ def serve(
 
     with errors_shown():
         config = ServeConfig(host=host, port=port, threads=threads, traces=traces)
-        run(_folder(bundle), config, EngineChoice(engine, engines))
+        run(_folder(bundle), config, EngineChoice(engine, engines, search))
 
 
 @app.command()
@@ -71,6 +75,7 @@ def ask(
     threads: ThreadsOption = 0,
     engine: EngineOption = "ort",
     engines: EnginesOption = None,
+    search: SearchOption = "cpu",
 ) -> None:
     """Ask one question about a picture."""
     from gog_edge.config import ServeConfig
@@ -78,10 +83,11 @@ def ask(
     from gog_edge.runtime import open_runtime
 
     with errors_shown():
-        chosen, choice = _workflow(workflow), EngineChoice(engine, engines)
+        chosen, choice = _workflow(workflow), EngineChoice(engine, engines, search)
         data = _read(image)
-        runtime = open_runtime(_folder(bundle), threads=ServeConfig(threads=threads).cores, choice=choice)
-        record = _answer(runtime, data, question, chosen, trace, quiet=as_json)
+        cores = ServeConfig(threads=threads).cores
+        with closing(open_runtime(_folder(bundle), threads=cores, choice=choice)) as runtime:
+            record = _answer(runtime, data, question, chosen, trace, quiet=as_json)
     if as_json:
         typer.echo(json.dumps(record.to_json(), ensure_ascii=False))
 

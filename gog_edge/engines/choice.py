@@ -1,4 +1,4 @@
-"""Which runtime runs a bundle's graphs: what was chosen on the command line, and the built engines that it leads to."""
+"""What runs a bundle's graphs and searches its packs, as chosen on the command line; the built engines it leads to."""
 
 from __future__ import annotations
 
@@ -8,20 +8,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gog_edge.engines.built import CACHE, ENGINES, FOLDER, ORT, ORT_CUDA, BuiltEngines, build_command, read_built
+from gog_edge.engines.built import (
+    CACHE,
+    ENGINES,
+    FOLDER,
+    ORT,
+    ORT_CUDA,
+    SEARCH,
+    TENSORRT,
+    TENSORRT_ENGINES,
+    BuiltEngines,
+    build_command,
+    read_built,
+)
 from gog_edge.errors import ArtifactError, BackendError, InputError
 
 if TYPE_CHECKING:  # a box that serves on the CPU loads no other runtime, nor a part of one
     from gog_edge.engines.base import DecoderEngine, GraphEngine
     from gog_edge.engines.trt_decoder import DecoderShape
+    from gog_edge.engines.trt_graph import TrtGraph
+
+CPU_SEARCH, FAISS_GPU = "cpu", "faiss-gpu"
+SEARCHES = (CPU_SEARCH, FAISS_GPU, TENSORRT)  # that packs can be searched with: their own indexes, or a GPU
 
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """One of `ENGINES`, and where its engines lie. InputError for a runtime that there is not, or that needs none."""
+    """One of `ENGINES`, where its engines lie, and one of `SEARCHES`. InputError for what there is not or cannot be."""
 
     engine: str = ORT
     folder: Path | None = None  # of built engines; None: the bundle's own for that runtime
+    search: str = CPU_SEARCH
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -29,11 +46,21 @@ class EngineChoice:
         if self.folder is not None and not self.built:
             raise InputError(f"'{self.folder}' is a folder of built engines, and '{ORT}' runs the bundle's own graphs; "
                              "name the engine that they were built for, too")
+        if self.search not in SEARCHES:
+            raise InputError(f"there is no search '{self.search}'; known are {', '.join(SEARCHES)}")
+        if self.search == TENSORRT and self.engine not in TENSORRT_ENGINES:
+            raise InputError(f"search '{TENSORRT}' is an engine of {' or '.join(TENSORRT_ENGINES)}, asked for is "
+                             f"'{self.engine}'; ask for one of these engines, or for search '{FAISS_GPU}'")
 
     @property
     def built(self) -> bool:
         """Whether engines run that were built from the bundle's graphs, not these graphs themselves."""
         return self.engine != ORT
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is needed: what it is to run may be away now and there later."""
+        return self.built or self.search != CPU_SEARCH
 
     def read(self, bundle: Path) -> EngineSet | None:
         """The bundle's engines, checked and not yet opened; None where its own graphs run. Raises BackendError."""
@@ -77,9 +104,18 @@ class EngineSet:
 
             return open_decoder(self.folder, self.built, spec)
 
+    def open_search(self) -> TrtGraph:
+        """The exact search, of TensorRT's engines alone; several packs may share it."""
+        with _mended_by(self.built.rebuild(str(self.bundle))):
+            from gog_edge.engines.trt import open_plan
+            from gog_edge.engines.trt_graph import TrtGraph
+
+            return TrtGraph(open_plan(self.folder, self.built, SEARCH), captured=0)  # blocks of vectors are many
+
     def bytes(self, names: Sequence[str]) -> int:
         """Size of some graphs' engines with their weights."""
-        stems = tuple(self.built.graph(name).file for name in names)
+        with _mended_by(self.built.rebuild(str(self.bundle))):
+            stems = tuple(self.built.graph(name).file for name in names)
         return sum(entry.size for entry in self.built.files if entry.path.startswith(stems))
 
     def cache(self) -> Path:
@@ -98,5 +134,7 @@ def _mended_by(command: str) -> Iterator[None]:
     try:
         yield
     except ArtifactError as exc:
-        mend = "" if command in str(exc) else f"; build them again: {command}"
-        raise BackendError(f"{exc}{mend}") from exc
+        said = str(exc)
+        if command not in said:
+            said = f"{said.partition('; build them again')[0]}; build them again: {command}"
+        raise BackendError(said) from exc

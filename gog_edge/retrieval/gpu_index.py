@@ -77,12 +77,18 @@ class OneThread:
 class Gpu:
     """A GPU, scratch memory on it, and the one thread that uses both; the indexes of several packs may share it."""
 
+    _resources: Any = None
+
     def __init__(self, device: int = 0, temp_bytes: int = TEMP_BYTES) -> None:
         """Raises BackendError as `check_gpu` does, OutOfDeviceMemory where there is no room for `temp_bytes`."""
         check_gpu(device)
         self.device = device
         self._owner = OneThread()
-        self._resources = self.call(lambda: _resources(temp_bytes))
+        try:
+            self._resources = self.call(lambda: _resources(temp_bytes))
+        except BaseException:
+            self._owner.close()
+            raise
 
     def call(self, work: Callable[[], _T]) -> _T:
         """Do FAISS's work in the owner's thread. Raises BackendError where it refuses."""
@@ -110,8 +116,13 @@ class Gpu:
         return GpuVectorIndex.on_gpu(shards, self, tombstones=tombstones)
 
     def close(self) -> None:
-        """End the thread; what lies on the GPU must be gone. A second time does nothing."""
+        """Give back the scratch memory and end the thread; indexes must be closed before. Twice does nothing."""
+        if self._resources is not None:
+            self.call(self._forget)
         self._owner.close()
+
+    def _forget(self) -> None:
+        self._resources = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ QUERIES = BATCH  # at once
 # Two products that are rounded to halves may be one unit of roundoff of 1 off each.
 SLACK = np.float32(2 * 2**-11)
 HALF = np.dtype(np.float16)
+SCRATCH_BYTES = QUERIES * BLOCK_ROWS * HALF.itemsize  # products of one block
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,10 @@ class TrtPart:
 class TrtVectorIndex(VectorIndex):
     """The exactly nearest vectors of a pack's space, as `VectorIndex` tells them, proposed by TensorRT."""
 
+    def __init__(self, part: TrtPart, tombstones: Ids) -> None:
+        super().__init__(part, None, part.shards, tombstones, threads=1)
+        self._blocks = part.blocks
+
     @classmethod
     def on_gpu(cls, graph: TrtGraph, shards: VectorShards, *, tombstones: Ids) -> TrtVectorIndex:
         """Copy all vectors to the GPU; `graph` is an engine of `SEARCH`, opened with `captured=0`: blocks are many.
@@ -89,7 +94,17 @@ class TrtVectorIndex(VectorIndex):
             OutOfDeviceMemory: they do not fit.
             PackError: the shards' files are damaged.
         """
-        return cls(TrtPart.filled(graph, shards), None, shards, tombstones, threads=1)
+        return cls(TrtPart.filled(graph, shards), tombstones)
+
+    def close(self) -> None:
+        """Give back the GPU's memory; nobody may be searching. A second time does nothing."""
+        super().close()
+        self._blocks.clear()
+
+
+def vectors_bytes(rows: int, dim: int) -> int:
+    """Memory that rows take on a GPU: halves, as many as there must be at least."""
+    return max(rows, NEAREST) * dim * HALF.itemsize if rows else 0
 
 
 def _block(graph: TrtGraph, shards: VectorShards, first: int) -> Block:

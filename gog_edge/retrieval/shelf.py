@@ -51,22 +51,29 @@ class _Place:
 class Shelf:
     """Packs of one encoder that may get new generations while they are read."""
 
-    def __init__(self, folders: Sequence[Path], encoder: Encoder, open_pack: OpenPack = Pack.open) -> None:
-        """Open every pack. Raises PackError as `Pack.open` and `Retriever` do."""
-        self._encoder, self._open_pack = encoder, open_pack
+    def __init__(self, folders: Sequence[Path], encoder: Encoder, open_pack: OpenPack = Pack.open,
+                 on_closed: Callable[[], None] | None = None) -> None:
+        """Open every pack. Raises PackError as `Pack.open` and `Retriever` do.
+
+        `on_closed` ends what packs are opened with: it is called when the last one is closed, also where opening fails,
+        and may be called twice.
+        """
+        self._encoder, self._open_pack, self._on_closed = encoder, open_pack, on_closed
         self._places = [_Place(folder) for folder in folders]
         self._lock = threading.Lock()  # of who uses what: held for a moment only
         self._looking = threading.Lock()
         self._woken = threading.Event()
+        self._edition: _Edition | None = None
         self._retired: list[_Edition] = []
+        self._held = 0  # packs that are open, or are being opened
         packs: list[Pack] = []
         try:
             for place in self._places:
                 packs.append(self._open(place))
-            self._edition: _Edition | None = _Edition(Retriever(encoder, packs), tuple(packs))
+            self._edition = _Edition(Retriever(encoder, packs), tuple(packs))
         except BaseException:
             for pack in packs:
-                pack.close()
+                self._give_back(pack)
             raise
 
     @contextmanager
@@ -145,7 +152,7 @@ class Shelf:
             edition = _Edition(Retriever(self._encoder, packs), packs)
         except Exception as exc:  # whatever is wrong with the new generation, the old one goes on
             if pack is not None:
-                pack.close()
+                self._give_back(pack)
             self._refuse(place, exc)
             return
         with self._lock:
@@ -155,7 +162,7 @@ class Shelf:
                 self._retired.append(served)
                 place.switches, place.refused = place.switches + 1, ""
         if closed:
-            pack.close()
+            self._give_back(pack)
             return
         self._close_unused()
         _log.info("pack '%s': generation %d is served", pack.name, pack.manifest.generation)
@@ -169,7 +176,17 @@ class Shelf:
         place.refusals, place.refused = place.refusals + 1, reason
 
     def _open(self, place: _Place) -> Pack:
-        """The generation in force; anew where another one comes into force while this one is opened."""
+        """The generation in force; held until it is given back."""
+        with self._lock:
+            self._held += 1
+        try:
+            return self._open_latest(place)
+        except BaseException:
+            self._give_back(None)
+            raise
+
+    def _open_latest(self, place: _Place) -> Pack:
+        """Anew where another generation comes into force while this one is opened."""
         for _ in range(TRIES - 1):
             place.mark = _mark_of(place.folder)
             try:
@@ -201,7 +218,19 @@ class Shelf:
             kept = {id(pack) for edition in (*self._retired, self._edition) if edition for pack in edition.packs}
         for pack in (pack for edition in unused for pack in edition.packs):
             if id(pack) not in kept:
+                self._give_back(pack)
+
+    def _give_back(self, pack: Pack | None) -> None:
+        """Close a pack, or forget one that did not open."""
+        try:
+            if pack is not None:
                 pack.close()
+        finally:
+            with self._lock:
+                self._held -= 1
+                ended = self._edition is None and not self._held
+            if ended and self._on_closed is not None:
+                self._on_closed()
 
 
 def _mark_of(folder: Path) -> _Mark:

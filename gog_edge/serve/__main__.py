@@ -14,7 +14,7 @@ from pathlib import Path
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.config import ServeConfig
 from gog_edge.engines.built import ENGINES, ORT
-from gog_edge.engines.choice import EngineChoice
+from gog_edge.engines.choice import CPU_SEARCH, SEARCHES, EngineChoice
 from gog_edge.errors import GogEdgeError
 from gog_edge.serve.server import serve
 
@@ -30,10 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--traces", type=Path, help="folder that gets a trace of each question (default: none is kept)")
     parser.add_argument("--engine", choices=ENGINES, default=ORT, help="what runs the graphs (default: %(default)s)")
     parser.add_argument("--engines", type=Path, help="folder of built engines (default: engines/ENGINE in the bundle)")
+    parser.add_argument("--search", choices=SEARCHES, default=CPU_SEARCH,
+                        help="what searches the packs (default: %(default)s)")
     options = parser.parse_args(argv)
     try:
         config = ServeConfig(host=options.host, port=options.port, threads=options.threads, traces=options.traces)
-        serve(options.bundle, config, EngineChoice(options.engine, options.engines))
+        serve(options.bundle, config, EngineChoice(options.engine, options.engines, options.search))
     except GogEdgeError as exc:
         sys.stderr.write(f"gog_edge: {exc}\n")
         return 2

@@ -29,7 +29,8 @@ GRACE = 5  # seconds that running questions get when the server is stopped
 def serve(bundle: Path, config: ServeConfig, choice: EngineChoice = CPU) -> None:
     """Serve a bundle; says in one line what it takes, and in one where it is, once it answers. Returns when stopped.
 
-    Built engines that cannot be had, or that a GPU loses, leave it up and not ready, saying why; it goes on trying.
+    A GPU that is chosen for engines or search, and cannot be had or is lost, leaves it up and not ready, saying why; it
+    goes on trying.
 
     Raises BackendError when the port is not to be had, ArtifactError when a part of the bundle is not.
     """
@@ -53,16 +54,19 @@ def run(supervisor: Supervisor, listener: socket.socket, config: ServeConfig) ->
 
 
 def supervise(folder: Path, threads: int, choice: EngineChoice) -> Supervisor:
-    """Open a bundle, or with built engines as much of it as can be had. Raises as `serve` does."""
-    if not choice.built:
+    """Open a bundle, or where a GPU is needed as much of it as can be had. Raises as `serve` does."""
+    if not choice.on_gpu:
         runtime = open_runtime(folder, threads=threads, on_plan=_say_plan)
         runtime.warm_up()
         return Supervisor(runtime)
     bundle = open_bundle(folder)
     mend = partial(open_missing, bundle=bundle, threads=threads, choice=choice)
     runtime = mend(Runtime(bundle.name, None, None, bundle.limits, bundle.samples), on_plan=_say_plan)
-    if runtime.failure:
-        bundle.verify(full=False)  # parts that were not reached yet: what is wrong with them does not pass
+    with contextlib.ExitStack() as opened:
+        opened.callback(runtime.close)
+        if runtime.failure:
+            bundle.verify(full=False)  # parts that were not reached yet: what is wrong with them does not pass
+        opened.pop_all()
     return Supervisor(runtime, mend)
 
 

@@ -341,3 +341,27 @@ def test_no_search_fails_while_generations_come_and_go(shelf, folder, tiny_encod
         for thread in threads:
             thread.join()
     assert not failures and len(lent) >= 4 and generation(shelf) == 11
+
+
+def test_what_packs_are_opened_with_ends_after_the_last_pack(folder, tiny_encoder, opened):
+    """Also where a new generation is being opened when the shelf is closed."""
+    ended = []
+
+    def open_pack(folder, encoder):
+        pack = opened(folder, encoder)
+        if len(opened.packs) == 2:
+            shelf.close()
+            assert opened.open == [2] and not ended
+        return pack
+
+    shelf = Shelf([folder], tiny_encoder, open_pack, lambda: ended.append(opened.open))
+    remove(folder, articles=["Spain"])
+    shelf.refresh()
+    assert ended == [[]]
+
+
+def test_what_packs_are_opened_with_ends_where_one_does_not_open(folder, tiny_encoder, opened, tmp_path):
+    ended = []
+    with pytest.raises(PackError):
+        Shelf([folder, tmp_path / "none"], tiny_encoder, opened, lambda: ended.append(opened.open))
+    assert ended == [[]]

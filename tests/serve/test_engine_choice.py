@@ -290,5 +290,5 @@ def test_serving_on_the_processor_loads_no_part_of_another_runtime():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT, check=True)
     loaded = set(done.stdout.split())
     assert "gog_edge.engines.ort" in loaded
-    assert not {name for name in loaded if name.startswith("gog_edge.engines.trt")}
+    assert not {name for name in loaded if name.startswith(("gog_edge.engines.trt", "gog_edge.retrieval.gpu"))}
     assert not {name for name in loaded if name.split(".")[0] in ("cuda", "tensorrt", "tensorrt_rtx_bindings")}
