@@ -4,8 +4,8 @@
 becomes its in-place cache, Attention its fused attention. `decomposed` (opset 21) is for TensorRT before that, which
 has neither. `half` keeps ONNX Runtime's own operators, for its CUDA provider.
 
-All compute in half precision, but for what that spoils: norms, softmax, and the stream that a decoder's and a vision
-tower's blocks add to stay in single precision, as do inputs and outputs.
+Products and attention are half precision; all between them is single: norms, what products are added to, activations,
+and the softmax where attention is taken apart. Inputs and outputs are single, too, but for a decoder's caches.
 """
 
 from __future__ import annotations

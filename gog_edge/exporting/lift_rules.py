@@ -16,7 +16,10 @@ from gog_edge.exporting.lift_values import Rewriter, attributes
 HALF = {"MatMul", "Gemm", "Conv", "Attention", "RotaryEmbedding"}
 WIDE = {"LayerNormalization", "LpNormalization", "Softmax", "ReduceL2", "ReduceMean", "Div", "Pow", "Sqrt", "Exp"}
 COUNTS = {"Shape", "ArgMax", "Equal", "Less", "LessOrEqual", "Greater", "Range"}
-WHERE_PATCHES_ENTER = "patch_embed"  # name of the weights whose product is the stream that a tower's blocks add to
+# Some checkpoints' products, and what they multiply, pass the largest half, 65,504 (Qwen2.5-VL's and Qwen3-VL's vision
+# towers do). So products are taken of values 64 times smaller, and grow back in single precision: exact but for values
+# below 0.004, which lose up to six of their bits. Runtimes fuse both with what stands beside.
+SMALLER = 2.0**-6
 
 
 class Lifter:
@@ -27,6 +30,7 @@ class Lifter:
         self.context = context
         self._whole: dict[str, str] = {}  # rows of whole numbers -> what they were before they were rounded
         self._scaled: set[str] = set()  # products of such rows, whose scales are in them already
+        self._weights: set[str] = set()  # constants under other names
 
     def lift(self) -> None:
         """Inputs, nodes, outputs."""
@@ -74,18 +78,29 @@ class Lifter:
     # --- products ---------------------------------------------------------------------------------
 
     def product(self, node: NodeProto, given: str, weight: str, bias: str = "") -> None:
-        """given @ weight + bias stands for the node's output."""
-        result = self.op("MatMul", self.rewriter.half(given), weight)
+        """given @ weight + bias stands for the node's output; `weight` is a value of the result, half."""
+        self.restore(node, self.op("MatMul", self.made_smaller(given), weight), bias)
+
+    def made_smaller(self, given: str) -> str:
+        """A factor of a product, half."""
+        kind = self.rewriter.kind(given)
+        factor = self.rewriter.scalar(SMALLER, kind)
+        return self.rewriter.cast(self.op("Mul", self.rewriter.value(given), factor, kind=kind), FLOAT16)
+
+    def restore(self, node: NodeProto, product: str, bias: str = "") -> None:
+        """What a product of a smaller factor should have been, wide, plus a bias, stands for the node's output."""
+        wide = self.rewriter.cast(product, FLOAT)
+        result = self.op("Mul", wide, self.rewriter.scalar(1 / SMALLER, FLOAT), kind=FLOAT)
         if bias:
-            result = self.op("Add", result, self.rewriter.half(bias))
-        if node.input[1].startswith(WHERE_PATCHES_ENTER):
-            self.rewriter.bind(node.output[0], self.rewriter.cast(result, FLOAT), FLOAT)
-        else:
-            self.rewriter.bind(node.output[0], result, FLOAT16)
+            result = self.op("Add", result, self.rewriter.wide(bias), kind=FLOAT)
+        self.rewriter.bind(node.output[0], result, FLOAT)
 
     def lift_MatMul(self, node: NodeProto) -> None:
         """In half precision."""
-        self.product(node, node.input[0], self.rewriter.half(node.input[1]))
+        if self.rewriter.is_constant(node.input[1]) or node.input[1] in self._weights:
+            self.product(node, node.input[0], self.rewriter.half(node.input[1]))
+        else:
+            self.lift_other(node)
 
     def lift_QuantizeLinear(self, node: NodeProto) -> None:
         """Rows that were rounded for a product of whole numbers are not rounded any more."""
@@ -112,8 +127,10 @@ class Lifter:
         """Weights stored in halves stay so; other numbers become wide."""
         given, wide = node.input[0], attributes(node)["to"] == FLOAT
         if wide and self.rewriter.kind(given):
-            kind = FLOAT16 if self.rewriter.is_constant(given) else FLOAT
+            weight = self.rewriter.is_constant(given)
+            kind = FLOAT16 if weight else FLOAT
             self.rewriter.bind(node.output[0], self.rewriter.value(given, kind), kind)
+            self._weights |= {node.output[0]} if weight else set()
         else:
             self.rewriter.ops(node, [self.rewriter.value(given)], [FLOAT if wide else 0])
 
@@ -126,15 +143,6 @@ class Lifter:
             self.rewriter.bind(node.output[0], rows, FLOAT16)
         else:
             self.lift_other(node)
-
-    def lift_LayerNormalization(self, node: NodeProto) -> None:
-        """Wide inside; half for the products that follow."""
-        self.lift_other(node)
-        self.narrow(node.output[0])
-
-    def narrow(self, old: str) -> None:
-        """From here on, a value goes on in half precision."""
-        self.rewriter.bind(old, self.rewriter.half(old), FLOAT16)
 
 
 class HalfLifter(Lifter):
@@ -168,21 +176,19 @@ class HalfLifter(Lifter):
         self.rewriter.ops(node, [self.rewriter.half(node.input[0])], [FLOAT16])
 
     def lift_MatMulNBits(self, node: NodeProto) -> None:
-        """Half, by half scales."""
+        """By blocks as they are; their scales, and what they are multiplied with, are half."""
         given, packed, scales, *more = node.input
-        inputs = [self.rewriter.half(given), self.rewriter.value(packed), self.rewriter.half(scales),
-                  *(self.rewriter.half(name) for name in more)]  # fmt: skip
-        self.rewriter.ops(node, inputs, [FLOAT16])
+        inputs = [self.made_smaller(given), self.rewriter.value(packed), self.rewriter.half(scales)]
+        product = self.op(node.op_type, *inputs, domain=node.domain, **attributes(node))
+        self.restore(node, product, more[-1] if more else "")
 
     def lift_SkipSimplifiedLayerNormalization(self, node: NodeProto) -> None:
-        """Sum and norm are wide; the norm goes on as half."""
+        """Sum and norm are wide."""
         inputs = [self.rewriter.wide(name) for name in node.input]
         self.rewriter.ops(node, inputs, [FLOAT] * len(node.output))
-        self.narrow(node.output[0])
 
     def lift_RMSNormalization(self, node: NodeProto) -> None:
         """By the name that the CUDA provider has had it under for longest."""
         normed = self.op("SimplifiedLayerNormalization", *(self.rewriter.wide(name) for name in node.input), kind=FLOAT,
                          **attributes(node))  # fmt: skip
         self.rewriter.bind(node.output[0], normed, FLOAT)
-        self.narrow(node.output[0])

@@ -6,6 +6,7 @@ import numpy as np
 from onnx import NodeProto, ValueInfoProto
 
 from gog_edge.engines.base import Array, Floats
+from gog_edge.errors import CheckpointError
 from gog_edge.exporting.graph import FLOAT, FLOAT16, INT64
 from gog_edge.exporting.lift_cache import CacheShape, StandardCache
 from gog_edge.exporting.lift_operators import StandardOperators
@@ -130,11 +131,11 @@ class StandardLifter(Lifter):
                            FLOAT16)  # fmt: skip
 
     def lift_RMSNormalization(self, node: NodeProto) -> None:
-        """Wide inside, half for the products that follow."""
+        """Wide."""
         self._norm(node.input[0], node.input[1], attributes(node)["epsilon"], node.output[0])
 
     def lift_SkipSimplifiedLayerNormalization(self, node: NodeProto) -> None:
-        """The sum stays wide; its norm goes on as half."""
+        """Sum and norm are wide."""
         total = self.op("Add", *(self.rewriter.wide(name) for name in node.input[:2]), kind=FLOAT)
         self.rewriter.bind(node.output[3], total, FLOAT)
         self._norm(node.output[3], node.input[2], attributes(node)["epsilon"], node.output[0])
@@ -142,14 +143,13 @@ class StandardLifter(Lifter):
     def _norm(self, value: str, scale: str, epsilon: float, output: str) -> None:
         normed = self.operators.rms_norm(self.rewriter.wide(value), self.rewriter.wide(scale), epsilon)
         self.rewriter.bind(output, normed, FLOAT)
-        self.narrow(output)
 
     def lift_QuickGelu(self, node: NodeProto) -> None:
-        """value * sigmoid(alpha * value)."""
-        value = self.rewriter.half(node.input[0])
-        alpha = self.rewriter.written(np.asarray(attributes(node)["alpha"], np.float32), "alpha")
-        gate = self.op("Sigmoid", self.op("Mul", value, alpha))
-        self.rewriter.bind(node.output[0], self.op("Mul", value, gate), FLOAT16)
+        """value * sigmoid(alpha * value), wide."""
+        value = self.rewriter.wide(node.input[0])
+        scaled = self.op("Mul", value, self.rewriter.scalar(attributes(node)["alpha"], FLOAT), kind=FLOAT)
+        result = self.op("Mul", value, self.op("Sigmoid", scaled, kind=FLOAT), kind=FLOAT)
+        self.rewriter.bind(node.output[0], result, FLOAT)
 
     def lift_ReduceMax(self, node: NodeProto) -> None:
         """Texts are taken at full length: TensorRT wants no shape that depends on what is read.
@@ -159,7 +159,9 @@ class StandardLifter(Lifter):
         if self.rewriter.kind(node.input[0]):
             self.lift_other(node)
         else:
-            tokens = next(value for value in self.rewriter.source.input if value.name == "tokens")
+            tokens = next((value for value in self.rewriter.source.input if value.name == "tokens"), None)
+            if tokens is None or not attributes(node).get("keepdims", 1):
+                raise CheckpointError(f"'{node.output[0]}' makes a shape depend on what is read; no rule for it")
             self.rewriter.bind(node.output[0], self.graph.ints(int(self.shape(tokens)[1]) - 1))
 
     def lift_Neg(self, node: NodeProto) -> None:

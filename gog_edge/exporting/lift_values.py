@@ -99,6 +99,14 @@ class Rewriter:
         self._kinds[value] = FLOAT16
         return value
 
+    def scalar(self, number: float, kind: int) -> str:
+        """A constant without dimensions, written once for each precision."""
+        name = f"{number!r}"
+        if (name, kind) not in self._cast:
+            array = np.asarray(number, np.float16 if kind == FLOAT16 else np.float32)
+            self._cast[name, kind] = self.graph.weight(array, "number")
+        return self._cast[name, kind]
+
     def _written(self, old: str, kind: int) -> str:
         array, name = self.constant(old), old.rsplit("_", 1)[0]
         if kind == FLOAT16:
