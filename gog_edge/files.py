@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Whole-file hashing at open is worth its time up to here; larger files are checked by size, and by `verify`.
 HASH_AT_OPEN_BYTES = 64 * 2**20
+MODEL_MANIFEST = "manifest.json"  # of policies and encoders; packs and engines name theirs
 BLOCK_BYTES = 2**20
 OTHER_FILES = 512  # that a process has open besides its vectors: connections, stores, models
 OnBytes: TypeAlias = Callable[[int], None]

@@ -17,7 +17,7 @@ from gog_edge.agent.trace import TraceWriter
 from gog_edge.bundle import Bundle, Sample, open_bundle
 from gog_edge.config import Budget, Limits
 from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, EngineChoice, EngineSet
-from gog_edge.errors import BackendError, NotEnoughMemory, NotFound
+from gog_edge.errors import BackendError, DeviceLost, NotEnoughMemory, NotFound
 from gog_edge.picture import Picture, decode_picture
 from gog_edge.planner import MemoryPlan, fit_memory
 from gog_edge.policy.base import Policy
@@ -84,6 +84,7 @@ class Runtime:
     limits: Limits = field(default_factory=Limits)
     samples: tuple[Sample, ...] = ()
     failure: str = ""  # why policy or packs are not open
+    lost: bool = False  # the GPU was, while they were opened: only another process may have them
 
     def ask(
         self,
@@ -182,8 +183,10 @@ def open_missing(
 ) -> Runtime:
     """Open and warm up what a runtime lacks. Where that cannot be had, its `failure` says why, and what is open stays.
 
+    Where the GPU is lost, nothing stays, and it is `lost`.
     Raises ArtifactError where a part of the bundle itself cannot be opened.
     """
+    given = runtime
     with ExitStack() as opened:
         try:
             engines = choice.read(bundle.root)
@@ -194,6 +197,8 @@ def open_missing(
                 runtime = replace(runtime, packs=packs)
             whole = replace(runtime, policy=open_policy(bundle, threads=threads, engines=engines), failure="")
             whole.warm_up()
+        except DeviceLost as exc:
+            return replace(given, policy=None, packs=None, failure=str(exc), lost=True)
         except UNAVAILABLE as exc:
             whole = replace(runtime, failure=str(exc))
         opened.pop_all()

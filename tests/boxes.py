@@ -115,7 +115,7 @@ CPU = {
 CUDA = {
     "onnxruntime": {"version": "1.31.1", "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"], "trouble": ""},
     "faiss": {"version": "1.15.1", "gpu": True, "gpus": 1},
-    "tensorrt_rtx_bindings": {"version": "1.7.1.116"},
+    "tensorrt_rtx_bindings": {"version": "1.7.1.116", "sms": [75, 80, 86, 89, 100, 120, 121]},
     "cuda.bindings": {"version": "13.5.0"},
 }
 JETPACK_7 = {**CPU, "tensorrt": {"version": "10.16.2.10"}, "cuda.bindings": {"version": "13.2.0"}}

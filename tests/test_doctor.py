@@ -185,7 +185,8 @@ def test_engines_of_another_release_or_gpu_are_told_with_the_command(tmp_path, v
     report = examine(DEFAULT_BUNDLE, TENSORRT_RTX, folder, box=box_of(pc(tmp_path), RTX, CUDA))
     (one,) = report.blocking
     assert said in one.said
-    assert one.remedy == f"python -m export.build_engines {DEFAULT_BUNDLE} --engine tensorrt-rtx --sm 89 --out {folder}"
+    command = f"python -m export.build_engines {DEFAULT_BUNDLE} --engine tensorrt-rtx --sm 89 --context 2048"
+    assert one.remedy == f"{command} --out {folder}"
 
 
 def test_a_truncated_engine(tmp_path):
@@ -242,10 +243,43 @@ def test_a_jetson_serves_with_jetpacks_tensorrt(tmp_path):
 
 
 def test_a_jetson_without_jetpacks_bindings(tmp_path):
-    report = examine(DEFAULT_BUNDLE, TENSORRT, box=box_of(agx_orin(tmp_path), ORIN, CPU))
+    report = examine(DEFAULT_BUNDLE, TENSORRT, box=box_of(orin_nano(tmp_path), ORIN, CPU))
     remedies = {one.what: one.remedy for one in report.blocking if one.part == "software"}
     assert "sudo apt install nvidia-jetpack" in remedies["tensorrt"]
-    assert remedies["cuda-bindings"] == "pip install 'cuda-bindings>=12,<13'"
+    assert remedies["cuda-bindings"] == "pip install 'cuda-bindings>=13,<14'"
+
+
+def test_jetpack_6_serves_on_the_processor_alone(tmp_path):
+    """Its TensorRT is for Python 3.10: what would install it refuses there."""
+    box = box_of(agx_orin(tmp_path), ORIN, CPU)
+    report = examine(DEFAULT_BUNDLE, TENSORRT, box=box)
+    jetpack = next(one for one in report.blocking if one.what == "JetPack")
+    assert jetpack.state is State.WRONG and "JetPack 7.2" in jetpack.remedy and "--cpu" in jetpack.remedy
+    assert {one.remedy for one in report.blocking if one.part == "software"} == {jetpack.remedy}
+    assert examine(DEFAULT_BUNDLE, box=box).to_json()["engines_that_work"] == ["ort"]
+
+
+@pytest.mark.parametrize(("sm", "bits", "said"), [
+    (61, 4, "SM 61 is older than 75"), (75, 4, "it builds no int4 engines for SM 75"), (75, 16, ""),
+    (130, 16, "1.7.1.116 builds no engines for SM 130"),
+])  # fmt: skip
+def test_a_gpu_that_tensorrt_for_rtx_builds_nothing_for(tmp_path, sm, bits, said):
+    bundle, gpus = tmp_path / "atlas", {**RTX, "gpus": [{**RTX["gpus"][0], "sm": sm}]}
+    shutil.copytree(DEFAULT_BUNDLE, bundle)
+    manifest = read_json(bundle / "policy" / "manifest.json", what="policy")
+    manifest["weights"]["decoder"] = {"bits": 4, "size": 128} if bits == 4 else None
+    write_json(bundle / "policy" / "manifest.json", manifest)
+    report = examine(bundle, TENSORRT_RTX, box=box_of(pc(tmp_path / "pc"), gpus, CUDA))
+    one = found(report, TENSORRT_RTX, "engines")
+    if said:
+        assert (one.state, one.said, one.remedy) == (State.WRONG, said, "ask for --engine ort-cuda")
+    else:
+        assert one.remedy == f"python -m export.build_engines {bundle} --engine tensorrt-rtx --sm 75"
+
+
+def test_tensorrt_for_rtx_says_what_it_builds_for():
+    pytest.importorskip("tensorrt_rtx_bindings")
+    assert {75, 86, 120} <= set(probe("tensorrt_rtx_bindings")["sms"])
 
 
 def test_a_jetson_that_is_too_old(tmp_path):

@@ -34,13 +34,14 @@ class Library:
     providers: tuple[str, ...] = ()  # of ONNX Runtime
     gpu: bool = False  # faiss: built for GPUs
     gpus: int = 0  # faiss: that it sees
+    sms: tuple[int, ...] = ()  # TensorRT for RTX: compute capabilities that it builds for
 
     @classmethod
     def looked_at(cls, name: str, look: Probe) -> Library:
         """What a look at it gives."""
         try:
             found = look(name)
-            return cls(**{**found, "providers": tuple(found.get("providers", ()))})
+            return cls(**{**found, "providers": tuple(found.get("providers", ())), "sms": tuple(found.get("sms", ()))})
         except (BackendError, TypeError) as exc:
             return cls(trouble=str(exc))
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from gog_edge.doctor.box import CUDA_BINDINGS, FAISS, ONNXRUNTIME, Box
 from gog_edge.doctor.finding import Finding, State
-from gog_edge.doctor.jetson import JETPACKS, Jetson
+from gog_edge.doctor.jetson import TENSORRT_LINUX, Jetson
 from gog_edge.doctor.nvidia import Gpu
 from gog_edge.doctor.probe import CUDA_PROVIDER
 from gog_edge.engines.built import BUILT_ENGINES, ENGINES, ORT_CUDA, TENSORRT_ENGINES, TENSORRT_RTX
-from gog_edge.engines.trt_plan import MODULES
+from gog_edge.engines.trt_plan import MODULES, NO_INT4
 from gog_edge.planner import as_size
 
 OK, MISSING, WRONG = State.OK, State.MISSING, State.WRONG
@@ -18,7 +18,10 @@ RTX_SM = 75  # the oldest GPUs that TensorRT for RTX builds for
 RTX_CUDA = (13, 0)  # its wheels are for this release; NVIDIA's drivers run it from 580 on
 NEW_DRIVER = "install NVIDIA's driver 580 or newer: sudo apt install nvidia-driver-580-open (Ubuntu), then restart"
 JETPACK = "sudo apt install nvidia-jetpack"
-FLASH = "flash JetPack 6 or 7 with NVIDIA's SDK Manager; see jetson/README.md"
+FLASH = ("flash JetPack 7.2 with NVIDIA's SDK Manager, or serve on the processor: bash jetson/install.sh --cpu "
+         "--python FILE; see jetson/README.md")  # fmt: skip
+NOT_RTX = "ask for --engine ort-cuda"
+NOT_RTX_JETSON = "ask for --engine tensorrt on a Jetson"
 
 
 def judge_box(box: Box) -> Iterator[Finding]:
@@ -36,8 +39,13 @@ def judge_box(box: Box) -> Iterator[Finding]:
 
 def _jetpack(jetson: Jetson) -> Finding:
     said = f"{jetson.jetpack or 'unknown'} (Jetson Linux {jetson.release or 'unknown'})"
-    fits = bool(jetson.linux) and jetson.linux[0] in JETPACKS
+    fits = _fits(jetson)
     return Finding("box", "JetPack", OK if fits else WRONG, said, "" if fits else FLASH, BUILT_ENGINES)
+
+
+def _fits(jetson: Jetson) -> bool:
+    """Whether its release has a TensorRT that this package can load."""
+    return bool(jetson.linux) and jetson.linux[0] in TENSORRT_LINUX
 
 
 def _power(jetson: Jetson) -> Finding:
@@ -63,9 +71,22 @@ def judge_gpus(box: Box) -> Iterator[Finding]:
                   NEW_DRIVER if old else "", (TENSORRT_RTX,))  # fmt: skip
     for number, gpu in enumerate(found.gpus):
         yield Finding("gpu", f"GPU {number}", OK, _about(gpu))
-    if found.gpus[0].sm < RTX_SM:
-        yield Finding("gpu", "TensorRT for RTX", WRONG, f"SM {found.gpus[0].sm} is older than {RTX_SM}",
-                      "ask for --engine ort-cuda or tensorrt", (TENSORRT_RTX,))  # fmt: skip
+    trouble = rtx_trouble(box)
+    if trouble:
+        yield Finding("gpu", "TensorRT for RTX", WRONG, trouble, NOT_RTX_JETSON if box.jetson else NOT_RTX,
+                      (TENSORRT_RTX,))  # fmt: skip
+
+
+def rtx_trouble(box: Box, *, int4: bool = False) -> str:
+    """Why TensorRT for RTX builds no engines for the first GPU, or none of four bits; "" where it builds them."""
+    if not box.gpus.gpus:
+        return ""
+    sm, library = box.gpus.gpus[0].sm, box.libraries[MODULES[TENSORRT_RTX]]
+    if sm < RTX_SM:
+        return f"SM {sm} is older than {RTX_SM}"
+    if library.sms and sm not in library.sms:
+        return f"{library.version} builds no engines for SM {sm}"
+    return f"it builds no int4 engines for SM {sm}" if int4 and sm == NO_INT4 else ""
 
 
 def _about(gpu: Gpu) -> str:
@@ -124,15 +145,16 @@ def _faiss(box: Box) -> Iterator[Finding]:
 
 def _tensorrt_remedy(box: Box, engine: str) -> str:
     if engine == TENSORRT_RTX:
-        return "pip install 'gog_edge[tensorrt-rtx]'" if box.jetson is None else "ask for --engine tensorrt on a Jetson"
+        return "pip install 'gog_edge[tensorrt-rtx]'" if box.jetson is None else NOT_RTX_JETSON
     if box.jetson is None:
         return "install NVIDIA's TensorRT 10 with its Python bindings, or ask for --engine tensorrt-rtx"
+    if not _fits(box.jetson):
+        return FLASH
     return f"{JETPACK}; the environment must see the system's packages: bash jetson/install.sh"
 
 
 def _bindings_remedy(jetson: Jetson) -> str:
-    """Bindings of JetPack's own major release of CUDA: 12 with JetPack 6, 13 with 7."""
-    release = ">=12,<13" if jetson.linux[:1] == (36,) else ">=13,<14"
-    return f"pip install 'cuda-bindings{release}'"
+    """Bindings of the major release of CUDA that JetPack 7 has."""
+    return "pip install 'cuda-bindings>=13,<14'" if _fits(jetson) else FLASH
 
 

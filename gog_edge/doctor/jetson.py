@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 JETPACKS = {36: "6", 38: "7", 39: "7"}  # by Jetson Linux; 38 runs on Thor alone, 39 on Orin too
+TENSORRT_LINUX = (38, 39)  # with TensorRT for a Python that this package runs on; 36 has it for 3.10 alone
 UNBOUND = "MAXN"  # how the names of modes without bounds begin
 
 

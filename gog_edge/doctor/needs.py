@@ -9,17 +9,19 @@ from pathlib import Path
 from gog_edge.bundle import Bundle, open_bundle
 from gog_edge.doctor.box import Box
 from gog_edge.doctor.finding import Finding, State
+from gog_edge.doctor.hardware import NOT_RTX, NOT_RTX_JETSON, rtx_trouble
 from gog_edge.engines.built import (
     BUILT_ENGINES,
     ENGINES,
-    FOLDER,
     ORT,
     TENSORRT,
     TENSORRT_ENGINES,
     TENSORRT_RTX,
     BuiltEngines,
     build_command,
+    own_folder,
 )
+from gog_edge.engines.built import MANIFEST as BUILT_MANIFEST
 from gog_edge.engines.choice import EngineChoice, EngineSet
 from gog_edge.engines.cuda import DeviceProperties
 from gog_edge.engines.trt_plan import MODULES, check_device, check_version
@@ -108,8 +110,12 @@ def _memory(bundle: Bundle, engines: EngineSet | None, box: Box) -> Iterator[Fin
 
 def _built(bundle: Bundle, engine: str, elsewhere: Path | None, box: Box) -> Iterator[Finding]:
     """The bundle's engines, or those elsewhere: there, whole, of these graphs, of this TensorRT, for this GPU."""
-    folder = elsewhere or bundle.root / FOLDER / engine
-    command = _command(bundle, engine, elsewhere, box)
+    folder = elsewhere or own_folder(bundle.root, engine)
+    trouble = rtx_trouble(box, int4=_int4(bundle)) if engine == TENSORRT_RTX and box.jetson is None else ""
+    if trouble:
+        yield Finding("engines", engine, WRONG, trouble, NOT_RTX, (engine,))
+        return
+    command = _command(bundle, engine, folder, box)
     if not folder.is_dir():
         yield Finding("engines", engine, MISSING, f"none in {folder}", command, (engine,))
         return
@@ -124,11 +130,26 @@ def _built(bundle: Bundle, engine: str, elsewhere: Path | None, box: Box) -> Ite
         yield from _memory(bundle, engines, box)
 
 
-def _command(bundle: Bundle, engine: str, elsewhere: Path | None, box: Box) -> str:
+def _int4(bundle: Bundle) -> bool:
+    if not isinstance(bundle.policy, Path):
+        return False
+    weights = PolicyManifest.from_json(read_json(bundle.policy / MANIFEST, what="policy")).weights.decoder
+    return weights is not None and weights.bits == 4
+
+
+def _command(bundle: Bundle, engine: str, folder: Path, box: Box) -> str:
     if box.jetson is not None and engine != TENSORRT:
-        return "ask for --engine tensorrt on a Jetson"
+        return NOT_RTX_JETSON
     sms = [gpu.sm for gpu in box.gpus.gpus[:1]] if engine == TENSORRT_RTX else []
-    return build_command(bundle.root, engine, sms) + (f" --out {elsewhere}" if elsewhere else "")
+    return build_command(bundle.root, engine, sms, context=_context(folder), folder=folder)
+
+
+def _context(folder: Path) -> int:
+    """That of the engines in a folder, so that they are built again with it; 0 where that is not known."""
+    try:
+        return BuiltEngines.from_json(read_json(folder / BUILT_MANIFEST, what="engines")).context
+    except GogEdgeError:
+        return 0
 
 
 def _check_usable(built: BuiltEngines | None, box: Box) -> None:

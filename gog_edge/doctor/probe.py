@@ -16,6 +16,8 @@ from dataclasses import asdict
 from typing import Any
 
 from gog_edge.doctor.nvidia import list_gpus
+from gog_edge.engines.built import TENSORRT_RTX
+from gog_edge.engines.trt_plan import MODULES, known_sms
 from gog_edge.errors import BackendError
 
 SECONDS = 60.0  # for one look; a driver that wakes up a GPU takes some
@@ -73,10 +75,16 @@ def _look_at_faiss() -> dict[str, Any]:
     return {"version": faiss.__version__, "gpu": hasattr(faiss, "StandardGpuResources"), "gpus": faiss.get_num_gpus()}
 
 
+def _look_at_rtx() -> dict[str, Any]:
+    trt = importlib.import_module(MODULES[TENSORRT_RTX])
+    return {"version": str(trt.__version__), "sms": sorted(known_sms(trt))}
+
+
 LOOKS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "gpus": lambda: asdict(list_gpus()),
     "onnxruntime": _look_at_onnxruntime,
     "faiss": _look_at_faiss,
+    MODULES[TENSORRT_RTX]: _look_at_rtx,
 }
 
 

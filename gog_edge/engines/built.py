@@ -6,13 +6,14 @@ runtime, for other GPUs, or of other graphs than those that lie in the bundle no
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gog_edge.errors import ArtifactError, BackendError
-from gog_edge.files import FileEntry, read_json, verify_files
+from gog_edge.files import MODEL_MANIFEST, FileEntry, read_json, verify_files
 
 SCHEMA, KIND = 1, "engines"
 MANIFEST = "engines.json"
@@ -21,6 +22,7 @@ CACHE = "cache"  # within the folder of engines: what a runtime compiles for thi
 ORT, ORT_CUDA, TENSORRT, TENSORRT_RTX = "ort", "ort-cuda", "tensorrt", "tensorrt-rtx"
 TENSORRT_ENGINES = (TENSORRT, TENSORRT_RTX)
 BUILT_ENGINES = (ORT_CUDA, *TENSORRT_ENGINES)
+BUILDER = "python -m export.build_engines"  # the command
 ENGINES = (ORT, *BUILT_ENGINES)  # that a bundle can be served with
 
 # How a decoder keeps its keys and values.
@@ -53,6 +55,9 @@ class BuiltEngines:
     graphs: tuple[BuiltGraph, ...]
     parity: Mapping[str, Any]  # of the graphs they were built from, with the bundle's own, on ONNX Runtime
     files: tuple[FileEntry, ...]
+    # Where they were read, which no manifest says.
+    bundle: Path | None = field(default=None, compare=False)
+    folder: Path | None = field(default=None, compare=False)
 
     def graph(self, name: str) -> BuiltGraph:
         """The graph of that name. ArtifactError where there is none."""
@@ -61,14 +66,15 @@ class BuiltEngines:
             raise ArtifactError(f"engines: there is none for '{name}'; build them again: {self.rebuild()}")
         return found
 
-    def rebuild(self, bundle: str = "BUNDLE", sms: Sequence[int] = ()) -> str:
-        """The command that builds them anew, for these GPUs or the same."""
-        wanted = sms or self.sms
-        return build_command(bundle, self.engine, wanted if self.engine == TENSORRT_RTX else ())
+    def rebuild(self, sms: Sequence[int] = ()) -> str:
+        """The command that builds them anew in their place, for these GPUs or the same."""
+        wanted = (sms or self.sms) if self.engine == TENSORRT_RTX else ()
+        return build_command(self.bundle or "BUNDLE", self.engine, wanted, context=self.context, folder=self.folder)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `engines.json` holds."""
-        return {"schema": SCHEMA, "kind": KIND, **asdict(self)}
+        fields = {key: item for key, item in asdict(self).items() if key not in ("bundle", "folder")}
+        return {"schema": SCHEMA, "kind": KIND, **fields}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> BuiltEngines:
@@ -87,10 +93,27 @@ class BuiltEngines:
             raise ArtifactError(f"engines: the manifest does not fit this version ({exc}); build them again") from exc
 
 
-def build_command(bundle: Path | str, engine: str, sms: Sequence[int] = ()) -> str:
-    """What somebody has to run to get the engines of a bundle."""
-    wanted = f" --sm {','.join(map(str, sms))}" if sms else ""
-    return f"python -m export.build_engines {bundle} --engine {engine}{wanted}"
+def build_command(
+    bundle: Path | str, engine: str, sms: Sequence[int] = (), *, context: int = 0, folder: Path | None = None
+) -> str:
+    """What somebody has to run to get the engines of a bundle.
+
+    `context`: tokens of a decoder's cache; 0: the builder's default. `folder`: where they are to lie; None: where the
+    bundle has them.
+    """
+    words = [*BUILDER.split(), str(bundle), "--engine", engine]
+    if sms:
+        words += ["--sm", ",".join(map(str, sms))]
+    if context:
+        words += ["--context", str(context)]
+    if folder is not None and folder.resolve() != own_folder(Path(bundle), engine).resolve():
+        words += ["--out", str(folder)]
+    return shlex.join(words)
+
+
+def own_folder(bundle: Path, engine: str) -> Path:
+    """Where a bundle has its engines for a runtime."""
+    return bundle / FOLDER / engine
 
 
 def read_built(folder: Path, bundle: Path, engine: str) -> BuiltEngines:
@@ -101,14 +124,21 @@ def read_built(folder: Path, bundle: Path, engine: str) -> BuiltEngines:
         ArtifactError: a file is missing or altered, or the bundle's graphs are others than those they were built from.
     """
     if not (folder / MANIFEST).is_file():
-        raise BackendError(f"there are no engines in '{folder}'; build them: {build_command(bundle, engine)}")
-    built = BuiltEngines.from_json(read_json(folder / MANIFEST, what="engines"))
+        raise BackendError(
+            f"there are no engines in '{folder}'; build them: "
+            f"{build_command(bundle, engine, folder=folder)}"
+        )
+    described = BuiltEngines.from_json(read_json(folder / MANIFEST, what="engines"))
+    built = replace(described, bundle=bundle, folder=folder)
     if built.engine != engine:
         raise BackendError(
             f"the engines in '{folder}' are for '{built.engine}', asked for is '{engine}'; build them: "
             f"{build_command(bundle, engine)}"
         )
-    verify_files(folder, built.files, what="engines")
+    try:
+        verify_files(folder, built.files, what="engines")
+    except ArtifactError as exc:
+        raise ArtifactError(f"{exc}; build them again: {built.rebuild()}") from exc
     for graph in built.graphs:
         check_sources(graph, bundle, built)
     return built
@@ -118,11 +148,11 @@ def check_sources(graph: BuiltGraph, bundle: Path, built: BuiltEngines) -> None:
     """ArtifactError where what an engine was built from is gone, or another graph now."""
     for path, sha256 in graph.sources.items():
         part, name = (bundle / path).parent, Path(path).name
-        listed = read_json(part / "manifest.json", what=part.name).get("files", ())
+        listed = read_json(part / MODEL_MANIFEST, what=part.name).get("files", ())
         if not any(entry.get("path") == name and entry.get("sha256") == sha256 for entry in listed):
             raise ArtifactError(
                 f"engines: '{graph.file}' was built from another '{path}' than the bundle has now; build them again: "
-                f"{built.rebuild(str(bundle))}"
+                f"{built.rebuild()}"
             )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gog_edge.engines.built import (
+    BUILDER,
     CACHE,
     ENGINES,
-    FOLDER,
     ORT,
     ORT_CUDA,
     SEARCH,
@@ -19,6 +19,7 @@ from gog_edge.engines.built import (
     TENSORRT_ENGINES,
     BuiltEngines,
     build_command,
+    own_folder,
     read_built,
 )
 from gog_edge.errors import ArtifactError, BackendError, InputError
@@ -66,9 +67,9 @@ class EngineChoice:
         """The bundle's engines, checked and not yet opened; None where its own graphs run. Raises BackendError."""
         if not self.built:
             return None
-        folder = self.folder or bundle / FOLDER / self.engine
-        with _mended_by(build_command(bundle, self.engine)):
-            return EngineSet(folder, read_built(folder, bundle, self.engine), bundle)
+        folder = self.folder or own_folder(bundle, self.engine)
+        with _mended_by(build_command(bundle, self.engine, folder=folder)):
+            return EngineSet(folder, read_built(folder, bundle, self.engine))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,10 @@ class EngineSet:
 
     folder: Path
     built: BuiltEngines
-    bundle: Path
 
     def open_graph(self, name: str) -> GraphEngine:
         """A graph without state: VISION, IMAGE or TEXT."""
-        with _mended_by(self.built.rebuild(str(self.bundle))):
+        with _mended_by(self.built.rebuild()):
             if self.built.engine == ORT_CUDA:
                 from gog_edge.engines.ort import open_cuda_graph
 
@@ -95,7 +95,7 @@ class EngineSet:
 
         Its caches may hold fewer, as many as it was built for, or more, where that is part of the engine.
         """
-        with _mended_by(self.built.rebuild(str(self.bundle))):
+        with _mended_by(self.built.rebuild()):
             if self.built.engine == ORT_CUDA:
                 from gog_edge.engines.ort import open_cuda_decoder
 
@@ -106,7 +106,7 @@ class EngineSet:
 
     def open_search(self) -> TrtGraph:
         """The exact search, of TensorRT's engines alone; several packs may share it."""
-        with _mended_by(self.built.rebuild(str(self.bundle))):
+        with _mended_by(self.built.rebuild()):
             from gog_edge.engines.trt import open_plan
             from gog_edge.engines.trt_graph import TrtGraph
 
@@ -114,7 +114,7 @@ class EngineSet:
 
     def bytes(self, names: Sequence[str]) -> int:
         """Size of some graphs' engines with their weights."""
-        with _mended_by(self.built.rebuild(str(self.bundle))):
+        with _mended_by(self.built.rebuild()):
             stems = tuple(self.built.graph(name).file for name in names)
         return sum(entry.size for entry in self.built.files if entry.path.startswith(stems))
 
@@ -135,6 +135,6 @@ def _mended_by(command: str) -> Iterator[None]:
         yield
     except ArtifactError as exc:
         said = str(exc)
-        if command not in said:
+        if BUILDER not in said:
             said = f"{said.partition('; build them again')[0]}; build them again: {command}"
         raise BackendError(said) from exc

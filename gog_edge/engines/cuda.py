@@ -7,12 +7,15 @@ said in NVIDIA's "CUDA Runtime API"; their Python names and answers are those of
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import logging
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -192,6 +195,25 @@ class CapturedGraph:
         weakref.finalize(self, cuda.give_back, "cudaGraphExecDestroy", self.handle)
 
 
+_uncollected = Lock()
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Python collects no cycles meanwhile: what they hold is freed by calls that no capture of the thread survives.
+
+    One block at a time: the collector is the process's, and another's end would switch it on again.
+    """
+    with _uncollected:
+        before = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if before:
+                gc.enable()
+
+
 class Stream:
     """Work of a device in its order. Memory on both sides must stay until it is done."""
 
@@ -221,6 +243,11 @@ class Stream:
 
     def capture(self, work: Callable[[], None]) -> CapturedGraph:
         """Note down what `work` gives this stream to do, instead of doing it."""
+        with no_garbage_collection():
+            graph = self._captured(work)
+        return CapturedGraph(self._cuda, graph)
+
+    def _captured(self, work: Callable[[], None]) -> Any:
         # Of this thread alone: others may take memory meanwhile.
         mode = self._cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._cuda.call("cudaStreamBeginCapture", self.handle, mode)
@@ -231,7 +258,7 @@ class Stream:
             if graph is not None and int(graph):
                 self._cuda.give_back("cudaGraphDestroy", graph)
             raise
-        return CapturedGraph(self._cuda, self._cuda.call("cudaStreamEndCapture", self.handle))
+        return self._cuda.call("cudaStreamEndCapture", self.handle)
 
     def launch(self, graph: CapturedGraph) -> None:
         """Do what was captured."""

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile
-from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf, NoSuchFile
 
 from gog_edge.engines.base import Array, Floats, KvCache
 from gog_edge.engines.built import DECODER, BuiltEngines
@@ -20,14 +19,16 @@ from gog_edge.engines.ort_device import (
     DECODER_OPTIONS,
     INSTALL,
     PROVIDER_OPTIONS,
+    RUN_ERRORS,
     device_errors,
     failure_of,
     load_libraries,
+    of_device,
 )
 from gog_edge.engines.ort_tensors import TokenCache, new_tensor
 from gog_edge.errors import BackendError
 
-LOAD_ERRORS = (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoKernel, NoSuchFile)
+LOAD_ERRORS = (*RUN_ERRORS, InvalidProtobuf, NoSuchFile)
 START_ERRORS = (RuntimeError, ValueError)  # of a provider that cannot begin: no driver, no GPU
 CPU = ("CPUExecutionProvider",)
 AHEAD = 32  # tokens from which the graph that only fills the cache is worth its run
@@ -102,7 +103,7 @@ def _check_available(providers: Sequence[str]) -> None:
 
 
 def _load_error(exc: Exception, path: Path, providers: Sequence[str], optimised: bool) -> BackendError:
-    if isinstance(exc, START_ERRORS):
+    if isinstance(exc, START_ERRORS) or of_device(exc):
         return BackendError(f"{', '.join(providers)} cannot begin here: {failure_of(exc)}; see `gog-edge doctor`")
     if "fallback to CPU EP has been explicitly disabled" in str(exc):
         return BackendError(_NOT_OBTAINED.format(", ".join(providers), path))
@@ -121,10 +122,11 @@ class OrtGraph:
             path, threads=threads, providers=providers, optimised=optimised, spinning=spinning
         )
         self._outputs = [output.name for output in self._session.get_outputs()]
+        self._on_device = tuple(providers) != CPU
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once; every input by name, every output by name. Raises OutOfDeviceMemory or DeviceLost."""
-        with device_errors("a graph cannot be run"):
+        """Run once; every input by name, every output by name. Raises BackendError where a device fails."""
+        with device_errors("a graph cannot be run", on_device=self._on_device):
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
 
 
@@ -189,6 +191,7 @@ class OrtDecoder:
         """
         self.session = open_session(path, threads=threads, providers=providers, optimised=optimised, decoder=True)
         self.prefill, self.device = prefill, device
+        self._on_device = tuple(providers) != CPU
         inputs = {item.name: item for item in self.session.get_inputs()}
         self.states = [name.removeprefix("past_") for name in inputs if name.startswith("past_")]
         if not self.states or not {"cos", "keep"} <= inputs.keys():
@@ -205,7 +208,7 @@ class OrtDecoder:
 
     def new_cache(self) -> OrtCache:
         """An empty cache. OutOfDeviceMemory where the device has no room for it."""
-        with device_errors(f"a cache of {self.capacity} tokens cannot be made"):
+        with device_errors(f"a cache of {self.capacity} tokens cannot be made", on_device=self._on_device):
             return OrtCache(self)
 
     def step(
@@ -223,7 +226,7 @@ class OrtDecoder:
         if past + count > cache.capacity:
             raise BackendError(f"{past} + {count} tokens do not fit a cache of {cache.capacity}; open a larger one")
         ahead = count - keep if self.prefill is not None and count - keep >= AHEAD else 0
-        with device_errors(f"{count} tokens cannot be computed"):
+        with device_errors(f"{count} tokens cannot be computed", on_device=self._on_device):
             cache.cos.write(past, cos)
             cache.sin.write(past, sin)
             if ahead:

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import onnxruntime as ort
-from onnxruntime.capi.onnxruntime_pybind11_state import EPFail, Fail, RuntimeException
+from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from gog_edge.engines.cuda import LOST, NO_MEMORY
-from gog_edge.errors import DeviceLost, OutOfDeviceMemory
+from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory
 
 CUDA = ("CUDAExecutionProvider",)
 CUDA_DEVICE = "cuda"  # its memory's name
@@ -34,18 +34,23 @@ PROVIDER_OPTIONS: Mapping[str, Mapping[str, str]] = {
 # A decoder convolves nothing: it does without cuDNN.
 DECODER_OPTIONS: Mapping[str, Mapping[str, str]] = {CUDA[0]: {**PROVIDER_OPTIONS[CUDA[0]], "enable_cudnn": "0"}}
 
-RUN_ERRORS = (EPFail, Fail, RuntimeException, RuntimeError)
+# None of ONNX Runtime's own errors is a RuntimeError, nor have they a class in common.
+RUN_ERRORS = (RuntimeError, state.EPFail, state.EngineError, state.Fail, state.InvalidArgument, state.InvalidGraph,
+              state.NotImplemented, state.RuntimeException)  # fmt: skip
 _FAILURE = re.compile(r"(CUDA|CUBLAS|CUDNN) failure (\d+):? ?([^;]*)")
 _FULL = ("out of memory", "Failed to allocate memory", "Available memory of", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class device_errors:
-    """Within it, ONNX Runtime's failures of a device are raised as ours; `doing` says what could not be done."""
+    """Within it, ONNX Runtime's failures of a device are raised as ours; `doing` says what could not be done.
 
-    __slots__ = ("_doing",)
+    `on_device`: what runs is on a device, so that every other error of ONNX Runtime is a BackendError, too.
+    """
 
-    def __init__(self, doing: str) -> None:
-        self._doing = doing
+    __slots__ = ("_doing", "_on_device")
+
+    def __init__(self, doing: str, *, on_device: bool = False) -> None:
+        self._doing, self._on_device = doing, on_device
 
     def __enter__(self) -> None:
         pass
@@ -55,6 +60,8 @@ class device_errors:
             meant = device_error(exc, self._doing)
             if meant is not None:
                 raise meant from exc
+            if self._on_device:
+                raise BackendError(f"{self._doing}: {failure_of(exc)}; `gog-edge doctor` says what works here") from exc
 
 
 def device_error(exc: Exception, doing: str) -> OutOfDeviceMemory | DeviceLost | None:
@@ -76,6 +83,11 @@ def failure_of(exc: Exception) -> str:
     """The few words of an error that name the failure."""
     failure = _FAILURE.search(str(exc))
     return failure[0].strip() if failure else str(exc)
+
+
+def of_device(exc: Exception) -> bool:
+    """Whether an error names a failure of CUDA or its libraries."""
+    return _FAILURE.search(str(exc)) is not None
 
 
 def load_libraries(providers: Sequence[str]) -> None:

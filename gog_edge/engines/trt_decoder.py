@@ -17,6 +17,7 @@ from gog_edge.engines.trt_run import Execution, Run, Staging
 from gog_edge.engines.trt_shapes import choose_profile
 from gog_edge.errors import ArtifactError, BackendError
 
+DECODE = -1  # beside the numbers of profiles
 SINGLE, WHOLE = np.dtype(np.float32), np.dtype(np.int64)
 
 
@@ -65,6 +66,8 @@ class TrtDecoder:
         stream = Stream(plan.cuda)
         self._executions = [Execution(plan, stream, number) for number in range(len(plan.profiles))]
         self._capturing = True
+        # Kernels are compiled for the first run of a profile and for the first decode step; all later ones have theirs.
+        self._compiled: set[int] = set()
         self._lock = Lock()
         plan.keep_kernels()
 
@@ -124,6 +127,7 @@ class TrtDecoder:
         profile = choose_profile(self.plan.profiles, {name: feed.shape for name, feed in feeds.items()})
         run = self._prepare(cache, self._staging, self._executions[profile], feeds)
         self._go(run, cache, feeds, past)
+        self._keep_kernels(profile)
         return run.output("logits").copy()
 
     def _decode(self, cache: TrtCache, feeds: Mapping[str, Array], past: int) -> Floats:
@@ -137,7 +141,14 @@ class TrtDecoder:
         logits: Floats = cache.decode.output("logits")
         if fresh and self._capturing:
             self._capturing = cache.decode.capture(self.plan)
+        self._keep_kernels(DECODE)
         return logits
+
+    def _keep_kernels(self, first: int) -> None:
+        """Once for each profile, and for DECODE."""
+        if first not in self._compiled:
+            self._compiled.add(first)
+            self.plan.keep_kernels()
 
     def _prepare(self, cache: TrtCache, staging: Staging, execution: Execution, feeds: Mapping[str, Array]) -> Run:
         given = execution.reshape({name: feed.shape for name, feed in feeds.items()})

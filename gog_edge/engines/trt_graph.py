@@ -120,6 +120,7 @@ class TrtGraph:
 
     def _capture(self, key: Key, run: Run) -> None:
         self._capturing = run.capture(self._plan)
+        self._plan.keep_kernels()
         if self._capturing:
             self._captured.put(key, run)
 

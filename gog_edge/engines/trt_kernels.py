@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ class Kernels:
 
     def __init__(self, trt: Any, engine: Any, path: Path) -> None:
         """`path`: the file they are kept in; one of another GPU, driver or release is not used, and written anew."""
-        self._path, self._kept = path, 0
+        self._path, self._kept = path, hashlib.sha256().digest()  # of nothing
         first = engine.create_runtime_config()
         self._cache = first.create_runtime_cache()
         self._read()
@@ -48,16 +49,20 @@ class Kernels:
             _log.warning("compiled kernels in '%s' cannot be read (%s): they are compiled again", self._path, exc)
             return
         if kept and self._cache.deserialize(kept):
-            self._kept = len(kept)
+            self._kept = hashlib.sha256(kept).digest()
 
     def keep(self) -> None:
-        """Write what was compiled since; a folder that cannot be written is logged: every start compiles again."""
+        """Write what was compiled since; a folder that cannot be written is logged: every start compiles again.
+
+        All kernels are serialised to see whether there are others: call it where some may have been compiled.
+        """
         compiled = bytes(self._cache.serialize())
-        if len(compiled) == self._kept:
+        digest = hashlib.sha256(compiled).digest()
+        if digest == self._kept:
             return
         try:
             self._path.parent.mkdir(exist_ok=True)
             write_atomic(self._path, compiled)
-            self._kept = len(compiled)
+            self._kept = digest
         except OSError as exc:
             _log.warning("compiled kernels cannot be kept in '%s' (%s): every start compiles them", self._path, exc)

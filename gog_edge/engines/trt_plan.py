@@ -29,6 +29,7 @@ INSTALL = {
     TENSORRT: "it comes with JetPack, or with NVIDIA's package 'tensorrt'",
     TENSORRT_RTX: "pip install 'gog_edge[tensorrt-rtx]'",
 }
+NO_INT4 = 75  # a compute capability whose engines hold no numbers of four bits
 # By the names of TensorRT's DataType; what engines of ours take and give.
 DTYPES: dict[str, np.dtype[Any]] = {
     "FLOAT": np.dtype(np.float32), "HALF": np.dtype(np.float16), "INT32": np.dtype(np.int32),
@@ -53,6 +54,13 @@ def trt_module(engine: str) -> Any:
         return importlib.import_module(MODULES[engine])
     except (ImportError, OSError, RuntimeError) as exc:
         raise BackendError(f"'{engine}' is not to be had here ({exc}): {INSTALL[engine]}") from exc
+
+
+def known_sms(trt: Any) -> dict[int, Any]:
+    """The compute capabilities that this TensorRT builds for, 86 for 8.6."""
+    members = getattr(trt, "ComputeCapability", None)
+    named = members.__members__ if members else {}
+    return {int(name[2:]): value for name, value in named.items() if name.startswith("SM")}
 
 
 def check_version(trt: Any, built: BuiltEngines) -> None:

@@ -135,19 +135,19 @@ class Run:
                 self._stream.copy(staged.host.ctypes.data, staged.address, staged.nbytes)
 
     def capture(self, plan: Plan) -> bool:
-        """Make the next `go` one launch, if this engine can: whether it does.
+        """Make the next `go` one launch; False where TensorRT says that this engine's runs cannot be captured.
 
-        The run must have been done with these shapes: TensorRT prepares itself in the first one, which no graph may
-        hold. Its context must be for this run alone: a captured graph is of no use once its context was changed.
+        A capture that fails otherwise leaves this run as it is, and says nothing of others. The run must have been done
+        with these shapes: TensorRT prepares itself in the first one, which no graph may hold. Its context must be for
+        this run alone: a captured graph is of no use once its context was changed.
         """
+        if not self._execution.capturable(self._stream):
+            _log.warning("'%s' runs without CUDA graphs: TensorRT says that it cannot be captured", plan.path)
+            return False
         try:
-            if not self._execution.capturable(self._stream):
-                raise BackendError("TensorRT says that its work cannot be captured; build it with this version")
             self._captured = self._stream.capture(self._work)
         except (DeviceLost, OutOfDeviceMemory):
             raise
         except BackendError as exc:
-            _log.warning("'%s' runs without CUDA graphs: %s", plan.path, exc)
-            return False
-        plan.keep_kernels()
+            _log.warning("a run of '%s' goes on without a CUDA graph: %s", plan.path, exc)
         return True

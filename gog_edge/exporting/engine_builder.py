@@ -14,6 +14,7 @@ from gog_edge.engines.built import DECODER, KIND, MANIFEST, SEARCH, TENSORRT, TE
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.engine_plan import ATTENTION, KV_CACHE_UPDATE, PlanRequest, graph_files
 from gog_edge.exporting.engine_process import build_apart
+from gog_edge.exporting.engine_profiles import check_context
 from gog_edge.exporting.engine_sources import BundleGraphs, GraphSource, bundle_graphs, search_source
 from gog_edge.exporting.engine_target import Target, choose_target
 from gog_edge.exporting.lift import lift_graph
@@ -88,9 +89,11 @@ def build_engines(
     """
     found = bundle_graphs(bundle, context)
     target = choose_target(engine, sms, int4=found.int4)
+    tensorrt = target.engine in TENSORRT_ENGINES
+    if any(graph.name == DECODER for graph in found.graphs):
+        check_context(found.context, profiles=tensorrt)
     with replacing(out, KIND, MANIFEST) as part:
         _check_room(found, part)
-        tensorrt = target.engine in TENSORRT_ENGINES
         sources = (*found.graphs, search_source(found.dim)) if tensorrt else found.graphs
         lifting = {graph.name: _lift(graph, part, target, found, on_step) for graph in sources}
         report = _parity(bundle, found, part, target, on_step) if parity else {}

@@ -9,14 +9,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gog_edge.engines.trt_plan import Messages, trt_module
+import onnx
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+from gog_edge.engines.trt_plan import Messages, known_sms, trt_module
 from gog_edge.engines.trt_shapes import Profile
 from gog_edge.errors import CheckpointError
-from gog_edge.exporting.engine_tensorrt import OnStep, file_stream, known_sms, step_monitor
+from gog_edge.exporting.engine_tensorrt import OnStep, file_stream, step_monitor
 
 KV_CACHE_UPDATE, ATTENTION = "kv_cache_update", "attention"  # layers by what they do
 WORKSPACE_BYTES = 1 << 30  # that TensorRT on the device may use to time kernels
@@ -61,7 +65,7 @@ def build_plan(request: PlanRequest, on_step: OnStep) -> BuiltPlan:
     layers = _checked(network, request)
     config = _config(trt, builder, network, request, on_step)
     _write(trt, builder, network, config, request, messages)
-    size, weights = request.plan.stat().st_size, sum(path.stat().st_size for path in graph_files(request.graph))
+    size, weights = request.plan.stat().st_size, weights_of(request.graph)
     _check_size(request.graph, size, weights)
     return BuiltPlan(size, weights, round(time.monotonic() - started, 2), peak_mib(), layers)
 
@@ -75,6 +79,14 @@ def peak_mib() -> int:
 def graph_files(graph: Path) -> list[Path]:
     """A graph, and its weights where they lie beside."""
     return [path for path in (graph, graph.with_name(f"{graph.name}.data")) if path.exists()]
+
+
+def weights_of(graph: Path) -> int:
+    """Bytes of a graph and of the weights that it names: the file beside it may hold others, which it has no more."""
+    tensors = onnx.load(str(graph), load_external_data=False).graph.initializer
+    infos = [ExternalDataInfo(tensor) for tensor in tensors if uses_external_data(tensor)]
+    beside = {(info.location, info.offset): info.length or 0 for info in infos}
+    return graph.stat().st_size + sum(beside.values())
 
 
 def _check_size(graph: Path, size: int, weights: int) -> None:
@@ -149,11 +161,28 @@ def _config(trt: Any, builder: Any, network: Any, request: PlanRequest, on_step:
     else:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
     if request.timings is not None:
-        kept = request.timings.read_bytes() if request.timings.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(kept), ignore_mismatch=False)
+        use_timings(config, request.timings)
     for profile in request.profiles:
         config.add_optimization_profile(_profile(builder, network, profile, request.graph.name))
     return config
+
+
+def use_timings(config: Any, path: Path) -> None:
+    """Begin with the kernels' times of a file; with none where there is none, or it is of another release or GPU."""
+    kept = path.read_bytes() if path.is_file() else b""
+    for times in (kept, b""):
+        cache = config.create_timing_cache(times)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return
+
+
+def keep_timings(config: Any, path: Path) -> None:
+    """Write the kernels' times, if there are any. The plan is there: it is not lost because they cannot be written."""
+    cache = config.get_timing_cache()
+    times = None if cache is None else cache.serialize()
+    if times is not None:
+        with suppress(OSError):
+            path.write_bytes(bytes(times))
 
 
 def _profile(builder: Any, network: Any, shapes: Profile, graph: str) -> Any:
@@ -188,4 +217,4 @@ def _write(trt: Any, builder: Any, network: Any, config: Any, request: PlanReque
             f"TensorRT {trt.__version__} built no engine of '{request.graph.name}': {messages.take()}"
         )
     if request.timings is not None:
-        request.timings.write_bytes(bytes(config.get_timing_cache().serialize()))
+        keep_timings(config, request.timings)

@@ -23,10 +23,15 @@ BUCKETS = (64, 256, 1024)  # merged tokens of a picture, besides the most that t
 
 
 def decoder_profiles(spec: TextSpec, context: int) -> tuple[Profile, ...]:
-    """Decode, append, prefill, for caches of `context` tokens. CheckpointError for too few of them."""
-    if context < DRAFTS:
-        raise CheckpointError(f"a cache of {context} tokens is too small; give --context at least {DRAFTS}")
+    """Decode, append, prefill, for caches of `context` tokens."""
     return tuple(_step(spec, (least, min(usual, context), min(most, context))) for least, usual, most in STEPS)
+
+
+def check_context(context: int, *, profiles: bool) -> None:
+    """CheckpointError for a cache of too few tokens; `profiles`: the engine has those of a decoder."""
+    least = DRAFTS if profiles else 1
+    if context < least:
+        raise CheckpointError(f"a cache of {context} tokens is too small; give --context at least {least}")
 
 
 def _step(spec: TextSpec, tokens: Sizes) -> Profile:

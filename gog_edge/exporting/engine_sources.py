@@ -13,7 +13,7 @@ from gog_edge.errors import ArtifactError, CheckpointError
 from gog_edge.exporting.engine_plan import ATTENTION, KV_CACHE_UPDATE
 from gog_edge.exporting.engine_profiles import decoder_profiles, image_profiles, text_profiles, vision_profiles
 from gog_edge.exporting.search_graph import search_profiles
-from gog_edge.files import FileEntry, read_json, verify_files
+from gog_edge.files import MODEL_MANIFEST, FileEntry, read_json, verify_files
 from gog_edge.policy.manifest import DECODER_GRAPH, VISION_GRAPH, PolicyManifest, read_manifest
 from gog_edge.retrieval.encoder import SCHEMA, image_spec
 
@@ -85,7 +85,7 @@ def _encoder(root: Path, folder: Path) -> tuple[tuple[GraphSource, ...], int]:
 
     Towers that torch.onnx wrote hold no attention that could be recognised: nothing is asked of them.
     """
-    manifest = read_json(folder / "manifest.json", what="encoder")
+    manifest = read_json(folder / MODEL_MANIFEST, what="encoder")
     try:
         if manifest["kind"] != "encoder" or manifest["schema"] != SCHEMA:
             raise ValueError(f"kind {manifest['kind']!r}, schema {manifest['schema']!r}")

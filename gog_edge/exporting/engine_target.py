@@ -8,13 +8,11 @@ from typing import Any
 
 from gog_edge.engines.built import BUILT_ENGINES, IN_PLACE, NEW_ROWS, ORT_CUDA, TENSORRT, TENSORRT_RTX
 from gog_edge.engines.cuda import device_properties
-from gog_edge.engines.trt_plan import trt_module
+from gog_edge.engines.trt_plan import NO_INT4, known_sms, trt_module
 from gog_edge.errors import BackendError
-from gog_edge.exporting.engine_tensorrt import known_sms
 from gog_edge.exporting.lift import Kind
 
 FUSED_FROM = (10, 15)  # this TensorRT updates caches in place and has a layer for attention; before, neither
-NO_INT4 = 75  # a compute capability whose engines hold no numbers of four bits
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,6 @@ LONG_PHASE = "Computing profile costs"  # of a build, as TensorRT calls it: kern
 OnStep: TypeAlias = Callable[[int, int], None]  # done, of
 
 
-def known_sms(trt: Any) -> dict[int, Any]:
-    """The compute capabilities that this TensorRT builds for, 86 for 8.6."""
-    members = getattr(trt, "ComputeCapability", None)
-    named = members.__members__ if members else {}
-    return {int(name[2:]): value for name, value in named.items() if name.startswith("SM")}
-
-
 def step_monitor(trt: Any, on_step: OnStep) -> Any:
     """Tells `on_step` how far a build is."""
 

@@ -1,7 +1,8 @@
 """Do graphs that were rewritten for other runtimes say what a bundle's own say? Both run on ONNX Runtime's processor.
 
-No GPU is asked: what is measured is the rewriting, and half of what halves round, since ONNX Runtime's processor computes
-many of their operators in single precision. One side is opened after the other: a large decoder fills the memory alone.
+No GPU is asked: what is measured is the rewriting, and little of what halves round, since ONNX Runtime's processor
+computes many operators on them in single precision. One side is opened after the other: a large decoder fills the
+memory alone.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gog_edge.errors import CheckpointError
@@ -23,17 +23,19 @@ def replacing(out: Path, kind: str, manifest: str = "manifest.json") -> Iterator
     Raises:
         CheckpointError: `out` is something else, cannot be written, or the memory is too small for what was done.
     """
+    out = out.resolve()  # a link stays, and what it leads to is replaced
     if out.exists() and not _may_go(out, kind, manifest):
         raise CheckpointError(f"'{out}' exists and is no folder of kind '{kind}'; name another one or remove it")
-    part = out.with_name(f"{out.name}.part")
+    part, old = out.with_name(f"{out.name}.part"), out.with_name(f".{out.name}.old")
     try:
+        _tidy(out, old)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
-        shutil.rmtree(out, ignore_errors=True)
-        part.rename(out)
+        _swap(part, out, old)
     except OSError as exc:
-        raise CheckpointError(f"'{part}' cannot be written ({exc.strerror or exc}); nothing was kept") from exc
+        moved = f"; what was there is in '{old}'" if old.exists() else ""
+        raise CheckpointError(f"'{part}' cannot be written ({exc.strerror or exc}); nothing was kept{moved}") from exc
     except MemoryError as exc:
         raise CheckpointError(
             "this machine has too little memory for it; nothing was kept: close other programs, leave out the parity "
@@ -41,6 +43,29 @@ def replacing(out: Path, kind: str, manifest: str = "manifest.json") -> Iterator
         ) from exc
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _swap(part: Path, out: Path, old: Path) -> None:
+    """`part` in the place of `out`, which is gone only when the new one stands."""
+    if out.exists():
+        out.rename(old)
+    try:
+        part.rename(out)
+    except OSError:
+        with suppress(OSError):  # there may have been none, or something else stands there by now
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _tidy(out: Path, old: Path) -> None:
+    """Put the old folder back that a crash left aside, or drop it where the new one stands."""
+    if not old.exists():
+        return
+    if out.exists() and any(out.iterdir()):
+        shutil.rmtree(old)
+    else:
+        old.rename(out)
 
 
 def _may_go(folder: Path, kind: str, manifest: str) -> bool:

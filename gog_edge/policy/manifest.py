@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from gog_edge.errors import ArtifactError
-from gog_edge.files import FileEntry, read_json, verify_files
+from gog_edge.files import MODEL_MANIFEST, FileEntry, read_json, verify_files
 from gog_edge.policy.chat import ChatFormat
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
+MANIFEST = MODEL_MANIFEST
 VISION_GRAPH = "vision.onnx"
 DECODER_GRAPH = "decoder.onnx"
 PREFILL_GRAPH = "prefill.onnx"  # fills the cache for many tokens; not in every policy

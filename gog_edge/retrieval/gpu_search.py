@@ -1,8 +1,9 @@
 """The exactly nearest vectors, searched by TensorRT: for GPUs that FAISS has no package for, as a Jetson's.
 
 Vectors lie on the GPU in halves, in blocks; each is compared with the queries as a whole, by an engine of
-`exporting.search_graph`. Products come back rounded to halves: all rows that may be among the nearest are given on, and
-`VectorIndex` compares them again with the stored vectors.
+`exporting.search_graph`. Queries and products are halves, too: all rows that may be among the nearest are given on, and
+`VectorIndex` compares them again with the stored vectors. Where a block may hold more of them than it gives, the query
+is searched in the stored vectors.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gog_edge.retrieval.index import BATCH, Found, VectorIndex
+from gog_edge.retrieval.index import BATCH, Found, Scores, VectorIndex
 from gog_edge.retrieval.slabs import nearest_rows
 from gog_edge.retrieval.vectors import BLOCK_ROWS as READ_ROWS
 from gog_edge.retrieval.vectors import Ids, Rows, VectorShards
@@ -26,9 +27,11 @@ if TYPE_CHECKING:  # a box that searches on the CPU loads nothing of it
 BLOCK_ROWS = 4 * READ_ROWS
 NEAREST = 256  # rows that one block gives of a query
 QUERIES = BATCH  # at once
-# Two products that are rounded to halves may be one unit of roundoff of 1 off each.
-SLACK = np.float32(2 * 2**-11)
+# Two products are compared, and three roundings to halves take up to 2^-11 of each: of the query, of vectors that are
+# stored in single precision, and of the product itself.
+SLACK = np.float32(2 * 3 * 2**-11)
 HALF = np.dtype(np.float16)
+NONE = np.empty(0, np.int64)  # rows
 SCRATCH_BYTES = QUERIES * BLOCK_ROWS * HALF.itemsize  # products of one block
 
 
@@ -65,12 +68,19 @@ class TrtPart:
         More than `NEAREST`, or with some left out, are looked for in the stored vectors.
         """
         if without is not None or count > NEAREST:
-            return nearest_rows(self.shards, queries, count, np.empty(0, np.int64) if without is None else without)
-        found = [self._search(block, queries[at : at + QUERIES])
-                 for at in range(0, len(queries), QUERIES) for block in self.blocks]  # fmt: skip
-        width = len(self.blocks)
-        merged = [likeliest(found[at : at + width], count) for at in range(0, len(found), width)]
-        return _stacked(merged)
+            return nearest_rows(self.shards, queries, count, NONE if without is None else without)
+        return _stacked([self._nearest(queries[at : at + QUERIES], count) for at in range(0, len(queries), QUERIES)])
+
+    def _nearest(self, queries: Vectors, count: int) -> Found:
+        found = [self._search(block, queries) for block in self.blocks]
+        scores, rows = likeliest(found, count)
+        ends = [scores[:, -1] for block, (scores, _) in zip(self.blocks, found, strict=True) if block.rows > NEAREST]
+        short = np.flatnonzero(cut_short(scores, ends, count))
+        if len(short):
+            near = nearest_rows(self.shards, queries[short], count, NONE)
+            width = scores.shape[1]
+            scores[short], rows[short] = _padded(near[0], width, -np.inf), _padded(near[1], width, -1)
+        return scores, rows
 
     def _search(self, block: Block, queries: Vectors) -> Found:
         said = self.graph.run({"queries": queries, "vectors": block.vectors})
@@ -122,9 +132,23 @@ def likeliest(found: Sequence[Found], count: int) -> Found:
     rows = np.concatenate([rows for _, rows in found], axis=1)
     order = np.argsort(-scores, axis=1, kind="stable")
     scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
-    last = scores[:, min(count, scores.shape[1]) - 1, None]
+    last = _last(scores, count)[:, None]
     width = int(np.count_nonzero(scores >= last - SLACK, axis=1).max(initial=0))
     return scores[:, :width], rows[:, :width]
+
+
+def cut_short(scores: Scores, ends: Sequence[Scores], count: int) -> NDArray[np.bool_]:
+    """Of which queries a block may hold more rows among the likeliest than it gave.
+
+    `ends`: the least score [n] that each block gave which holds more rows than it gives.
+    """
+    least = _last(scores, count) - SLACK
+    return np.any([end >= least for end in ends], axis=0) if ends else np.zeros(len(scores), dtype=bool)
+
+
+def _last(scores: Scores, count: int) -> Scores:
+    """The score [n] of the last that is wanted; -inf where there are fewer."""
+    return scores[:, min(count, scores.shape[1]) - 1]
 
 
 def _stacked(found: Sequence[Found]) -> Found:

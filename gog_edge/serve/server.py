@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from gog_edge.agent.trace import TraceFolder
 from gog_edge.bundle import open_bundle
 from gog_edge.config import ServeConfig
 from gog_edge.engines.choice import EngineChoice
-from gog_edge.errors import BackendError
+from gog_edge.errors import BackendError, GogEdgeError
 from gog_edge.planner import MemoryPlan
 from gog_edge.runtime import CPU, Runtime, open_missing, open_runtime
 from gog_edge.serve.app import create_app
@@ -40,6 +41,7 @@ def serve(bundle: Path, config: ServeConfig, choice: EngineChoice = CPU) -> None
 
 def run(supervisor: Supervisor, listener: socket.socket, config: ServeConfig) -> None:
     """Serve what a supervisor opens until told to stop. Where a GPU is lost, the process begins anew."""
+    again = () if config.port else ("--port", str(listener.getsockname()[1]))  # who asked for any port keeps this one
     traces = TraceFolder(config.traces) if config.traces else None
     hosts = LOOPBACK if config.host in {*LOOPBACK, "::1"} else None
     app = create_app(supervisor, hosts=hosts, traces=traces)
@@ -50,7 +52,7 @@ def run(supervisor: Supervisor, listener: socket.socket, config: ServeConfig) ->
     with contextlib.closing(supervisor), contextlib.suppress(KeyboardInterrupt):
         _Server(settings, supervisor, url_of(listener, config.host)).run([listener])
     if supervisor.device_lost:  # CUDA answers this process no more, but it may answer another one
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *again])
 
 
 def supervise(folder: Path, threads: int, choice: EngineChoice) -> Supervisor:
@@ -61,7 +63,13 @@ def supervise(folder: Path, threads: int, choice: EngineChoice) -> Supervisor:
         return Supervisor(runtime)
     bundle = open_bundle(folder)
     mend = partial(open_missing, bundle=bundle, threads=threads, choice=choice)
-    runtime = mend(Runtime(bundle.name, None, None, bundle.limits, bundle.samples), on_plan=_say_plan)
+    runtime = Runtime(bundle.name, None, None, bundle.limits, bundle.samples)
+    try:
+        runtime = mend(runtime, on_plan=_say_plan)
+    except GogEdgeError:
+        raise
+    except Exception as exc:  # as at later tries: the server is up, and says it
+        runtime = replace(runtime, failure=repr(exc))
     with contextlib.ExitStack() as opened:
         opened.callback(runtime.close)
         if runtime.failure:

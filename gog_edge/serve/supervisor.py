@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TypeAlias, TypeVar
 
-from gog_edge.errors import BackendError, DeviceLost, GogEdgeError, OutOfDeviceMemory
+from gog_edge.errors import BackendError, DeviceLost, GogEdgeError
 from gog_edge.runtime import Runtime
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class Supervisor:
         self._runtime, self._mend = runtime, mend
         self._lock = threading.Lock()  # of which runtime it is: held for a moment only
         self._woken, self._stopped = threading.Event(), threading.Event()
-        self.device_lost = False  # in use, and with it all that this process may do on it
+        self.device_lost = False  # and with it all that this process may do on it: another is to begin
         if runtime.failure:
             _tell(runtime)
 
@@ -39,11 +39,11 @@ class Supervisor:
         return self._runtime
 
     def run(self, work: Callable[[Runtime], Generator[T, None, None]]) -> Generator[T, None, None]:
-        """Do work with the runtime of now; it is given up where a GPU fails under it. Not for the event loop."""
+        """Do work with the runtime of now; it is given up where a GPU is lost under it. Not for the event loop."""
         runtime = self._runtime
         try:
             yield from work(runtime)
-        except (DeviceLost, OutOfDeviceMemory) as exc:
+        except DeviceLost as exc:
             self._give_up(runtime, exc)
             raise
 
@@ -83,6 +83,10 @@ class Supervisor:
     def _attend(self, runtime: Runtime) -> None:
         """Until another runtime is served in place of this one."""
         wait = FIRST_S
+        if runtime.lost:  # not at once: what loses it while it is opened may do so every time
+            if not self._stopped.wait(LAST_S):
+                self.device_lost = True
+            self._stopped.wait()
         while self._runtime is runtime and not self._stopped.is_set():
             self._woken.wait(wait if runtime.failure else None)
             self._woken.clear()

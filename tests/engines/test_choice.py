@@ -1,5 +1,6 @@
 """What the command line chooses, and the built engines that it leads to."""
 
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,19 @@ from built_engines import build, toy  # noqa: F401
 from little_fixtures import little_pack_folder, tiny_encoder, tiny_encoder_folder  # noqa: F401
 from onnxruntime import get_available_providers
 
-from gog_edge.engines.built import DECODER, ENGINES, IMAGE, ORT, ORT_CUDA, TENSORRT, TENSORRT_RTX, TEXT, VISION
+from export import build_engines
+from gog_edge.engines.built import (
+    DECODER,
+    ENGINES,
+    IMAGE,
+    ORT,
+    ORT_CUDA,
+    TENSORRT,
+    TENSORRT_RTX,
+    TEXT,
+    VISION,
+    BuiltEngines,
+)
 from gog_edge.engines.choice import EngineChoice
 from gog_edge.errors import BackendError, InputError
 from gog_edge.policy.model import PolicyModel
@@ -44,7 +57,7 @@ def test_engines_lie_in_the_bundle_or_where_one_says(toy, tmp_path):  # noqa: F8
 
 @pytest.mark.parametrize("spoil", ["truncated", "missing", "other graph", "other schema"])
 def test_spoilt_engines_are_not_to_be_had_and_the_command_is_said(toy, spoil):  # noqa: F811
-    out = build(toy)
+    out = build(toy, context=256)
     if spoil == "truncated":
         (out / "image.onnx").write_bytes((out / "image.onnx").read_bytes()[:100])
     elif spoil == "missing":
@@ -58,7 +71,33 @@ def test_spoilt_engines_are_not_to_be_had_and_the_command_is_said(toy, spoil):  
         (out / "engines.json").write_text('{"schema": 99, "kind": "engines"}')
     with pytest.raises(BackendError) as caught:
         EngineChoice(ORT_CUDA).read(toy.root)
-    assert str(caught.value).count(f"python -m export.build_engines {toy.root} --engine ort-cuda") == 1
+    command = f"python -m export.build_engines {toy.root} --engine ort-cuda"
+    known = spoil != "other schema"  # what else they were built with
+    assert str(caught.value).endswith(f"{command} --context 256" if known else command)
+    assert str(caught.value).count("export.build_engines") == 1
+
+
+def test_the_command_said_builds_the_same_engines_in_the_same_place(toy, tmp_path, capsys):  # noqa: F811
+    """It is run as it is said, in a folder whose name has to be quoted."""
+    out = build(toy, context=256).rename(tmp_path / "else where")
+    before = EngineChoice(ORT_CUDA, out).read(toy.root).built
+    (out / "image.onnx").write_bytes(b"torn")
+    with pytest.raises(BackendError) as caught:
+        EngineChoice(ORT_CUDA, out).read(toy.root)
+    _, _, *words = shlex.split(str(caught.value).partition("build them again: ")[2])
+    assert words[0] == "export.build_engines"
+    assert build_engines.main([*words[1:], "--no-parity"]) == 0, capsys.readouterr().err
+    after = EngineChoice(ORT_CUDA, out).read(toy.root).built
+    assert (after.context, after.folder, after.bundle) == (256, out, toy.root) and after.graphs == before.graphs
+
+
+def test_the_command_names_the_gpus_of_tensorrt_for_rtx_alone(tmp_path):
+    place = tmp_path / "engines" / TENSORRT_RTX
+    built = BuiltEngines(TENSORRT_RTX, "1.7", (86, 89), 0, (), {}, (), tmp_path, place)
+    assert built.rebuild() == f"python -m export.build_engines {tmp_path} --engine tensorrt-rtx --sm 86,89"
+    assert built.rebuild([120]).endswith("--sm 120")
+    assert replace(built, engine=TENSORRT).rebuild([87]).endswith(f"--engine tensorrt --out {place}")
+    assert not {"bundle", "folder"} & built.to_json().keys()
 
 
 def test_engines_are_as_large_as_their_files(toy):  # noqa: F811

@@ -137,6 +137,20 @@ def test_a_captured_graph_does_it_again(cuda):
         assert got[0] == value
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_no_garbage_is_collected_during_a_capture(cuda, before):
+    """What a cycle holds would be freed within it."""
+    stream, seen = Stream(cuda), []
+    (gc.enable if before else gc.disable)()
+    try:
+        stream.capture(lambda: seen.append(gc.isenabled()))
+        with pytest.raises(ZeroDivisionError):
+            stream.capture(lambda: 1 / 0)
+        assert seen == [False] and gc.isenabled() == before
+    finally:
+        gc.enable()
+
+
 def test_a_capture_that_fails_is_ended(runtime, cuda):
     stream = Stream(cuda)
     runtime.fails["cudaMemcpyAsync"] = [900]

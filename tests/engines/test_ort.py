@@ -3,13 +3,15 @@ import gc
 import numpy as np
 import onnxruntime
 import pytest
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 
 from gog_edge.engines.built import DECODER, ORT_CUDA, VISION, BuiltEngines, BuiltGraph
 from gog_edge.engines.ort import (
+    CPU,
     CUDA,
     OrtDecoder,
     OrtGraph,
+    _load_error,
     open_cuda_decoder,
     open_cuda_graph,
     open_session,
@@ -229,3 +231,29 @@ def test_failures_of_a_gpu_are_told_apart():
     with pytest.raises(DeviceLost) as caught, device_errors("x"):
         raise Fail(words.format("999: unknown error "))
     assert isinstance(caught.value.__cause__, Fail)
+
+
+@pytest.mark.parametrize("failure", ["CUDA failure 209: no kernel image is available for execution on the device ",
+                                     "CUDA failure 46: CUDA-capable device(s) is/are busy or unavailable ",
+                                     "CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED "])
+def test_whatever_else_fails_on_a_device_is_an_error_of_ours(failure, tmp_path):
+    said = Fail(f"Non-zero status code. {failure}; GPU=0 ; hostname=box ; expr=f(x);")
+    with pytest.raises(BackendError, match="x: .* failure [0-9]+: [^;]*; `gog-edge doctor`") as caught, \
+            device_errors("x", on_device=True):  # fmt: skip
+        raise said
+    assert type(caught.value) is BackendError and caught.value.__cause__ is said and "box" not in str(caught.value)
+    at_load = _load_error(said, tmp_path / "text.onnx", ("CUDAExecutionProvider",), False)
+    assert "cannot begin here: " + failure.strip() in str(at_load)
+
+
+@pytest.mark.skipif("AzureExecutionProvider" not in onnxruntime.get_available_providers(), reason="not in this build")
+def test_a_run_elsewhere_than_on_the_processor_raises_errors_of_ours(tmp_path):
+    graph = GraphBuilder("same", tmp_path / "same.onnx")
+    graph.output(graph.op("Identity", graph.input("x", FLOAT, [1])), "y", FLOAT, [1])
+    graph.save()
+    wrong = {"x": np.ones((2, 2), np.float32)}
+    elsewhere = OrtGraph(tmp_path / "same.onnx", threads=1, providers=("AzureExecutionProvider", *CPU))
+    with pytest.raises(BackendError, match="a graph cannot be run: "):
+        elsewhere.run(wrong)
+    with pytest.raises(InvalidArgument):
+        OrtGraph(tmp_path / "same.onnx", threads=1).run(wrong)

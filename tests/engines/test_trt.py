@@ -149,7 +149,7 @@ def test_inputs_that_are_not_run_here_are_refused(graph, built, tmp_path, monkey
         little(graph, built, tmp_path)
 
 
-def test_compiled_kernels_are_kept_beside_the_engine(graph, built, tmp_path):
+def test_compiled_kernels_are_kept_beside_the_engine(graph, built, tmp_path, monkeypatch):
     plan = little(graph, built, tmp_path)
     tower = TrtGraph(plan)
     kept = tmp_path / "cache" / "image.kernels"
@@ -159,6 +159,11 @@ def test_compiled_kernels_are_kept_beside_the_engine(graph, built, tmp_path):
     before = kept.stat().st_mtime_ns
     TrtGraph(little(graph, built, tmp_path))
     assert kept.stat().st_mtime_ns == before and kept.read_bytes() == first
+    kept.write_bytes(first.swapcase().replace(b"KERNEL", b"kernel"))  # as long, of another driver
+    monkeypatch.setattr(HostCache, "deserialize", lambda self, blob: True)  # taken, and compiled anew
+    TrtGraph(little(graph, built, tmp_path))
+    assert kept.read_bytes() == first
+    monkeypatch.undo()
     kept.write_bytes(b"of another GPU")
     TrtGraph(little(graph, built, tmp_path))
     assert kept.read_bytes() == first

@@ -5,6 +5,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from host_gpu import HostCache
 from trt_world import CONTEXT
 
 from gog_edge.engines.built import DECODER, IN_PLACE, NEW_ROWS
@@ -149,6 +150,29 @@ def test_without_capturing_it_says_the_same(world, caplog):
     assert_close(said(here.decoder(), here.spec), said(other.decoder(), other.spec), share=1e-6)
     assert here.runtime.calls["cudaGraphInstantiate"] == 0
     assert caplog.text.count("runs without CUDA graphs") == 1
+
+
+def test_a_capture_that_failed_says_nothing_of_the_next(world, caplog):
+    here = world()
+    decoder = here.decoder()
+    here.runtime.fails["cudaStreamBeginCapture"] = [900]
+    expected = said(world().decoder(), here.spec)
+    assert_close(said(decoder, here.spec), expected, share=1e-6)
+    assert "goes on without a CUDA graph" in caplog.text and here.runtime.calls["cudaGraphLaunch"] == 0
+    assert_close(said(decoder, here.spec), expected, share=1e-6)
+    assert here.runtime.calls["cudaGraphLaunch"] > 0
+
+
+def test_kernels_are_serialised_only_where_some_may_be_new(world, monkeypatch):
+    calls, serialise = [], HostCache.serialize
+    monkeypatch.setattr(HostCache, "serialize", lambda self: calls.append(self) or serialise(self))
+    here = world()
+    decoder = here.decoder()
+    said(decoder, here.spec)
+    before = len(calls)
+    assert before > 1
+    said(decoder, here.spec)
+    assert len(calls) == before
 
 
 def test_more_than_fits_is_an_error(world):

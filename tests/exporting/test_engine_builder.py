@@ -109,6 +109,11 @@ def test_onnx_runtime_gets_the_lifted_graphs_themselves(tmp_path):
     assert read_built(tmp_path / "out", DEFAULT_BUNDLE, "ort-cuda") == report.engines
 
 
+def test_onnx_runtime_takes_small_caches(tmp_path):
+    report = build_engines(open_bundle(DEFAULT_BUNDLE), tmp_path / "out", engine="ort-cuda", context=100, parity=False)
+    assert report.engines.context == 100
+
+
 @pytest.mark.parametrize("asked, said", [
     ({"engine": "tensorrt-rtx", "sms": (86, 90)}, "no engines for SM 90; it builds for 75, 80, 86, 89, 120, 121"),
     ({"engine": "tensorrt"}, "'tensorrt' is not to be had here"),

@@ -8,15 +8,15 @@ from multiprocessing import active_children
 import numpy as np
 import onnx
 import pytest
+import tensorrt_rtx_bindings as true_trt
 from onnx import TensorProto, helper, numpy_helper
 
 from gog_edge.bundle import DEFAULT_BUNDLE
-from gog_edge.engines.trt_plan import trt_module
+from gog_edge.engines.trt_plan import known_sms, trt_module
 from gog_edge.errors import CheckpointError
-from gog_edge.exporting.engine_plan import PlanRequest, build_plan
+from gog_edge.exporting.engine_plan import PlanRequest, build_plan, keep_timings, use_timings, weights_of
 from gog_edge.exporting.engine_process import build_apart
 from gog_edge.exporting.engine_profiles import decoder_profiles, image_profiles, text_profiles, vision_profiles
-from gog_edge.exporting.engine_tensorrt import known_sms
 from gog_edge.exporting.lift import lift_graph
 from gog_edge.policy.manifest import read_manifest
 
@@ -150,6 +150,72 @@ def test_kernels_times_are_kept_beside(tmp_path):
     for _ in range(2):
         build_plan(request(product(tmp_path), batches(256, 1, 4, 16), timings=kept), ignore)
         assert kept.stat().st_size > 0
+
+
+class HostTimings:
+    """Stands for a builder's config of TensorRT on the device: it takes times of its own GPU, whole or none."""
+
+    OWN = ("OWN", "cache")
+
+    def __init__(self):
+        self.cache = None
+
+    def create_timing_cache(self, kept):
+        return None if kept.startswith(b"damaged") else HostTimes(bytes(kept))
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        if not isinstance(cache, HostTimes):
+            raise TypeError("incompatible function arguments")
+        if cache.kept.startswith(b"another GPU") and not ignore_mismatch:
+            return False
+        self.cache = cache
+        return True
+
+    def get_timing_cache(self):
+        return self.cache
+
+
+class HostTimes:
+    OWN = ("OWN",)
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def serialize(self):
+        return self.kept + b"mine"
+
+
+@pytest.mark.parametrize("kept, then", [(b"", b"mine"), (b"mine", b"minemine"), (b"damaged", b"mine"),
+                                        (b"another GPU's", b"mine")])
+def test_kernels_times_that_are_of_no_use_are_begun_anew(tmp_path, kept, then):
+    path, config = tmp_path / "timings.cache", HostTimings()
+    path.write_bytes(kept)
+    use_timings(config, path)
+    keep_timings(config, path)
+    assert path.read_bytes() == then
+
+
+def test_a_plan_is_not_lost_for_its_kernels_times(tmp_path):
+    keep_timings(HostTimings(), tmp_path / "timings.cache")
+    assert not list(tmp_path.iterdir())
+    config = HostTimings()
+    use_timings(config, tmp_path / "none.cache")
+    keep_timings(config, tmp_path)  # a folder is in the way
+
+
+@pytest.mark.parametrize("host, true", [(HostTimings, true_trt.IBuilderConfig), (HostTimes, true_trt.ITimingCache)])
+def test_what_stands_for_tensorrts_times_has_nothing_that_they_lack(host, true):
+    asked = {name for name in vars(host) if not name.startswith("_")} - set(host.OWN)
+    assert asked and all(hasattr(true, name) for name in asked)
+
+
+def test_weights_that_the_graph_has_no_more_are_not_counted(tmp_path):
+    model = onnx.load(product(tmp_path))
+    path = tmp_path / "beside.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="beside.onnx.data", size_threshold=0)
+    with (tmp_path / "beside.onnx.data").open("ab") as file:
+        file.write(bytes(10**6))
+    assert weights_of(path) == path.stat().st_size + 256 * 256 * 2
 
 
 def test_a_killed_process_is_an_error(tmp_path):

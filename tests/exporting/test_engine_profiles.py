@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from gog_edge.engines.trt_shapes import choose_profile
 from gog_edge.errors import CheckpointError, PictureError
-from gog_edge.exporting.engine_profiles import decoder_profiles, image_profiles, most_tokens, vision_profiles
+from gog_edge.exporting.engine_profiles import (
+    check_context,
+    decoder_profiles,
+    image_profiles,
+    most_tokens,
+    vision_profiles,
+)
 from gog_edge.policy.manifest import TextSpec, VisionSpec
 from gog_edge.policy.session import CHUNK
 from gog_edge.policy.vision import Grid, grid_feeds, smart_resize
@@ -102,7 +108,10 @@ def test_a_decoder_has_three_profiles_of_the_sessions_steps():
 def test_no_step_is_longer_than_the_cache():
     assert [profile["inputs_embeds"][2][1] for profile in decoder_profiles(TEXT, 200)] == [128, 200, 200]
     with pytest.raises(CheckpointError, match="cache of 127 tokens is too small; give --context at least 128"):
-        decoder_profiles(TEXT, 127)
+        check_context(127, profiles=True)
+    check_context(127, profiles=False)
+    with pytest.raises(CheckpointError, match="cache of 0 tokens is too small; give --context at least 1"):
+        check_context(0, profiles=False)
 
 
 def test_an_encoder_takes_as_many_as_it_runs_at_once():

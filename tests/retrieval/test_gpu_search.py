@@ -16,7 +16,7 @@ from gog_edge.errors import OutOfDeviceMemory
 from gog_edge.exporting.engine_plan import PlanRequest, build_plan
 from gog_edge.exporting.search_graph import search_profiles, write_search_graph
 from gog_edge.retrieval import gpu_search
-from gog_edge.retrieval.gpu_search import BLOCK_ROWS, NEAREST, SLACK, TrtVectorIndex, likeliest
+from gog_edge.retrieval.gpu_search import BLOCK_ROWS, NEAREST, SLACK, TrtVectorIndex, cut_short, likeliest
 from gog_edge.retrieval.index import MAX_K, VectorIndex
 from gog_edge.retrieval.vectors import VectorShards
 
@@ -116,6 +116,16 @@ def test_near_ties_are_told_apart_by_the_stored_vectors(engine, small_blocks, tm
     assert np.allclose(hits.scores, on_cpu.scores, atol=1e-6)
 
 
+def test_more_near_ties_than_a_block_gives_are_found(engine, small_blocks, tmp_path):
+    middle = unit(1, seed=3)
+    vectors = middle + 2e-3 * np.random.default_rng(0).normal(size=(600, DIM)).astype(np.float32)
+    vectors = np.concatenate([vectors / np.linalg.norm(vectors, axis=1, keepdims=True), unit(1000)])
+    ids, queries = np.arange(len(vectors)), np.concatenate([unit(3, seed=5), middle])
+    hits, files = opened(engine, tmp_path, ids, vectors).search(queries, 5), stored(tmp_path, ids, vectors)
+    on_cpu = VectorIndex.open(tmp_path, None, VectorShards.open(files, DIM), tombstones=NONE).search(queries, 5)
+    assert np.allclose(hits.scores, on_cpu.scores, atol=1e-7) and np.array_equal(hits.ids[:3], on_cpu.ids[:3])
+
+
 def test_no_room_leaves_nothing_on_the_gpu(engine, runtime, small_blocks, tmp_path):
     ids, vectors = np.arange(2000), unit(2000)
     runtime.total = runtime.held + 2 * 700 * DIM * 2
@@ -132,3 +142,11 @@ def test_all_that_roundoff_may_have_swapped_is_given_on():
     kept, numbers = likeliest([(scores, rows), more], 3)
     assert numbers.tolist() == [[0, 20, 1, 21, 2], [4, 5, 22, 6, 7]]
     assert kept[0].tolist() == pytest.approx([0.9, 0.7, 0.5, 0.4999, 0.4995])
+
+
+def test_queries_whose_likeliest_a_block_cannot_all_give_are_known():
+    scores = np.array([[0.9, 0.5, 0.4], [0.9, 0.5, 0.4], [0.9, 0.5, 0.4]], np.float32)
+    ends = [np.array([0.1, 0.499, 0.5], np.float32), np.array([0.2, 0.2, 0.497], np.float32)]
+    assert cut_short(scores, ends, 2).tolist() == [False, True, True]
+    assert cut_short(scores, ends[1:], 2).tolist() == [False] * 3
+    assert not cut_short(scores, [], 2).any()

@@ -19,8 +19,11 @@ from gog_edge.engines.built import MANIFEST, ORT_CUDA, TENSORRT_RTX
 from gog_edge.engines.choice import EngineChoice
 from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory, PackError
 from gog_edge.files import describe_files, read_json, write_json
+from gog_edge.policy.local import LocalPolicy
+from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.shelf import Shelf
 from gog_edge.runtime import open_runtime
+from gog_edge.serve import supervisor as supervision
 from gog_edge.serve.__main__ import main
 from gog_edge.serve.server import supervise
 from gog_edge.serve.supervisor import Supervisor
@@ -175,8 +178,8 @@ def shelf_of(little_pack_folder, tiny_encoder):
     return lambda: Shelf([little_pack_folder], tiny_encoder)
 
 
-@pytest.mark.parametrize("error", [DeviceLost("GPU 0 is lost"), OutOfDeviceMemory("the GPU's memory is taken")])
-def test_a_device_that_fails_under_a_question_is_given_up_and_opened_again(start, make_runtime, shelf_of, error):
+def test_a_device_that_is_lost_under_a_question_is_given_up_and_opened_again(start, make_runtime, shelf_of):
+    error = DeviceLost("GPU 0 is lost")
     mended = threading.Event()
 
     def mend(runtime):
@@ -200,16 +203,60 @@ def test_a_device_that_fails_under_a_question_is_given_up_and_opened_again(start
         wait_for_reason(client, "")
         assert client.post("/v1/ask", json=question).status_code == 200
         assert client.post("/v1/search", json={"text": "Italy"}).status_code == 200
-    assert supervisor.device_lost == isinstance(error, DeviceLost)
+    assert supervisor.device_lost
     supervisor.close()
 
 
-def test_a_backend_that_is_away_is_told_and_nothing_is_given_up(start, make_runtime):
-    runtime = make_runtime(Player(fault=BackendError("the policy's server is away")))
+@pytest.mark.parametrize("error", [BackendError("the policy's server is away"),
+                                   OutOfDeviceMemory("the GPU's memory is taken")])
+def test_a_backend_that_fails_one_question_is_told_and_nothing_is_given_up(start, make_runtime, error):
+    runtime = make_runtime(Player(fault=error))
     supervisor = Supervisor(runtime, lambda failed: pytest.fail("nothing lacks"))
     with httpx.Client(base_url=start(supervisor), timeout=WAIT) as client:
-        refused(client.post("/v1/ask", json={"sample": "three flags.png", "question": "Which?"}), "server is away")
-        assert reason_of(client) == "" and supervisor.runtime is runtime
+        refused(client.post("/v1/ask", json={"sample": "three flags.png", "question": "Which?"}), str(error))
+        assert reason_of(client) == "" and supervisor.runtime is runtime and not supervisor.device_lost
+
+
+def test_a_device_that_is_lost_while_it_is_opened_ends_the_process_after_a_while(toy, monkeypatch):  # noqa: F811
+    build(toy)
+    opened = []
+
+    def lose(encoder, **options):
+        opened.append(encoder)
+        raise DeviceLost("GPU 0 is lost to this process")
+
+    monkeypatch.setattr(Encoder, "open", lose)
+    monkeypatch.setattr(supervision, "LAST_S", 1.0)
+    supervisor = supervise(toy.root, 1, EngineChoice(ORT_CUDA))
+    assert supervisor.runtime.lost and "GPU 0 is lost" in supervisor.runtime.failure
+    began = time.monotonic()
+    with supervisor.watching():
+        supervisor.wake()
+        while not supervisor.device_lost:
+            assert time.monotonic() < began + WAIT
+            time.sleep(0.02)
+    assert time.monotonic() - began >= 1.0 and len(opened) == 1  # nor was it tried again
+    told = supervise(toy.root, 1, EngineChoice(ORT_CUDA))
+    with told.watching():
+        pass
+    assert not told.device_lost  # who is stopped begins not anew
+    for each in (supervisor, told):
+        each.close()
+
+
+def test_a_fault_of_ours_at_the_first_try_leaves_the_server_up(toy, monkeypatch, cuda_on_processor):  # noqa: F811
+    build(toy)
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalPolicy, "open", lambda *_, **__: 1 / 0)
+        supervisor = supervise(toy.root, 1, EngineChoice(ORT_CUDA))
+    assert "ZeroDivisionError" in supervisor.runtime.failure and supervisor.runtime.packs is None
+    with supervisor.watching():
+        supervisor.wake()
+        end = time.monotonic() + WAIT
+        while supervisor.runtime.failure:
+            assert time.monotonic() < end, supervisor.runtime.failure
+            time.sleep(0.02)
+    supervisor.close()
 
 
 def test_a_mend_that_breaks_is_told_and_tried_again(start, make_runtime):
@@ -248,35 +295,38 @@ def test_what_is_mended_after_the_server_was_stopped_is_closed(make_runtime, she
 
 
 LIVES = """
-import pathlib, sys
+import argparse, pathlib
 from played import Player, played_runtime
 from gog_edge.config import ServeConfig
 from gog_edge.errors import DeviceLost
 from gog_edge.serve.server import bind, run
 from gog_edge.serve.supervisor import Supervisor
 
-folder, port = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+parser = argparse.ArgumentParser()
+parser.add_argument("folder", type=pathlib.Path)
+parser.add_argument("--port", type=int)
+folder, port = vars(parser.parse_args()).values()
 lived = folder / "lived"
 fault = None if lived.exists() else DeviceLost("GPU 0 is lost to this process")
 lived.touch()
 with bind("127.0.0.1", port) as listener:
-    run(Supervisor(played_runtime(folder, Player(fault=fault)), lambda runtime: runtime), listener, ServeConfig())
+    supervisor = Supervisor(played_runtime(folder, Player(fault=fault)), lambda runtime: runtime)
+    run(supervisor, listener, ServeConfig(port=port))
 """
 
 
 def test_a_process_that_lost_its_device_begins_anew(tmp_path, pytestconfig):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    """With the same port, also where it may be any."""
     script = tmp_path / "lives.py"
     script.write_text(LIVES)
     environment = os.environ | {"PYTHONPATH": str(pytestconfig.rootpath / "tests")}
-    command = [sys.executable, str(script), str(tmp_path), str(port)]
+    command = [sys.executable, str(script), str(tmp_path), "--port", "0"]
     question = {"sample": "three flags.png", "question": "Which?"}
     with process_of(command, env=environment) as process:
-        assert "serves 'toy'" in process.stdout.readline()
-        url = f"http://127.0.0.1:{port}"
+        first = process.stdout.readline()
+        url = next(word for word in first.split() if word.startswith("http://"))
         refused(httpx.post(url + "/v1/ask", json=question, timeout=WAIT), "GPU 0 is lost")
-        assert "serves 'toy'" in process.stdout.readline()  # the same process, another program
+        assert process.stdout.readline() == first  # the same process, another program
         assert httpx.post(url + "/v1/ask", json=question, timeout=WAIT).json()["answer"]
 
 
