@@ -11,7 +11,7 @@ from typing import Any
 
 from gog_edge.config import Limits, MilvusConfig, RemoteConfig
 from gog_edge.errors import BundleError
-from gog_edge.files import read_json, verify_files
+from gog_edge.files import MODEL_MANIFEST, read_json, verify_files
 
 SCHEMA = 1
 FILE = "bundle.toml"
@@ -170,8 +170,8 @@ def _inside(root: Path, table: Mapping[str, Any], key: str, where: Path, section
 
 def _manifest(part: Path) -> Path:
     """Packs write MANIFEST.json, models manifest.json."""
-    return next((path for path in (part / "MANIFEST.json", part / "manifest.json") if path.is_file()),
-                part / "manifest.json")
+    return next((path for path in (part / "MANIFEST.json", part / MODEL_MANIFEST) if path.is_file()),
+                part / MODEL_MANIFEST)
 
 
 def _samples(root: Path, value: Any, where: Path) -> tuple[Sample, ...]:

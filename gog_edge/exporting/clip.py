@@ -30,7 +30,7 @@ from gog_edge.exporting.clip_parity import SAMPLES, as_json, measure_parity, noi
 from gog_edge.exporting.graph import Form
 from gog_edge.exporting.quantise import ROWS
 from gog_edge.exporting.replacing import replacing
-from gog_edge.files import describe_files, sha256_of, write_json
+from gog_edge.files import MODEL_MANIFEST, describe_files, sha256_of, write_json
 from gog_edge.retrieval.encoder import SCHEMA, image_spec
 
 OPSET = 20  # of graphs that torch.onnx writes
@@ -78,7 +78,7 @@ def export_clip(
         checkpoint.tokenizer.save(str(part / "tokenizer.json"))
         made = {"precision": precision, "lowering": lowering, "parity": as_json(image, text, precision)}
         manifest = _manifest(checkpoint, part, made)
-        write_json(part / "manifest.json", manifest)
+        write_json(part / MODEL_MANIFEST, manifest)
     return manifest
 
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gog_edge.errors import CheckpointError
-from gog_edge.files import read_json
+from gog_edge.files import MODEL_MANIFEST, read_json
 
 
 @contextmanager
-def replacing(out: Path, kind: str, manifest: str = "manifest.json") -> Iterator[Path]:
+def replacing(out: Path, kind: str, manifest: str = MODEL_MANIFEST) -> Iterator[Path]:
     """A folder to fill, which becomes `out` at the end of the block; whatever goes wrong before leaves nothing of it.
 
     Args:

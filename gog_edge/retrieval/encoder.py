@@ -19,7 +19,7 @@ from gog_edge.engines.built import IMAGE, TEXT
 from gog_edge.engines.choice import EngineSet
 from gog_edge.engines.ort import CPU, OrtGraph
 from gog_edge.errors import ArtifactError
-from gog_edge.files import read_json, verify_files
+from gog_edge.files import MODEL_MANIFEST, read_json, verify_files
 from gog_edge.types import Pixels, Size, Vectors
 
 SCHEMA = 1
@@ -81,7 +81,7 @@ class Encoder:
             ArtifactError: a file is missing or altered, or the manifest is of another kind or schema.
             BackendError: a provider is not to be had, or a graph cannot be loaded.
         """
-        manifest = read_json(folder / "manifest.json", what="encoder")
+        manifest = read_json(folder / MODEL_MANIFEST, what="encoder")
         if manifest.get("kind") != "encoder" or manifest.get("schema") != SCHEMA:
             raise ArtifactError(
                 f"encoder: '{folder}' is of kind {manifest.get('kind')!r}, schema {manifest.get('schema')!r}; "
