@@ -48,7 +48,7 @@ class TrtGraph:
         self._captured: Recent[Key, Run] = Recent(captured)
         self._capturing = captured > 0
         self._executions = [Execution(plan, self._stream, number) for number in range(len(plan.profiles))]
-        plan.keep_kernels()
+        self._compiled: set[int] = set()  # profiles whose kernels were kept
 
     def run(self, feeds: Mapping[str, Feed]) -> dict[str, Array]:
         """Run once; every input by name, every output by name.
@@ -63,14 +63,18 @@ class TrtGraph:
             self._plan.cuda.use()
             run = self._captured.get(key)
             again = run is None and self._capturing and self._seen.get(key) is not None
+            profile = None
             if run is None:
-                run = self._prepare(feeds, lasting=again)
+                profile = choose_profile(self._plan.profiles, {name: tuple(feed.shape) for name, feed in feeds.items()})
+                run = self._prepare(feeds, profile, lasting=again)
             run.fill(arrays)
             run.go()
             self._stream.synchronize()
             outputs = {name: run.output(name).copy() for name in run.outputs}
             if again:
                 self._capture(key, run)
+            if profile is not None:
+                self._keep_kernels(profile)
             self._seen.put(key, True)
             return outputs
 
@@ -96,11 +100,9 @@ class TrtGraph:
             stream.copy(target.buffer.at(at + start, len(piece)), through.ctypes.data, len(piece))
             stream.synchronize()
 
-    def _prepare(self, feeds: Mapping[str, Feed], *, lasting: bool) -> Run:
-        shapes = {name: tuple(feed.shape) for name, feed in feeds.items()}
-        profile = choose_profile(self._plan.profiles, shapes)
+    def _prepare(self, feeds: Mapping[str, Feed], profile: int, *, lasting: bool) -> Run:
         execution = Execution(self._plan, self._stream, profile) if lasting else self._executions[profile]
-        given = execution.reshape(shapes)
+        given = execution.reshape({name: tuple(feed.shape) for name, feed in feeds.items()})
         before = self._staging.moves
         try:
             inputs = {name: self._place(name, feed) for name, feed in feeds.items()}
@@ -123,6 +125,12 @@ class TrtGraph:
         self._plan.keep_kernels()
         if self._capturing:
             self._captured.put(key, run)
+
+    def _keep_kernels(self, profile: int) -> None:
+        """Once for each profile: kernels are compiled when it first runs."""
+        if profile not in self._compiled:
+            self._compiled.add(profile)
+            self._plan.keep_kernels()
 
 
 def key_of(feeds: Mapping[str, Feed]) -> Key:

@@ -18,7 +18,8 @@ WIDE = {"LayerNormalization", "LpNormalization", "Softmax", "ReduceL2", "ReduceM
 COUNTS = {"Shape", "ArgMax", "Equal", "Less", "LessOrEqual", "Greater", "Range"}
 # Some checkpoints' products, and what they multiply, pass the largest half, 65,504 (Qwen2.5-VL's and Qwen3-VL's vision
 # towers do). So products are taken of values 64 times smaller, and grow back in single precision: exact but for values
-# below 0.004, which lose up to six of their bits. Runtimes fuse both with what stands beside.
+# below 0.004, which lose up to six of their bits. Runtimes fuse both with what stands beside. Gemm and Conv, which only
+# torch.onnx writes for us, are left as they are.
 SMALLER = 2.0**-6
 
 
@@ -172,8 +173,8 @@ class HalfLifter(Lifter):
         self.rewriter.ops(node, inputs, [FLOAT16])
 
     def lift_QuickGelu(self, node: NodeProto) -> None:
-        """Half."""
-        self.rewriter.ops(node, [self.rewriter.half(node.input[0])], [FLOAT16])
+        """Wide."""
+        self.rewriter.ops(node, [self.rewriter.wide(node.input[0])], [FLOAT])
 
     def lift_MatMulNBits(self, node: NodeProto) -> None:
         """By blocks as they are; their scales, and what they are multiplied with, are half."""

@@ -8,6 +8,7 @@ the exactly nearest as long as they fit, two bytes a dimension. Its resources be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any, TypeVar
 
 import faiss
 
-from gog_edge.errors import BackendError, OutOfDeviceMemory
+from gog_edge.engines.cuda import LOST
+from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory
 from gog_edge.retrieval.index import Found, VectorIndex
 from gog_edge.retrieval.slabs import MOST, SLAB_ROWS, SlabPart
 from gog_edge.retrieval.vectors import Ids, VectorShards
@@ -191,6 +193,9 @@ def _resources(temp_bytes: int) -> Any:
 def _as_ours(exc: RuntimeError) -> BackendError:
     """FAISS's error by its last words: the first tell where in its sources it stands."""
     said = str(exc).rpartition("Error: ")[2][:300]
+    number = re.search(r"CUDA error (\d+)", said)
+    if number and int(number[1]) in LOST:
+        return DeviceLost(f"the GPU is lost to this process ({said}); start it again")
     if "alloc fail" in said or "out of memory" in said:
         return OutOfDeviceMemory(f"the GPU has no more memory for faiss ({said})")
     return BackendError(f"faiss could not use the GPU ({said}); look with gog-edge doctor, or search on the CPU")

@@ -30,6 +30,7 @@ class Supervisor:
         self._lock = threading.Lock()  # of which runtime it is: held for a moment only
         self._woken, self._stopped = threading.Event(), threading.Event()
         self.device_lost = False  # and with it all that this process may do on it: another is to begin
+        self._lost: list[Runtime] = []  # what lay on the lost device
         if runtime.failure:
             _tell(runtime)
 
@@ -106,7 +107,7 @@ class Supervisor:
             _tell(mended)
 
     def _give_up(self, runtime: Runtime, exc: BackendError) -> None:
-        """Drop all that may lie on the device; the packs are closed, too, for their encoder does."""
+        """Serve nothing that may lie on the device, the packs too, for their encoder does."""
         if self._mend is None:
             return
         self.device_lost |= isinstance(exc, DeviceLost)
@@ -123,7 +124,10 @@ class Supervisor:
                 self._runtime = new
         lost, kept = (old, new) if placed else (new, self._runtime)
         if lost.packs is not None and lost.packs is not kept.packs:
-            lost.packs.close()
+            if self.device_lost:  # FAISS ends the process where it cannot free memory, and this one ends itself soon
+                self._lost.append(lost)
+            else:
+                lost.packs.close()
         return placed
 
 

@@ -13,7 +13,7 @@ from test_index import DIM, NONE, exact, stored, unit
 from benchmarks.retrieval import gpu as bench
 from benchmarks.retrieval.corpus import make_corpus
 from benchmarks.retrieval.vectors import World
-from gog_edge.errors import BackendError, OutOfDeviceMemory, PackError
+from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory, PackError
 from gog_edge.files import write_json
 from gog_edge.retrieval.gpu_index import (
     Gpu,
@@ -150,13 +150,15 @@ def test_all_is_done_in_one_thread_whoever_asks(tmp_path, thread):
      "space Device stream 0x1 size 9 bytes (cudaMalloc error out of memory [2])", OutOfDeviceMemory),
     ("Error in GpuIndex::GpuIndex(...) at /project/faiss/gpu/GpuIndex.cu:65: Error: 'config_.device < getNumDevices()' "
      "failed: Invalid GPU device 0", BackendError),
+    ("Error in C at D.cu:7: Error: 'err__ == cudaSuccess' failed: CUDA error 719 launch failure", DeviceLost),
 ])  # fmt: skip
 def test_faisss_own_errors_are_told_as_ours(thread, said, kind):
     def refuse():
         raise RuntimeError(said)
 
-    with pytest.raises(kind, match="failed: " + said.rpartition("failed: ")[2][:20]):
+    with pytest.raises(kind, match="failed: " + said.rpartition("failed: ")[2][:20]) as told:
         thread.call(refuse)
+    assert type(told.value) is kind
 
 
 def test_other_errors_stay_as_they_are(thread):

@@ -195,7 +195,8 @@ def test_a_device_that_is_lost_under_a_question_is_given_up_and_opened_again(sta
         refused(client.post("/v1/ask", json=question), str(error))
         assert str(error) in reason_of(client) and client.get("/v1/models").json()["data"] == []
         refused(client.post("/v1/search", json={"text": "Italy"}), str(error))
-        with pytest.raises(PackError, match="closed"), packs.lease():
+        assert supervisor.runtime.packs is None  # and not closed: FAISS would end the process
+        with packs.lease():
             pass
         wait_for_reason(client, f"still: {error}")
         mended.set()
