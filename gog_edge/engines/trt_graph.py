@@ -48,7 +48,8 @@ class TrtGraph:
         self._captured: Recent[Key, Run] = Recent(captured)
         self._capturing = captured > 0
         self._executions = [Execution(plan, self._stream, number) for number in range(len(plan.profiles))]
-        self._compiled: set[int] = set()  # profiles whose kernels were kept
+        self._ran: set[int] = set()  # profiles whose kernels were all kept
+        plan.keep_kernels()
 
     def run(self, feeds: Mapping[str, Feed]) -> dict[str, Array]:
         """Run once; every input by name, every output by name.
@@ -127,9 +128,9 @@ class TrtGraph:
             self._captured.put(key, run)
 
     def _keep_kernels(self, profile: int) -> None:
-        """Once for each profile: kernels are compiled when it first runs."""
-        if profile not in self._compiled:
-            self._compiled.add(profile)
+        """Once for each profile: what its first run compiled, beyond what opening its context did."""
+        if profile not in self._ran:
+            self._ran.add(profile)
             self._plan.keep_kernels()
 
 
