@@ -16,7 +16,7 @@ from gog_edge.engines.ort import OrtDecoder, OrtGraph
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.graph import FLOAT, FLOAT16, GraphBuilder
 from gog_edge.exporting.lift import KINDS, lift_graph
-from gog_edge.policy.manifest import Blocks, read_manifest
+from gog_edge.policy.manifest import Blocks, TextSpec, read_manifest
 from gog_edge.policy.vision import VisionEncoder
 
 CONTEXT = 64
@@ -51,10 +51,7 @@ def test_a_lifted_decoder_says_the_same(exported, name, kind, tmp_path):
     decoder = OrtDecoder(folder / "decoder.onnx", capacity=CONTEXT, threads=1)
     rng, cache, past = np.random.default_rng(0), decoder.new_cache(), 0
     for tokens, keep in STEPS:
-        embeds = rng.standard_normal((tokens, spec.hidden)).astype(np.float32)
-        angles = rng.standard_normal((tokens, spec.head_dim // 2)).astype(np.float32)
-        deeper = rng.standard_normal((spec.deepstack, tokens, spec.hidden)).astype(np.float32)
-        cos, sin = np.cos(angles), np.sin(angles)
+        embeds, cos, sin, deeper = _made(rng, spec, tokens)
         want = decoder.step(cache, embeds, cos, sin, past, deepstack=deeper if spec.deepstack else None, keep=keep)
         got = lifted.step(embeds, cos, sin, past, deeper, keep)
         assert got.shape == want.shape and got.dtype == np.float32
@@ -111,10 +108,7 @@ def test_halves_round_little(exported, name, kind, tmp_path):
     decoder = OrtDecoder(folder / "decoder.onnx", capacity=CONTEXT, threads=1)
     cache, past = decoder.new_cache(), 0
     for tokens, keep in STEPS:
-        embeds = rng.standard_normal((tokens, spec.hidden)).astype(np.float32)
-        angles = rng.standard_normal((tokens, spec.head_dim // 2)).astype(np.float32)
-        deeper = rng.standard_normal((spec.deepstack, tokens, spec.hidden)).astype(np.float32)
-        cos, sin = np.cos(angles), np.sin(angles)
+        embeds, cos, sin, deeper = _made(rng, spec, tokens)
         want = decoder.step(cache, embeds, cos, sin, past, deepstack=deeper if spec.deepstack else None, keep=keep)
         assert np.abs(lifted.step(embeds, cos, sin, past, deeper, keep) - want).max() < 0.01 * np.abs(want).max()
         past += tokens
@@ -193,6 +187,14 @@ def test_weights_that_half_precision_does_not_hold_are_refused(tmp_path):
     graph.save()
     with pytest.raises(CheckpointError, match="'huge' is too large for float16"):
         lift_graph(tmp_path / "large.onnx", tmp_path / "lifted.onnx", "standard")
+
+
+def _made(rng: np.random.Generator, spec: TextSpec, tokens: int):
+    """Embeddings, cosines and sines of angles, features for the first layers."""
+    embeds = rng.standard_normal((tokens, spec.hidden)).astype(np.float32)
+    angles = rng.standard_normal((tokens, spec.head_dim // 2)).astype(np.float32)
+    deeper = rng.standard_normal((spec.deepstack, tokens, spec.hidden)).astype(np.float32)
+    return embeds, np.cos(angles), np.sin(angles), deeper
 
 
 class _Lifted:
