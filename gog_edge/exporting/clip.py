@@ -173,6 +173,7 @@ def _export_tower(tower: nn.Module, example: Tensor, name: str, path: Path) -> N
     size = sum(value.numel() * value.element_size() for value in tower.state_dict().values())
     program = _traced(tower, example, name, path)
     for node in program.model.graph:
+        node.metadata_props.clear()  # where in the sources of this machine it comes from
         for value in node.outputs:
             # The exporter calls the output of a token table "embedding" too, and does not see the clash.
             if value.name == "embedding" and not value.is_graph_output():
