@@ -58,41 +58,36 @@ def lay(root, files):
 
 def orin_nano(root):
     """Orin Nano Super, 8 GB, JetPack 7.2.1, in its slower mode."""
-    return lay(root, {
-        "etc/os-release": 'PRETTY_NAME="Ubuntu 24.04.4 LTS"\nNAME="Ubuntu"\n',
-        "proc/device-tree/model": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",
-        "etc/nv_tegra_release": RELEASE.format(linux=39, revision="2.1", gcid=46758480,
-                                               date="Fri Aug  7 05:54:22 AM UTC 2026"),
-        "etc/nvpmodel.conf": SUPER, "var/lib/nvpmodel/status": "pmode:0000",
-        "var/lib/dpkg/status": PACKAGES.format(version="7.2.1-b49", status="install ok installed"),
-        "proc/meminfo": MEMINFO.format(total=7802880, free=4910080),
-    })  # fmt: skip
+    release = RELEASE.format(linux=39, revision="2.1", gcid=46758480, date="Fri Aug  7 05:54:22 AM UTC 2026")
+    return _jetson(root, "Orin Nano Engineering Reference Developer Kit Super", "24.04.4", release,
+                   (SUPER, "pmode:0000"), ("7.2.1-b49", "install ok installed"), (7802880, 4910080))  # fmt: skip
 
 
 def agx_orin(root):
     """AGX Orin, 64 GB, JetPack 6.1."""
-    return lay(root, {
-        "etc/os-release": 'PRETTY_NAME="Ubuntu 22.04.5 LTS"\n',
-        "proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0",
-        "etc/nv_tegra_release": RELEASE.format(linux=36, revision="4.0", gcid=37537400,
-                                               date="Fri Sep 13 04:36:44 UTC 2024"),
-        "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=1 NAME=MODE_15W >\n",
-        "var/lib/nvpmodel/status": "pmode:0000 fmode:fan_mode_quiet\n",
-        "var/lib/dpkg/status": PACKAGES.format(version="6.1+b123", status="install ok installed"),
-        "proc/meminfo": MEMINFO.format(total=64348160, free=60000000),
-    })  # fmt: skip
+    release = RELEASE.format(linux=36, revision="4.0", gcid=37537400, date="Fri Sep 13 04:36:44 UTC 2024")
+    modes = "< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=1 NAME=MODE_15W >\n"
+    return _jetson(root, "AGX Orin Developer Kit", "22.04.5", release, (modes, "pmode:0000 fmode:fan_mode_quiet\n"),
+                   ("6.1+b123", "install ok installed"), (64348160, 60000000))  # fmt: skip
 
 
 def thor(root):
     """AGX Thor, 128 GB, JetPack 7.0, which was not installed whole."""
+    release = RELEASE.format(linux=38, revision="2.2", gcid=42205042, date="Thu Sep 25 22:47:11 UTC 2025")
+    return _jetson(root, "AGX Thor Developer Kit", "24.04.3", release, (THOR_MODES, "pmode:0001"),
+                   ("7.0-b128", "deinstall ok config-files"), (128849018, 120000000))  # fmt: skip
+
+
+def _jetson(root, model, ubuntu, release, modes, jetpack, memory):
+    """`modes`: those there are, and the one it is in; `jetpack`: version and state of the package; kB in all, and free.
+    """
     return lay(root, {
-        "etc/os-release": 'PRETTY_NAME="Ubuntu 24.04.3 LTS"\n',
-        "proc/device-tree/model": "NVIDIA Jetson AGX Thor Developer Kit\0",
-        "etc/nv_tegra_release": RELEASE.format(linux=38, revision="2.2", gcid=42205042,
-                                               date="Thu Sep 25 22:47:11 UTC 2025"),
-        "etc/nvpmodel.conf": THOR_MODES, "var/lib/nvpmodel/status": "pmode:0001",
-        "var/lib/dpkg/status": PACKAGES.format(version="7.0-b128", status="deinstall ok config-files"),
-        "proc/meminfo": MEMINFO.format(total=128849018, free=120000000),
+        "etc/os-release": f'PRETTY_NAME="Ubuntu {ubuntu} LTS"\nNAME="Ubuntu"\n',
+        "proc/device-tree/model": f"NVIDIA Jetson {model}\0",
+        "etc/nv_tegra_release": release,
+        "etc/nvpmodel.conf": modes[0], "var/lib/nvpmodel/status": modes[1],
+        "var/lib/dpkg/status": PACKAGES.format(version=jetpack[0], status=jetpack[1]),
+        "proc/meminfo": MEMINFO.format(total=memory[0], free=memory[1]),
     })  # fmt: skip
 
 

@@ -11,6 +11,8 @@ import typer
 
 from gog_edge.cli import doctor, pack
 from gog_edge.cli.errors import errors_shown
+from gog_edge.engines.built import ENGINES, ORT
+from gog_edge.engines.choice import CPU_SEARCH, SEARCHES
 from gog_edge.errors import GogEdgeError, InputError
 
 if TYPE_CHECKING:
@@ -25,12 +27,10 @@ app.command()(doctor.doctor)
 
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Folder of a bundle; the atlas when left out.")]
 ThreadsOption = Annotated[int, typer.Option("--threads", help="Cores to use; 0 for all.")]
-EngineOption = Annotated[str, typer.Option("--engine", help="What runs the graphs: ort, ort-cuda, tensorrt or "
-                                           "tensorrt-rtx.")]
+EngineOption = Annotated[str, typer.Option("--engine", help=f"What runs the graphs: {', '.join(ENGINES)}.")]
 EnginesOption = Annotated[Path | None, typer.Option("--engines", help="Folder of built engines; engines/ENGINE in the "
                                                     "bundle when left out.")]
-SearchOption = Annotated[str, typer.Option("--search", help="What searches the packs: cpu (their own indexes), "
-                                           "faiss-gpu, or tensorrt (an engine).")]
+SearchOption = Annotated[str, typer.Option("--search", help=f"What searches the packs: {', '.join(SEARCHES)}.")]
 
 
 def main() -> None:
@@ -50,9 +50,9 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8080,
     threads: ThreadsOption = 0,
     traces: Annotated[Path | None, typer.Option(help="Folder that gets a trace of each question.")] = None,
-    engine: EngineOption = "ort",
+    engine: EngineOption = ORT,
     engines: EnginesOption = None,
-    search: SearchOption = "cpu",
+    search: SearchOption = CPU_SEARCH,
 ) -> None:
     """Serve a bundle to browsers and programs."""
     from gog_edge.config import ServeConfig
@@ -73,9 +73,9 @@ def ask(
     workflow: Annotated[str, typer.Option(help="gog, full_image or direct.")] = "gog",
     trace: Annotated[Path | None, typer.Option(help="Write the trace of the episode to this file.")] = None,
     threads: ThreadsOption = 0,
-    engine: EngineOption = "ort",
+    engine: EngineOption = ORT,
     engines: EnginesOption = None,
-    search: SearchOption = "cpu",
+    search: SearchOption = CPU_SEARCH,
 ) -> None:
     """Ask one question about a picture."""
     from gog_edge.config import ServeConfig

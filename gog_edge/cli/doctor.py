@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from gog_edge.cli.errors import errors_shown
+from gog_edge.engines.built import ENGINES
 
 
 def doctor(
     bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle; the atlas when left out.")] = None,
-    engine: Annotated[str | None, typer.Option(help="What it is to be served with: ort, ort-cuda, tensorrt or "
-                                               "tensorrt-rtx; the best that works here when left out.")] = None,
+    engine: Annotated[str | None, typer.Option(help=f"What it is to be served with: {', '.join(ENGINES)}; the best "
+                                               "that works here when left out.")] = None,
     engines: Annotated[Path | None, typer.Option(help="Folder of built engines; engines/ENGINE in the bundle when left "
                                                  "out.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,

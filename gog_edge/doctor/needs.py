@@ -23,7 +23,6 @@ from gog_edge.engines.built import (
 )
 from gog_edge.engines.built import MANIFEST as BUILT_MANIFEST
 from gog_edge.engines.choice import EngineChoice, EngineSet
-from gog_edge.engines.cuda import DeviceProperties
 from gog_edge.engines.trt_plan import MODULES, check_device, check_version
 from gog_edge.errors import GogEdgeError
 from gog_edge.files import read_json
@@ -161,7 +160,7 @@ def _check_usable(built: BuiltEngines | None, box: Box) -> None:
         check_version(_Release(version), built)
     if box.gpus.gpus:
         gpu = box.gpus.gpus[0]
-        check_device(DeviceProperties(gpu.name, gpu.sm, gpu.memory, gpu.integrated), built)
+        check_device(gpu, built)
 
 
 def _about(built: BuiltEngines) -> str:

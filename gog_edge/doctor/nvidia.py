@@ -11,18 +11,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gog_edge.engines.cuda import DeviceProperties
+
 _SM_MAJOR, _SM_MINOR, _INTEGRATED = 75, 76, 18  # CU_DEVICE_ATTRIBUTE_...
 _NO_DEVICE = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
-    """One GPU."""
+class Gpu(DeviceProperties):
+    """One GPU, and how much of its memory is free."""
 
-    name: str
-    sm: int  # compute capability, 86 for 8.6
-    memory: int  # bytes in all
-    integrated: bool  # it shares the host's memory, as on a Jetson
     free: int | None = None  # bytes; None where nobody says
 
 

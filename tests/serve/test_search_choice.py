@@ -28,7 +28,6 @@ from gog_edge.retrieval.gpu_index import TEMP_BYTES, Gpu, GpuVectorIndex, OneThr
 from gog_edge.retrieval.gpu_search import TrtVectorIndex
 from gog_edge.retrieval.manifest import read_manifest
 from gog_edge.runtime import open_packs, open_runtime
-from gog_edge.serve.__main__ import main
 from gog_edge.serve.server import supervise
 from gog_edge.types import ImageQuery
 
@@ -98,16 +97,6 @@ def test_a_search_that_there_is_not_is_refused_with_those_that_there_are(name):
 def test_tensorrt_searches_beside_its_own_engines_alone(engine):
     with pytest.raises(InputError, match=f"tensorrt or tensorrt-rtx, asked for is '{engine}'.*'{FAISS_GPU}'"):
         EngineChoice(engine, search=TENSORRT)
-
-
-@pytest.mark.parametrize(("words", "says"), [(["--search", "gpu"], "invalid choice: 'gpu'"),
-                                             (["--search", TENSORRT], "asked for is 'ort'")])
-def test_the_server_refuses_what_cannot_be(words, says, capsys):
-    try:
-        code = main(["--port", "0", *words])
-    except SystemExit as exc:
-        code = exc.code
-    assert code == 2 and says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("search", "says"), [(TENSORRT, "asked for is 'ort'"), ("gpu", "no search 'gpu'")])
