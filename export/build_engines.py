@@ -1,8 +1,8 @@
-"""Build the engines of a bundle: TensorRT's for the GPUs named, or graphs for ONNX Runtime's CUDA provider.
+"""Build the engines of a bundle: TensorRT's for the GPUs named, or graphs for ONNX Runtime's providers for GPUs.
 
     python -m export.build_engines BUNDLE --engine tensorrt-rtx --sm 86,89,120
     python -m export.build_engines BUNDLE --engine tensorrt        # on the device, for its own GPU
-    python -m export.build_engines BUNDLE --engine ort-cuda
+    python -m export.build_engines BUNDLE --engine ort-cuda        # or ort-rtx
 
 TensorRT for RTX needs no GPU to build; one engine serves all GPUs that it was built for. The last line is a JSON
 object.

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
 from gog_edge.errors import BundleError, QuestionError
@@ -71,7 +71,7 @@ class Limits(Budget):
         return PictureLimits(self.picture_bytes, self.picture_pixels)
 
     @classmethod
-    def from_table(cls, table: Mapping[str, Any], *, where: str) -> Self:
+    def from_table(cls, table: Mapping[str, Any], *, where: str) -> Limits:
         """Read [limits]; BundleError names the first key that is unknown or no positive whole number."""
         known = [field.name for field in fields(Limits)]
         for key, value in table.items():
@@ -125,7 +125,7 @@ class RemoteConfig:
     options: Mapping[str, Any] = field(default_factory=dict)  # further fields of the request, as the server takes them
 
     @classmethod
-    def from_table(cls, table: Mapping[str, Any], *, where: str) -> Self:
+    def from_table(cls, table: Mapping[str, Any], *, where: str) -> RemoteConfig:
         """Read [policy]; BundleError names the first key that is missing, unknown or wrong."""
         kinds = {each.name: str(each.type) for each in fields(cls)}
         for key, value in table.items():
@@ -172,7 +172,7 @@ class MilvusConfig:
     timeout_s: float = 5.0  # of one call, in which it is tried again
 
     @classmethod
-    def from_table(cls, table: Mapping[str, Any], *, root: Path, where: str) -> Self:
+    def from_table(cls, table: Mapping[str, Any], *, root: Path, where: str) -> MilvusConfig:
         """Read the keys `milvus`, `key_env` and `timeout_s`; BundleError names the first that is wrong.
 
         A file is looked for below `root`.

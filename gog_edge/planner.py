@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from gog_edge.bundle import Bundle
 from gog_edge.engines.built import DECODER, IMAGE, SEARCH, TENSORRT, TEXT, VISION
@@ -65,7 +64,7 @@ class MemoryPlan:
         parts = ", ".join(f"{name} {as_size(getattr(self, name))}" for name in PARTS if getattr(self, name))
         return f"{as_size(self.total)}: {parts}" + f"; {as_size(self.device)} of it on the GPU" * bool(self.on_device)
 
-    def check(self, free: int | None, device_free: int | None = None) -> Self:
+    def check(self, free: int | None, device_free: int | None = None) -> MemoryPlan:
         """NotEnoughMemory, with advice, when this is more than is free, in bytes; None is not known."""
         if self.on_device and device_free is not None and self.device > device_free:
             raise self._refusal(self.on_device, device_free, "free on the GPU")

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from gog_edge.doctor.finding import Finding, Report, State
+from gog_edge.engines.choice import CPU_SEARCH
 
 _COLOURS = {State.OK: "green", State.MISSING: "yellow", State.WRONG: "yellow"}
 
@@ -21,8 +22,9 @@ def show_report(report: Report, console: Console | None = None) -> None:
     console = console or Console()
     console.print(_table(report))
     why = "asked for" if report.asked else "the best that works here" if report.serves else "none works here"
+    searching = f", search {report.search}" * (report.search != CPU_SEARCH)
     verdict = "[green]can serve[/]" if report.serves else "[red]cannot serve[/]"
-    console.print(f"[bold]{report.engine}[/] ({why}) {verdict} '{escape(report.bundle)}'", highlight=False)
+    console.print(f"[bold]{report.engine}{searching}[/] ({why}) {verdict} '{escape(report.bundle)}'", highlight=False)
     blocking = report.blocking
     _mend(console, f"[red]what {report.engine} needs[/]", blocking)
     _mend(console, "what else could be mended", (one for one in report.findings if one not in blocking))

@@ -113,6 +113,7 @@ CUDA = {
     "tensorrt_rtx_bindings": {"version": "1.7.1.116", "sms": [75, 80, 86, 89, 100, 120, 121]},
     "cuda.bindings": {"version": "13.5.0"},
 }
+RTX_PROVIDER = {"onnxruntime_ep_nv_tensorrt_rtx": {"version": "0.5.0", "gpus": 1, "trouble": ""}}
 JETPACK_7 = {**CPU, "tensorrt": {"version": "10.16.2.10"}, "cuda.bindings": {"version": "13.2.0"}}
 
 

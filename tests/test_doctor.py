@@ -1,10 +1,26 @@
+import importlib.util
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from boxes import CPU, CUDA, JETPACK_7, NO_DRIVER, ORIN, PACKAGES, RTX, agx_orin, box_of, lay, orin_nano, pc, thor
+from boxes import (
+    CPU,
+    CUDA,
+    JETPACK_7,
+    NO_DRIVER,
+    ORIN,
+    PACKAGES,
+    RTX,
+    RTX_PROVIDER,
+    agx_orin,
+    box_of,
+    lay,
+    orin_nano,
+    pc,
+    thor,
+)
 
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.doctor.box import look_at_box
@@ -13,12 +29,22 @@ from gog_edge.doctor.finding import State
 from gog_edge.doctor.jetson import PowerMode, package_version, parse_release, read_jetson
 from gog_edge.doctor.nvidia import Gpus, list_gpus
 from gog_edge.doctor.probe import probe
-from gog_edge.engines.built import BUILT_ENGINES, ORT_CUDA, TENSORRT, TENSORRT_RTX, BuiltEngines, BuiltGraph
+from gog_edge.engines.built import (
+    BUILT_ENGINES,
+    ORT_CUDA,
+    ORT_RTX,
+    RTX_PLUGIN,
+    TENSORRT,
+    TENSORRT_RTX,
+    BuiltEngines,
+    BuiltGraph,
+)
 from gog_edge.errors import BackendError, InputError
 from gog_edge.files import describe_files, read_json, write_json
 
 SOURCES = {"decoder": "policy/decoder.onnx", "vision": "policy/vision.onnx", "image": "encoder/image.onnx",
            "text": "encoder/text.onnx"}  # fmt: skip
+PROVIDER = "ONNX Runtime's RTX provider"
 NOTHING = {"gpus": [], "driver": "", "cuda": [0, 0], "trouble": ""}
 
 
@@ -199,9 +225,9 @@ def test_a_truncated_engine(tmp_path):
 def test_the_best_engine_that_works_is_taken(tmp_path):
     bundle = tmp_path / "atlas"
     shutil.copytree(DEFAULT_BUNDLE, bundle)
-    box = box_of(pc(tmp_path), RTX, CUDA)
+    box = box_of(pc(tmp_path), RTX, {**CUDA, **RTX_PROVIDER})
     assert examine(bundle, box=box).engine == "ort"
-    for engine, ending in ((ORT_CUDA, "onnx"), (TENSORRT_RTX, "engine")):
+    for engine, ending in ((ORT_RTX, "onnx"), (ORT_CUDA, "onnx"), (TENSORRT_RTX, "engine")):
         built(bundle / "engines" / engine, engine, ending=ending, sms=(89,) * (engine == TENSORRT_RTX),
               version="1.7.1.116" * (engine == TENSORRT_RTX))
         report = examine(bundle, box=box)
@@ -231,6 +257,38 @@ def test_a_cuda_provider_that_is_listed_and_does_not_work(tmp_path):
     broken = {**CUDA, "onnxruntime": {**CUDA["onnxruntime"], "trouble": "libcublas.so.13 is not there"}}
     report = examine(DEFAULT_BUNDLE, ORT_CUDA, box=box_of(pc(tmp_path), RTX, broken))
     assert "libcublas" in next(one.said for one in report.blocking if one.what == "its CUDA provider")
+
+
+def test_onnx_runtimes_rtx_provider_serves_where_it_says_so(tmp_path):
+    folder = built(tmp_path / "e", ORT_RTX, ending="onnx")
+    box = box_of(pc(tmp_path), RTX, {**CPU, **RTX_PROVIDER})
+    report = examine(DEFAULT_BUNDLE, ORT_RTX, folder, box=box)
+    assert report.serves, report.blocking
+    assert found(report, PROVIDER).said == "0.5.0, runs on 1 GPU"
+    assert "on the GPU" in found(report, "memory, ort-rtx").said
+
+
+@pytest.mark.parametrize(("gpus", "plugin", "said", "remedy"), [
+    (RTX, {}, "is not installed", "pip install 'gog_edge[ort-rtx]'"),
+    (RTX, {"version": "0.5.0", "trouble": "sees no GPU that it runs on"}, "sees no GPU", "ask for --engine ort-cuda"),
+    (NO_DRIVER, {"version": "0.5.0", "trouble": "libcuda.so.1: cannot open"}, "libcuda", "NVIDIA's driver 580"),
+])  # fmt: skip
+def test_an_rtx_provider_that_does_not_run_is_told_with_what_mends_it(tmp_path, gpus, plugin, said, remedy):
+    libraries = {**CPU, RTX_PLUGIN: plugin} if plugin else CPU
+    report = examine(DEFAULT_BUNDLE, ORT_RTX, box=box_of(pc(tmp_path), gpus, libraries))
+    one = next(one for one in report.blocking if one.what == PROVIDER)
+    assert said in one.said and remedy in one.remedy
+    on_jetson = examine(DEFAULT_BUNDLE, ORT_RTX, box=box_of(orin_nano(tmp_path / "jetson"), ORIN, JETPACK_7))
+    assert "--engine tensorrt" in next(one.remedy for one in on_jetson.blocking if one.what == PROVIDER)
+
+
+def test_this_machines_rtx_provider_is_looked_at_in_a_process_of_its_own():
+    if importlib.util.find_spec(RTX_PLUGIN) is None:
+        with pytest.raises(BackendError, match=f"No module named '{RTX_PLUGIN}'"):
+            probe(RTX_PLUGIN)
+    else:
+        looked = probe(RTX_PLUGIN)
+        assert bool(looked["gpus"]) != bool(looked["trouble"])
 
 
 def test_a_jetson_serves_with_jetpacks_tensorrt(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from gog_edge.errors import BackendError
 
@@ -84,7 +84,7 @@ class WorkerPeer:
         """Of its process."""
         return self._process.pid
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> WorkerPeer:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
 
 from gog_edge.agent.aim import Target
 from gog_edge.types import Box, Query, SearchResult
@@ -32,7 +31,7 @@ class Ahead:
         self._begun: dict[Box | str, Future[Timed]] = {}
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="search")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Ahead:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, at: TracebackType | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal, Self, TypeAlias
+from typing import Literal, TypeAlias
 
 from gog_edge.agent.aim import Refusal
 from gog_edge.config import Budget
@@ -25,7 +25,7 @@ class EpisodeBudget(Budget):
     text_searches: int | None = None
 
     @classmethod
-    def of(cls, budget: Budget, allowance: Allowance) -> Self:
+    def of(cls, budget: Budget, allowance: Allowance) -> EpisodeBudget:
         """A question's budget, no larger than what the policy can live with."""
         turns = min(budget.turns, allowance.rounds or budget.turns)
         return cls(turns, budget.tokens, budget.deadline_ms, allowance.image_searches, allowance.text_searches)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from uuid import uuid4
 
 from gog_edge.agent.budget import EpisodeBudget
@@ -31,7 +31,7 @@ class TraceWriter:
         self._steps: list[dict[str, Any]] = []
         self._value: dict[str, Any] = {"format": FORMAT}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> TraceWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, at: TracebackType | None) -> None:
@@ -90,7 +90,7 @@ class TraceFolder:
         """A writer for one more episode; the oldest traces beyond `keep` go. Names begin with the time in UTC."""
         for old in sorted(self.path.glob("*.trace.json"))[: -self.keep + 1 or None]:
             old.unlink(missing_ok=True)
-        now = datetime.now(UTC)
+        now = datetime.now(timezone.utc)
         return TraceWriter(self.path / f"{now:%Y%m%dT%H%M%S.%f}Z-{uuid4().hex[:8]}.trace.json")
 
 

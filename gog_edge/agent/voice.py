@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Event
 from types import TracebackType
-from typing import Self
 
 from gog_edge.agent.events import Spoke
 from gog_edge.errors import GogEdgeError
@@ -26,7 +25,7 @@ class Voice:
         self._conversation = conversation
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Voice:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, at: TracebackType | None) -> None:

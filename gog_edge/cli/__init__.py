@@ -11,8 +11,9 @@ import typer
 
 from gog_edge.cli import doctor, pack
 from gog_edge.cli.errors import errors_shown
-from gog_edge.engines.built import ENGINES, ORT
-from gog_edge.engines.choice import CPU_SEARCH, SEARCHES
+from gog_edge.cli.options import BundleOption, EngineOption, EnginesOption, SearchOption, ThreadsOption
+from gog_edge.engines.built import ORT
+from gog_edge.engines.choice import CPU_SEARCH
 from gog_edge.errors import GogEdgeError, InputError
 
 if TYPE_CHECKING:
@@ -24,13 +25,6 @@ app = typer.Typer(name="gog-edge", no_args_is_help=True, add_completion=False, p
 
 app.add_typer(pack.app)
 app.command()(doctor.doctor)
-
-BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Folder of a bundle; the atlas when left out.")]
-ThreadsOption = Annotated[int, typer.Option("--threads", help="Cores to use; 0 for all.")]
-EngineOption = Annotated[str, typer.Option("--engine", help=f"What runs the graphs: {', '.join(ENGINES)}.")]
-EnginesOption = Annotated[Path | None, typer.Option("--engines", help="Folder of built engines; engines/ENGINE in the "
-                                                    "bundle when left out.")]
-SearchOption = Annotated[str, typer.Option("--search", help=f"What searches the packs: {', '.join(SEARCHES)}.")]
 
 
 def main() -> None:

@@ -8,17 +8,23 @@ from gog_edge.doctor.box import Box, look_at_box
 from gog_edge.doctor.finding import Report
 from gog_edge.doctor.hardware import judge_box, judge_gpus, judge_libraries
 from gog_edge.doctor.needs import judge_bundle
-from gog_edge.engines.built import ORT
-from gog_edge.engines.choice import EngineChoice
+from gog_edge.engines.built import ORT, TENSORRT_RTX
+from gog_edge.engines.choice import CPU_SEARCH, EngineChoice
 
 
-def examine(folder: Path, engine: str | None = None, engines: Path | None = None, *, box: Box | None = None) -> Report:
+def examine(
+    folder: Path, engine: str | None = None, engines: Path | None = None, *, search: str = CPU_SEARCH,
+    box: Box | None = None,
+) -> Report:
     """What this box has and the bundle in `folder` needs, read for `engine`, or for the best that works here.
 
-    `engines`: a folder of built engines in the place of the bundle's own. `box`: facts that were gathered before.
-    Never fails on a strange box: what cannot be looked at is a finding. Raises InputError as `EngineChoice` does.
+    `engines`: a folder of built engines in the place of the bundle's own. `search`: what its packs are to be
+    searched with. `box`: facts that were gathered before. Never fails on a strange box: what cannot be looked at is a
+    finding. Raises InputError as `EngineChoice` does.
     """
     choice = EngineChoice(engine or ORT, engines)
+    EngineChoice(engine or TENSORRT_RTX, search=search)  # that engine, or where none is named one that has any search
     box = box or look_at_box()
-    findings = [*judge_box(box), *judge_gpus(box), *judge_libraries(box), *judge_bundle(folder, box, choice)]
-    return Report.of(str(folder), findings, engine)
+    findings = [*judge_box(box), *judge_gpus(box, search), *judge_libraries(box, search),
+                *judge_bundle(folder, box, choice, search)]  # fmt: skip
+    return Report.of(str(folder), findings, engine, search)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any
 
-from gog_edge.engines.built import ENGINES, ORT, ORT_CUDA, TENSORRT, TENSORRT_RTX
+from gog_edge.compat import StrEnum
+from gog_edge.engines.built import ENGINES, ORT, ORT_CUDA, ORT_RTX, TENSORRT, TENSORRT_RTX
+from gog_edge.engines.choice import CPU_SEARCH
 
-PREFERRED = (TENSORRT_RTX, TENSORRT, ORT_CUDA, ORT)  # of those that work: the first
+PREFERRED = (TENSORRT_RTX, TENSORRT, ORT_CUDA, ORT_RTX, ORT)  # of those that work: the first
 
 
 class State(StrEnum):
@@ -40,13 +41,14 @@ class Report:
     engine: str
     asked: bool  # for that engine; otherwise it is the best that works here, or the CPU's where none does
     findings: tuple[Finding, ...]
+    search: str = CPU_SEARCH  # what the packs are to be searched with
 
     @classmethod
-    def of(cls, bundle: str, findings: Iterable[Finding], asked: str | None) -> Report:
+    def of(cls, bundle: str, findings: Iterable[Finding], asked: str | None, search: str = CPU_SEARCH) -> Report:
         """The findings, read for the engine that was asked for, or for the first of `PREFERRED` that works."""
         found = tuple(findings)
         works = (engine for engine in PREFERRED if not blocking(found, engine))
-        return cls(bundle, asked or next(works, ORT), asked is not None, found)
+        return cls(bundle, asked or next(works, ORT), asked is not None, found, search)
 
     @property
     def blocking(self) -> tuple[Finding, ...]:
@@ -61,8 +63,9 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """One plain object."""
         works = [engine for engine in ENGINES if not blocking(self.findings, engine)]
-        return {"bundle": self.bundle, "engine": self.engine, "asked": self.asked, "serves": self.serves,
-                "engines_that_work": works, "findings": [asdict(one) for one in self.findings]}  # fmt: skip
+        return {"bundle": self.bundle, "engine": self.engine, "asked": self.asked, "search": self.search,
+                "serves": self.serves, "engines_that_work": works,
+                "findings": [asdict(one) for one in self.findings]}  # fmt: skip
 
 
 def blocking(findings: Iterable[Finding], engine: str) -> tuple[Finding, ...]:

@@ -6,10 +6,20 @@ from collections.abc import Iterator
 
 from gog_edge.doctor.box import CUDA_BINDINGS, FAISS, ONNXRUNTIME, Box
 from gog_edge.doctor.finding import Finding, State
-from gog_edge.doctor.jetson import TENSORRT_LINUX, Jetson
+from gog_edge.doctor.jetson import CUDA, Jetson
 from gog_edge.doctor.nvidia import Gpu
 from gog_edge.doctor.probe import CUDA_PROVIDER
-from gog_edge.engines.built import BUILT_ENGINES, ENGINES, ORT_CUDA, TENSORRT_ENGINES, TENSORRT_RTX
+from gog_edge.engines.built import (
+    BUILT_ENGINES,
+    ENGINES,
+    ORT_CUDA,
+    ORT_RTX,
+    RTX_PLUGIN,
+    TENSORRT,
+    TENSORRT_ENGINES,
+    TENSORRT_RTX,
+)
+from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU
 from gog_edge.engines.trt_plan import MODULES, NO_INT4
 from gog_edge.planner import as_size
 
@@ -22,6 +32,7 @@ FLASH = ("flash JetPack 7.2 with NVIDIA's SDK Manager, or serve on the processor
          "--python FILE; see jetson/README.md")  # fmt: skip
 NOT_RTX = "ask for --engine ort-cuda"
 NOT_RTX_JETSON = "ask for --engine tensorrt on a Jetson"
+OTHER_SEARCH = f"ask for --search {TENSORRT} with TensorRT's engines, or for --search {CPU_SEARCH}"
 
 
 def judge_box(box: Box) -> Iterator[Finding]:
@@ -39,13 +50,8 @@ def judge_box(box: Box) -> Iterator[Finding]:
 
 def _jetpack(jetson: Jetson) -> Finding:
     said = f"{jetson.jetpack or 'unknown'} (Jetson Linux {jetson.release or 'unknown'})"
-    fits = _fits(jetson)
+    fits = jetson.fits
     return Finding("box", "JetPack", OK if fits else WRONG, said, "" if fits else FLASH, BUILT_ENGINES)
-
-
-def _fits(jetson: Jetson) -> bool:
-    """Whether its release has a TensorRT that this package can load."""
-    return bool(jetson.linux) and jetson.linux[0] in TENSORRT_LINUX
 
 
 def _power(jetson: Jetson) -> Finding:
@@ -58,17 +64,18 @@ def _power(jetson: Jetson) -> Finding:
     return Finding("box", "power mode", OK, said, remedy)
 
 
-def judge_gpus(box: Box) -> Iterator[Finding]:
+def judge_gpus(box: Box, search: str = CPU_SEARCH) -> Iterator[Finding]:
     """The driver and every GPU; the first is used."""
+    users = BUILT_ENGINES if search == CPU_SEARCH else ENGINES
     found = box.gpus
     if not found.gpus:
         remedy = JETPACK if box.jetson else NEW_DRIVER
-        yield Finding("gpu", "GPU", MISSING, found.trouble or "there is none", remedy, BUILT_ENGINES)
+        yield Finding("gpu", "GPU", MISSING, found.trouble or "there is none", remedy, users)
         return
     release = ".".join(map(str, found.cuda))
     old = found.cuda < RTX_CUDA and not box.jetson
     yield Finding("gpu", "driver", WRONG if old else OK, f"{found.driver or 'version unknown'}, for CUDA {release}",
-                  NEW_DRIVER if old else "", (TENSORRT_RTX,))  # fmt: skip
+                  NEW_DRIVER if old else "", (TENSORRT_RTX, ORT_RTX))  # fmt: skip
     for number, gpu in enumerate(found.gpus):
         yield Finding("gpu", f"GPU {number}", OK, _about(gpu))
     trouble = rtx_trouble(box)
@@ -95,10 +102,11 @@ def _about(gpu: Gpu) -> str:
     return f"{gpu.name}, SM {gpu.sm}, {memory}{free}"
 
 
-def judge_libraries(box: Box) -> Iterator[Finding]:
+def judge_libraries(box: Box, search: str = CPU_SEARCH) -> Iterator[Finding]:
     """ONNX Runtime and faiss, which all need; what runs on GPUs."""
     yield from _onnxruntime(box)
-    yield from _faiss(box)
+    yield _rtx_provider(box)
+    yield from _faiss(box, search)
     for engine in TENSORRT_ENGINES:
         yield _library(box, MODULES[engine], engine, _tensorrt_remedy(box, engine), (engine,))
     install = "pip install 'gog_edge[tensorrt-rtx]'" if box.jetson is None else _bindings_remedy(box.jetson)
@@ -127,20 +135,35 @@ def _onnxruntime(box: Box) -> Iterator[Finding]:
         yield Finding("software", "its CUDA provider", OK, "loads a graph", "", (ORT_CUDA,))
 
 
-def _faiss(box: Box) -> Iterator[Finding]:
-    """Needed by all; searching on the GPU is a choice, on no engine's path."""
-    library = box.libraries[FAISS]
+def _rtx_provider(box: Box) -> Finding:
+    """A plugin of NVIDIA's: which GPUs it runs on it says itself."""
+    library, what = box.libraries[RTX_PLUGIN], "ONNX Runtime's RTX provider"
+    if not library.version:
+        remedy = "pip install 'gog_edge[ort-rtx]'" if box.jetson is None else NOT_RTX_JETSON
+        return _library(box, RTX_PLUGIN, what, remedy, (ORT_RTX,))
+    if library.trouble:
+        return Finding("software", what, WRONG, library.trouble, NOT_RTX if box.gpus.gpus else NEW_DRIVER, (ORT_RTX,))
+    seen = f"{library.version}, runs on {library.gpus} GPU" + "s" * (library.gpus != 1)
+    return Finding("software", what, OK, seen, "", (ORT_RTX,))
+
+
+def _faiss(box: Box, search: str) -> Iterator[Finding]:
+    """Needed by all; for searching on the GPU only where that is asked for."""
+    library, asked = box.libraries[FAISS], search == FAISS_GPU
+    users = ENGINES if asked else ()
     yield _library(box, FAISS, "faiss", "pip install 'gog_edge[cpu]'", ENGINES)
     if not library.version:
         return
     if library.gpu:
         seen = f"sees {library.gpus} GPU" + "s" * (library.gpus != 1)
-        yield Finding("software", "faiss on the GPU", OK if library.gpus else MISSING, seen)
+        unseen = not library.gpus and bool(box.gpus.gpus)
+        yield Finding("software", "faiss on the GPU", OK if library.gpus else MISSING, seen, NEW_DRIVER * unseen, users)
     elif box.jetson is not None or box.machine != "x86_64":
-        yield Finding("software", "faiss on the GPU", MISSING, "no wheel for this processor: the CPU searches")
+        yield Finding("software", "faiss on the GPU", MISSING, "no wheel for this processor: the CPU searches",
+                      OTHER_SEARCH * asked, users)  # fmt: skip
     else:
         yield Finding("software", "faiss on the GPU", MISSING, "this build searches on the CPU",
-                      "pip uninstall faiss-cpu && pip install 'gog_edge[gpu]'")  # fmt: skip
+                      "pip uninstall faiss-cpu && pip install 'gog_edge[gpu]'", users)  # fmt: skip
 
 
 def _tensorrt_remedy(box: Box, engine: str) -> str:
@@ -148,13 +171,16 @@ def _tensorrt_remedy(box: Box, engine: str) -> str:
         return "pip install 'gog_edge[tensorrt-rtx]'" if box.jetson is None else NOT_RTX_JETSON
     if box.jetson is None:
         return "install NVIDIA's TensorRT 10 with its Python bindings, or ask for --engine tensorrt-rtx"
-    if not _fits(box.jetson):
+    if not box.jetson.fits:
         return FLASH
     return f"{JETPACK}; the environment must see the system's packages: bash jetson/install.sh"
 
 
 def _bindings_remedy(jetson: Jetson) -> str:
-    """Bindings of the major release of CUDA that JetPack 7 has."""
-    return "pip install 'cuda-bindings>=13,<14'" if _fits(jetson) else FLASH
+    """Bindings of the major release of CUDA that its JetPack has."""
+    if not jetson.fits:
+        return FLASH
+    major = CUDA[jetson.linux[0]]
+    return f"pip install 'cuda-bindings>={major},<{major + 1}'"
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 JETPACKS = {36: "6", 38: "7", 39: "7"}  # by Jetson Linux; 38 runs on Thor alone, 39 on Orin too
-TENSORRT_LINUX = (38, 39)  # with TensorRT for a Python that this package runs on; 36 has it for 3.10 alone
+OLDEST_LINUX = (36, 4)  # JetPack 6.1: the first with TensorRT 10.3
+CUDA = {36: 12, 38: 13, 39: 13}  # major releases, by Jetson Linux
 UNBOUND = "MAXN"  # how the names of modes without bounds begin
 
 
@@ -35,6 +36,11 @@ class Jetson:
     jetpack: str = ""  # as its package is numbered, or 6 or 7 where that is not installed
     power: PowerMode | None = None
     quickest: PowerMode | None = None  # the mode without bounds, where there is one
+
+    @property
+    def fits(self) -> bool:
+        """Whether its release has a TensorRT that engines can be built and run with."""
+        return self.linux[:1] in {(known,) for known in JETPACKS} and self.linux >= OLDEST_LINUX
 
     @property
     def release(self) -> str:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gog_edge.bundle import Bundle, open_bundle
-from gog_edge.doctor.box import Box
+from gog_edge.doctor.box import ONNXRUNTIME, Box
 from gog_edge.doctor.finding import Finding, State
 from gog_edge.doctor.hardware import NOT_RTX, NOT_RTX_JETSON, rtx_trouble
 from gog_edge.engines.built import (
     BUILT_ENGINES,
     ENGINES,
     ORT,
+    SEARCH,
     TENSORRT,
     TENSORRT_ENGINES,
     TENSORRT_RTX,
@@ -22,9 +23,10 @@ from gog_edge.engines.built import (
     own_folder,
 )
 from gog_edge.engines.built import MANIFEST as BUILT_MANIFEST
-from gog_edge.engines.choice import EngineChoice, EngineSet
+from gog_edge.engines.choice import CPU_SEARCH, EngineChoice, EngineSet
+from gog_edge.engines.ort_release import NEWER_PYTHON, too_old
 from gog_edge.engines.trt_plan import MODULES, check_device, check_version
-from gog_edge.errors import GogEdgeError
+from gog_edge.errors import GogEdgeError, InputError
 from gog_edge.files import read_json
 from gog_edge.planner import as_size, plan_memory
 from gog_edge.policy.manifest import MANIFEST, PolicyManifest
@@ -40,10 +42,10 @@ class _Release:
     __version__: str
 
 
-def judge_bundle(folder: Path, box: Box, choice: EngineChoice) -> Iterator[Finding]:
+def judge_bundle(folder: Path, box: Box, choice: EngineChoice, search: str = CPU_SEARCH) -> Iterator[Finding]:
     """Every part of the bundle, and for every engine whether its files and the memory are there.
 
-    `choice`: where its engines lie, if not in the bundle.
+    `choice`: where its engines lie, if not in the bundle. `search`: what its packs are to be searched with.
     """
     try:
         bundle = open_bundle(folder)
@@ -54,10 +56,28 @@ def judge_bundle(folder: Path, box: Box, choice: EngineChoice) -> Iterator[Findi
     yield Finding("bundle", "bundle", OK, f"'{bundle.name}' in {bundle.root}", "", ENGINES)
     for look in (_policy, _encoder, _packs):
         yield from _told(look.__name__.strip("_"), look(bundle))
-    yield from _told("memory", _memory(bundle, None, box))
+    searches = {engine: search if _has(engine, search) else CPU_SEARCH for engine in ENGINES}
+    yield from _told("ONNX Runtime", _opset(bundle, box))
+    yield from _told("memory", _memory(bundle, None, box, searches[ORT]))
+    yield from _without(tuple(engine for engine in ENGINES if searches[engine] != search), search, box)
     for engine in BUILT_ENGINES:
         elsewhere = choice.folder if engine == choice.engine else None
-        yield from _told(engine, _built(bundle, engine, elsewhere, box), (engine,))
+        yield from _told(engine, _built(bundle, engine, elsewhere, box, searches[engine]), (engine,))
+
+
+def _without(engines: tuple[str, ...], search: str, box: Box) -> Iterator[Finding]:
+    if engines:
+        remedy = NOT_RTX_JETSON if box.jetson else f"ask for --engine {TENSORRT_RTX}"
+        yield Finding("engines", f"search {search}", MISSING, f"not with {', '.join(engines)}", remedy, engines)
+
+
+def _has(engine: str, search: str) -> bool:
+    """Whether packs may be searched so beside an engine."""
+    try:
+        EngineChoice(engine, search=search)
+    except InputError:
+        return False
+    return True
 
 
 def _told(what: str, findings: Iterator[Finding], needed_by: tuple[str, ...] = ENGINES) -> Iterator[Finding]:
@@ -72,10 +92,24 @@ def _policy(bundle: Bundle) -> Iterator[Finding]:
     if not isinstance(bundle.policy, Path):
         yield Finding("bundle", "policy", OK, f"{bundle.policy.model}, run by {bundle.policy.url}")
         return
-    manifest = PolicyManifest.from_json(read_json(bundle.policy / MANIFEST, what="policy"))
+    manifest = _manifest(bundle.policy)
     size = sum(entry.size for entry in manifest.files)
     yield Finding("bundle", "policy", OK, f"{manifest.architecture}, {manifest.precision}, {as_size(size)}, context "
                   f"{manifest.max_context:,}")  # fmt: skip
+
+
+def _manifest(policy: Path) -> PolicyManifest:
+    return PolicyManifest.from_json(read_json(policy / MANIFEST, what="policy"))
+
+
+def _opset(bundle: Bundle, box: Box) -> Iterator[Finding]:
+    """Whether ONNX Runtime takes the policy's graphs; TensorRT's engines need it for none."""
+    version = box.libraries[ONNXRUNTIME].version
+    trouble = too_old(version) if version and isinstance(bundle.policy, Path) else ""
+    if trouble:
+        remedy = NEWER_PYTHON if box.jetson is None else NOT_RTX_JETSON
+        users = tuple(engine for engine in ENGINES if engine not in TENSORRT_ENGINES)
+        yield Finding("bundle", "policy on ONNX Runtime", WRONG, trouble, remedy, users)
 
 
 def _encoder(bundle: Bundle) -> Iterator[Finding]:
@@ -92,12 +126,12 @@ def _packs(bundle: Bundle) -> Iterator[Finding]:
                       f"articles, {pack.counts.images:,} images, {as_size(size)}")  # fmt: skip
 
 
-def _memory(bundle: Bundle, engines: EngineSet | None, box: Box) -> Iterator[Finding]:
-    """What it takes, on the CPU or with engines on the first GPU, against what is free."""
+def _memory(bundle: Bundle, engines: EngineSet | None, box: Box, search: str) -> Iterator[Finding]:
+    """What it takes, on the CPU or with engines or search on the first GPU, against what is free."""
     gpu = box.gpus.gpus[0] if box.gpus.gpus else None
     engine = ORT if engines is None else engines.built.engine
     part = "bundle" if engines is None else "engines"
-    plan = plan_memory(bundle, engines, integrated=gpu is not None and gpu.integrated)
+    plan = plan_memory(bundle, engines, search=search, integrated=gpu is not None and gpu.integrated)
     try:
         plan.check(box.free, None if gpu is None else gpu.free)
     except GogEdgeError as exc:
@@ -107,7 +141,7 @@ def _memory(bundle: Bundle, engines: EngineSet | None, box: Box) -> Iterator[Fin
         yield Finding(part, f"memory, {engine}", OK, f"takes {plan}", "", (engine,))
 
 
-def _built(bundle: Bundle, engine: str, elsewhere: Path | None, box: Box) -> Iterator[Finding]:
+def _built(bundle: Bundle, engine: str, elsewhere: Path | None, box: Box, search: str) -> Iterator[Finding]:
     """The bundle's engines, or those elsewhere: there, whole, of these graphs, of this TensorRT, for this GPU."""
     folder = elsewhere or own_folder(bundle.root, engine)
     trouble = rtx_trouble(box, int4=_int4(bundle)) if engine == TENSORRT_RTX and box.jetson is None else ""
@@ -126,13 +160,16 @@ def _built(bundle: Bundle, engine: str, elsewhere: Path | None, box: Box) -> Ite
         return
     if engines is not None:
         yield Finding("engines", engine, OK, _about(engines.built), "", (engine,))
-        yield from _memory(bundle, engines, box)
+        if search == TENSORRT and SEARCH not in (graph.name for graph in engines.built.graphs):
+            yield Finding("engines", f"search, {engine}", MISSING, "they were built without", command, (engine,))
+            return
+        yield from _memory(bundle, engines, box, search)
 
 
 def _int4(bundle: Bundle) -> bool:
     if not isinstance(bundle.policy, Path):
         return False
-    weights = PolicyManifest.from_json(read_json(bundle.policy / MANIFEST, what="policy")).weights.decoder
+    weights = _manifest(bundle.policy).weights.decoder
     return weights is not None and weights.bits == 4
 
 
@@ -140,15 +177,20 @@ def _command(bundle: Bundle, engine: str, folder: Path, box: Box) -> str:
     if box.jetson is not None and engine != TENSORRT:
         return NOT_RTX_JETSON
     sms = [gpu.sm for gpu in box.gpus.gpus[:1]] if engine == TENSORRT_RTX else []
-    return build_command(bundle.root, engine, sms, context=_context(folder), folder=folder)
+    return build_command(bundle.root, engine, sms, context=_context(bundle, folder), folder=folder)
 
 
-def _context(folder: Path) -> int:
-    """That of the engines in a folder, so that they are built again with it; 0 where that is not known."""
+def _context(bundle: Bundle, folder: Path) -> int:
+    """That of the engines in a folder, so that they are built again with it; 0 where none is known that can be had.
+
+    The builder takes no more than the policy's own, which may be fewer since it was exported again, and without any
+    takes that.
+    """
     try:
-        return BuiltEngines.from_json(read_json(folder / BUILT_MANIFEST, what="engines")).context
+        context = BuiltEngines.from_json(read_json(folder / BUILT_MANIFEST, what="engines")).context
     except GogEdgeError:
         return 0
+    return context if isinstance(bundle.policy, Path) and context <= _manifest(bundle.policy).max_context else 0
 
 
 def _check_usable(built: BuiltEngines | None, box: Box) -> None:

@@ -19,9 +19,10 @@ SCHEMA, KIND = 1, "engines"
 MANIFEST = "engines.json"
 FOLDER = "engines"  # within a bundle; engines lie in a folder of the runtime's name in it
 CACHE = "cache"  # within the folder of engines: what a runtime compiles for this box's GPU
-ORT, ORT_CUDA, TENSORRT, TENSORRT_RTX = "ort", "ort-cuda", "tensorrt", "tensorrt-rtx"
+ORT, ORT_CUDA, ORT_RTX, TENSORRT, TENSORRT_RTX = "ort", "ort-cuda", "ort-rtx", "tensorrt", "tensorrt-rtx"
 TENSORRT_ENGINES = (TENSORRT, TENSORRT_RTX)
-BUILT_ENGINES = (ORT_CUDA, *TENSORRT_ENGINES)
+BUILT_ENGINES = (ORT_CUDA, ORT_RTX, *TENSORRT_ENGINES)
+RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"  # NVIDIA's package that ORT_RTX runs by
 BUILDER = "python -m export.build_engines"  # the command
 ENGINES = (ORT, *BUILT_ENGINES)  # that a bundle can be served with
 

@@ -14,6 +14,7 @@ from gog_edge.engines.built import (
     ENGINES,
     ORT,
     ORT_CUDA,
+    ORT_RTX,
     SEARCH,
     TENSORRT,
     TENSORRT_ENGINES,
@@ -83,9 +84,13 @@ class EngineSet:
         """A graph without state: VISION, IMAGE or TEXT."""
         with _mended_by(self.built.rebuild()):
             if self.built.engine == ORT_CUDA:
-                from gog_edge.engines.ort import open_cuda_graph
+                from gog_edge.engines.ort_cuda import open_cuda_graph
 
                 return open_cuda_graph(self.folder, self.built, name)
+            if self.built.engine == ORT_RTX:
+                from gog_edge.engines.ort_rtx import open_rtx_graph
+
+                return open_rtx_graph(self.folder, self.built, name, self.cache())
             from gog_edge.engines.trt import open_graph
 
             return open_graph(self.folder, self.built, name)
@@ -97,9 +102,13 @@ class EngineSet:
         """
         with _mended_by(self.built.rebuild()):
             if self.built.engine == ORT_CUDA:
-                from gog_edge.engines.ort import open_cuda_decoder
+                from gog_edge.engines.ort_cuda import open_cuda_decoder
 
-                return open_cuda_decoder(self.folder, self.built, context=min(context, self.built.context))
+                return open_cuda_decoder(self.folder, self.built)
+            if self.built.engine == ORT_RTX:
+                from gog_edge.engines.ort_rtx import open_rtx_decoder
+
+                return open_rtx_decoder(self.folder, self.built, self.cache())
             from gog_edge.engines.trt import open_decoder
 
             return open_decoder(self.folder, self.built, spec)

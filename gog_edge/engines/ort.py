@@ -1,4 +1,4 @@
-"""ONNX Runtime: stateless graphs, and decoders whose cache is written in place; on the processor or on CUDA."""
+"""ONNX Runtime: sessions, stateless graphs, and a bundle's own decoder, which writes its cache in place."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf, NoSuchFile
 
 from gog_edge.engines.base import Array, Floats, KvCache
-from gog_edge.engines.built import DECODER, BuiltEngines
 from gog_edge.engines.ort_device import (
-    CUDA,
-    CUDA_DEVICE,
     DECODER_OPTIONS,
     INSTALL,
     PROVIDER_OPTIONS,
@@ -25,15 +22,27 @@ from gog_edge.engines.ort_device import (
     load_libraries,
     of_device,
 )
-from gog_edge.engines.ort_tensors import TokenCache, new_tensor
+from gog_edge.engines.ort_release import NEWER_PYTHON, too_old
+from gog_edge.engines.ort_tensors import HostTensor, TokenCache
 from gog_edge.errors import BackendError
 
 LOAD_ERRORS = (*RUN_ERRORS, InvalidProtobuf, NoSuchFile)
 START_ERRORS = (RuntimeError, ValueError)  # of a provider that cannot begin: no driver, no GPU
 CPU = ("CPUExecutionProvider",)
 AHEAD = 32  # tokens from which the graph that only fills the cache is worth its run
+MOST_GROUPED = 2 * AHEAD  # tokens of a step whose heads are grouped
 NUMBERS = ("last", "total", "keep")  # small inputs of a decoder; one that only fills the cache does without the last
-DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16),
+    "tensor(int32)": np.dtype(np.int32), "tensor(int64)": np.dtype(np.int64),
+}  # fmt: skip
+# What may be left to the processor by those who asked for a GPU: it reckons with shapes there. ONNX Runtime puts these
+# operators there when they do; on other numbers the provider has kernels for them all. ArgMax finds where a text ends.
+RECKONING = frozenset({
+    "Add", "ArgMax", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Less", "LessOrEqual",
+    "Mul", "Range", "ReduceMax", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze",
+    "Where",
+})  # fmt: skip
 
 _NOT_OBTAINED = (
     "asked for {} for '{}', which would run on the processor: the provider's libraries or the driver cannot be loaded, "
@@ -72,12 +81,13 @@ def open_session(
     """Load a graph on exactly the providers asked for; BackendError otherwise. `optimised` graphs are left as they are.
 
     Without `spinning`, threads sleep within a run, too, wherever they wait for others. `decoder`: every operator must
-    run on the provider; else it may leave some, such as those that reckon with shapes, to the processor.
+    run on the provider; else it may leave those of RECKONING to the processor.
     """
     load_libraries(providers)
     _check_available(providers)
     options = session_options(threads, spinning=spinning)
     options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(decoder and tuple(providers) != CPU)))
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", str(int(tuple(providers) != CPU)))
     if optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     known = DECODER_OPTIONS if decoder else PROVIDER_OPTIONS
@@ -89,7 +99,19 @@ def open_session(
         raise _load_error(exc, path, providers, optimised) from exc
     if session.get_providers()[: len(providers)] != list(providers):
         raise BackendError(_NOT_OBTAINED.format(", ".join(providers), path))
+    if CPU[0] not in providers:
+        _check_assigned(session, path, providers)
     return session
+
+
+def _check_assigned(session: ort.InferenceSession, path: Path, providers: Sequence[str]) -> None:
+    parts = session.get_provider_graph_assignment_info()
+    left = {node.op_type for part in parts if part.ep_name not in providers for node in part.get_nodes()}
+    if left - RECKONING:
+        raise BackendError(
+            f"asked for {', '.join(providers)} for '{path}', which leaves {', '.join(sorted(left - RECKONING))} to the "
+            "processor; export the model again with this version, and report this if it stays so"
+        )
 
 
 def _check_available(providers: Sequence[str]) -> None:
@@ -107,6 +129,8 @@ def _load_error(exc: Exception, path: Path, providers: Sequence[str], optimised:
         return BackendError(f"{', '.join(providers)} cannot begin here: {failure_of(exc)}; see `gog-edge doctor`")
     if "fallback to CPU EP has been explicitly disabled" in str(exc):
         return BackendError(_NOT_OBTAINED.format(", ".join(providers), path))
+    if (trouble := too_old(ort.__version__)) and "opset" in str(exc):
+        return BackendError(f"'{path}' cannot be loaded: {trouble}; {NEWER_PYTHON}")
     mend = f"remove the folder '{path.parent}', it is made anew" if optimised else "export it again"
     return BackendError(f"ONNX Runtime {ort.__version__} cannot load '{path}': {exc}; {mend}")
 
@@ -134,10 +158,10 @@ class OrtCache(TokenCache):
     """A cache bound once as input and as output of its decoder."""
 
     def __init__(self, decoder: OrtDecoder) -> None:
-        self._device = decoder.device
-        table, state = (decoder.capacity, decoder.rotary), (1, decoder.kv_heads, decoder.capacity, 2 * decoder.rotary)
+        rows = decoder.capacity + (decoder.group - 1) * MOST_GROUPED  # copies stand behind the new tokens
+        table, state = (rows, decoder.rotary), (1, decoder.kv_heads, rows, 2 * decoder.rotary)
         shapes = {"cos": table, "sin": table} | {f"past_{name}": state for name in decoder.states}
-        cos, sin, *states = (new_tensor(shapes[name], decoder.dtypes[name], self._device) for name in shapes)
+        cos, sin, *states = (HostTensor(shapes[name], decoder.dtypes[name]) for name in shapes)
         super().__init__(cos, sin, states, decoder.capacity)
         self._numbers: dict[str, Array] = {
             "last": np.zeros(1, np.int32),  # index of the newest token
@@ -159,12 +183,14 @@ class OrtCache(TokenCache):
             self._binding.bind_ortvalue_output("logits", self._rows)
         return self._binding, self._logits[:keep]
 
-    def say_end(self, binding: Any, end: int) -> None:
-        """Tell a binding how many tokens the cache holds after the step."""
+    def write_rotary(self, start: int, cos: Floats, sin: Floats) -> None:
+        """Rows [n, head_dim / 2] of the tables for the tokens from `start` on."""
+        self.cos.write(start, cos)
+        self.sin.write(start, sin)
+
+    def say_end(self, end: int) -> None:
+        """How many tokens the cache holds after the step."""
         self._numbers["last"][0], self._numbers["total"][...] = end - 1, end
-        if self._device is not None:  # a device has taken copies when they were bound
-            for name in NUMBERS:
-                binding.bind_cpu_input(name, self._numbers[name])
 
     def _bind(self, session: ort.InferenceSession, decoder: OrtDecoder, numbers: Sequence[str]) -> Any:
         binding = session.io_binding()
@@ -182,16 +208,15 @@ class OrtDecoder:
     """A decoder exported for ONNX Runtime (`GroupQueryAttention`, past and present in one buffer)."""
 
     def __init__(
-        self, path: Path, *, capacity: int, threads: int | None = None, providers: Sequence[str] = CPU,
-        optimised: bool = False, prefill: ort.InferenceSession | None = None, device: str | None = None,
+        self, path: Path, *, capacity: int, threads: int | None = None, optimised: bool = False,
+        prefill: ort.InferenceSession | None = None, group: int = 1,
     ) -> None:
         """`capacity`: tokens of a cache, where the graph itself does not say. `prefill`: a graph over the same cache
-        that only fills it, for many tokens at a time. `device`: where caches lie, as ONNX Runtime names it; None:
-        arrays of the host.
+        that only fills it, for many tokens at a time. `group`: heads that stand below each other in the graph's
+        attention (`exporting.grouped_graph`).
         """
-        self.session = open_session(path, threads=threads, providers=providers, optimised=optimised, decoder=True)
-        self.prefill, self.device = prefill, device
-        self._on_device = tuple(providers) != CPU
+        self.session = open_session(path, threads=threads, optimised=optimised, decoder=True)
+        self.prefill, self.group = prefill, group
         inputs = {item.name: item for item in self.session.get_inputs()}
         self.states = [name.removeprefix("past_") for name in inputs if name.startswith("past_")]
         if not self.states or not {"cos", "keep"} <= inputs.keys():
@@ -207,9 +232,8 @@ class OrtDecoder:
         self.deepstack: int = inputs["deepstack"].shape[0] if "deepstack" in inputs else 0
 
     def new_cache(self) -> OrtCache:
-        """An empty cache. OutOfDeviceMemory where the device has no room for it."""
-        with device_errors(f"a cache of {self.capacity} tokens cannot be made", on_device=self._on_device):
-            return OrtCache(self)
+        """An empty cache."""
+        return OrtCache(self)
 
     def step(
         self, cache: KvCache, embeds: Floats, cos: Floats, sin: Floats, past: int, *, deepstack: Floats | None = None,
@@ -218,7 +242,7 @@ class OrtDecoder:
         """Append embeds [T, hidden] with rotary cos, sin [T, head_dim / 2] after `past` tokens -> logits [keep, vocab].
 
         deepstack [layers, T, hidden] goes to the first layers' outputs; None adds nothing. The logits are overwritten
-        by the cache's next step. BackendError when the cache is too small, or the device fails.
+        by the cache's next step. BackendError when the cache is too small, or the memory.
         """
         count = len(embeds)
         if not isinstance(cache, OrtCache):
@@ -226,19 +250,35 @@ class OrtDecoder:
         if past + count > cache.capacity:
             raise BackendError(f"{past} + {count} tokens do not fit a cache of {cache.capacity}; open a larger one")
         ahead = count - keep if self.prefill is not None and count - keep >= AHEAD else 0
-        with device_errors(f"{count} tokens cannot be computed", on_device=self._on_device):
-            cache.cos.write(past, cos)
-            cache.sin.write(past, sin)
+        most = MOST_GROUPED if self.group > 1 else count
+        if keep > most:
+            raise BackendError(f"{keep} rows of logits in one step are too many, {most} can be had; take more steps")
+        with device_errors(f"{count} tokens cannot be computed"):
             if ahead:
-                self._run(self.prefill, cache.binding_ahead, cache, embeds[:ahead], past, _part(deepstack, 0, ahead))
-            binding, logits = cache.bound(keep)
-            self._run(self.session, binding, cache, embeds[ahead:], past + ahead, _part(deepstack, ahead, count))
+                cache.write_rotary(past, cos[:ahead], sin[:ahead])
+                cache.say_end(past + ahead)
+                self._run(self.prefill, cache.binding_ahead, embeds[:ahead], _part(deepstack, 0, ahead))
+            done = ahead
+            while done < count:
+                stop = min(done + most, count if count - done <= most else count - keep)
+                last = keep if stop == count else 1
+                parts = (embeds[done:stop], cos[done:stop], sin[done:stop], _part(deepstack, done, stop))
+                logits = self._few(cache, *parts, past + done, last)
+                done = stop
         return logits
 
-    def _run(
-        self, session: Any, binding: Any, cache: OrtCache, embeds: Floats, past: int, deepstack: Floats | None
-    ) -> None:
-        cache.say_end(binding, past + len(embeds))
+    def _few(
+        self, cache: OrtCache, embeds: Floats, cos: Floats, sin: Floats, deepstack: Floats | None, past: int, keep: int
+    ) -> Floats:
+        binding, logits = cache.bound(keep)
+        if self.group > 1:
+            binding.bind_cpu_input("mask", _grouped_mask(len(embeds), self.group, past))
+        cache.write_rotary(past, *(np.tile(rows, (self.group, 1)) for rows in (cos, sin)))
+        cache.say_end(past + self.group * len(embeds))
+        self._run(self.session, binding, embeds, deepstack)
+        return logits
+
+    def _run(self, session: Any, binding: Any, embeds: Floats, deepstack: Floats | None) -> None:
         binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds[None], np.float32))
         if self.deepstack:
             shape = (self.deepstack, *embeds.shape)
@@ -251,15 +291,10 @@ def _part(deepstack: Floats | None, start: int, stop: int) -> Floats | None:
     return None if deepstack is None else deepstack[:, start:stop]
 
 
-def open_cuda_decoder(folder: Path, built: BuiltEngines, *, context: int) -> OrtDecoder:
-    """The decoder of a folder of engines for "ort-cuda", its caches in the GPU's memory.
-
-    `context`: tokens of a cache, where the graph itself does not say. Raises BackendError.
-    """
-    path = folder / built.graph(DECODER).file
-    return OrtDecoder(path, capacity=context, providers=CUDA, device=CUDA_DEVICE)
-
-
-def open_cuda_graph(folder: Path, built: BuiltEngines, name: str) -> OrtGraph:
-    """A graph without state of a folder of engines for "ort-cuda". Raises BackendError."""
-    return OrtGraph(folder / built.graph(name).file, providers=CUDA)
+def _grouped_mask(count: int, group: int, past: int) -> Floats:
+    """What is added to attention [1, 1, group * count, past + group * count]: every row sees what its token may."""
+    rows = group * count
+    mask = np.zeros((1, 1, rows, past + rows), np.float32)
+    mask[..., past + count :] = -np.inf  # copies
+    mask[..., past : past + count] = np.tile(np.where(np.tri(count, dtype=bool), 0, -np.inf), (group, 1))
+    return mask

@@ -1,4 +1,4 @@
-"""ONNX Runtime on a GPU: its provider's options, its libraries, and what its failures mean.
+"""ONNX Runtime on a GPU: its CUDA provider's options and libraries, and what a device's failures mean.
 
 Options and the words of failures are those of ONNX Runtime 1.31's CUDA provider:
 https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html.
@@ -19,10 +19,10 @@ from gog_edge.engines.cuda import LOST, NO_MEMORY
 from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory
 
 CUDA = ("CUDAExecutionProvider",)
-CUDA_DEVICE = "cuda"  # its memory's name
 INSTALL = {CUDA[0]: " (pip uninstall onnxruntime, then pip install 'gog_edge[gpu]': both lie in one folder)"}
-# What is set otherwise than by default. CUDA graphs stay off: ONNX Runtime records none where a run copies something to
-# the host, and a decoder learns there how many rows of logits are wanted.
+# What is set otherwise than by default. CUDA graphs stay off: while ONNX Runtime captures one, no thread of the process
+# may take memory or copy (cudaStreamCaptureModeGlobal), and crops are embedded while the policy speaks. It would also
+# keep one for every thread that steps a cache, and each is good for one cache's addresses alone.
 PROVIDER_OPTIONS: Mapping[str, Mapping[str, str]] = {
     CUDA[0]: {
         # Memory grows by what is asked for, not to the next power of two: caches, towers and an index share the GPU.

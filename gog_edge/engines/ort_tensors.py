@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -19,6 +20,16 @@ Tensor = TypeVar("Tensor", "HostTensor", "DeviceTensor")
 _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
+CUDA_NAME = "cuda"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Memory as ONNX Runtime knows it."""
+
+    name: str  # CUDA_NAME; of a plugin "gpu"; "cpu"
+    index: int = 0
+    vendor: int = -1  # PCI's number, for "gpu"
 
 
 class TokenTensor(Protocol):
@@ -42,8 +53,8 @@ class TokenTensor(Protocol):
         """Take over the first `length` tokens of another one of the same kind and shape."""
 
 
-def new_tensor(shape: Shape, dtype: np.dtype[Any], device: str | None) -> TokenTensor:
-    """Zeros [..., tokens, width] on a device that ONNX Runtime names so ("cuda"); None: an array of the host."""
+def new_tensor(shape: Shape, dtype: np.dtype[Any], device: Device | None) -> TokenTensor:
+    """Zeros [..., tokens, width] on a device; None: an array of the host."""
     return HostTensor(shape, dtype) if device is None else DeviceTensor(shape, dtype, device)
 
 
@@ -75,17 +86,24 @@ class HostTensor:
 class DeviceTensor:
     """Memory of a device, written and read through windows: one for each row of the leading axes."""
 
-    def __init__(self, shape: Shape, dtype: np.dtype[Any], device: str) -> None:
+    def __init__(self, shape: Shape, dtype: np.dtype[Any], device: Device) -> None:
         # Kernels multiply what is hidden by zero: memory as it comes may hold what is no number, and stays none.
-        self.value: Any = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device)
+        self.value: Any = ort.OrtValue.ortvalue_from_numpy(
+            np.zeros(shape, dtype), device.name, device.index, device.vendor
+        )
         self.shape, self._dtype = shape, dtype
+        # ONNX Runtime's build for the processor writes no array to a plugin's memory, but a value; its build for CUDA
+        # is documented with arrays.
+        self._given: Callable[[Array], Any] = (
+            np.ascontiguousarray if device.name == CUDA_NAME else ort.OrtValue.ortvalue_from_numpy
+        )
         self._lead = math.prod(shape[:-2])
 
     def write(self, start: int, rows: Array) -> None:
         """See `TokenTensor`."""
         parts = np.ascontiguousarray(rows, self._dtype).reshape(self._lead, -1, self.shape[-1])
         for index, part in enumerate(parts):
-            self._window(index, start, len(part)).update_inplace(part)
+            self._window(index, start, len(part)).update_inplace(self._given(part))
 
     def read(self, length: int) -> Array:
         """See `TokenTensor`; a copy on the host."""

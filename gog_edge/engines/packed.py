@@ -37,8 +37,10 @@ def cache_key(entries: Sequence[FileEntry]) -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
-def packed_graph(graph: Path, cache: Path) -> Path:
+def packed_graph(graph: Path, cache: Path, size: int) -> Path:
     """The form of `graph` to load: in `cache` laid out for this processor, made if it is not there yet.
+
+    `size`: bytes of its weights.
 
     A folder that cannot be written, or a disk without the room, leaves the graph as it is, slower to load, and is
     logged as a warning.
@@ -49,7 +51,7 @@ def packed_graph(graph: Path, cache: Path) -> Path:
     part = cache.with_name(f"{cache.name}.{graph.stem}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True, exist_ok=True)
-        _pack(graph, part / graph.name)
+        _pack(graph, part / graph.name, size)
         cache.mkdir(exist_ok=True)
         for path in sorted(part.iterdir(), reverse=True):  # the weights before the graph that names them
             path.replace(cache / path.name)
@@ -62,8 +64,7 @@ def packed_graph(graph: Path, cache: Path) -> Path:
     return packed
 
 
-def _pack(graph: Path, packed: Path) -> None:
-    size = sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
+def _pack(graph: Path, packed: Path, size: int) -> None:
     free = shutil.disk_usage(packed.parent).free
     if 2.2 * size > free:  # the arranged weights, and those they were made from
         raise OSError(f"{free / 1e9:.1f} GB free, {2.2 * size / 1e9:.1f} GB needed")

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gog_edge.bundle import Bundle
-from gog_edge.engines.built import DECODER, KIND, MANIFEST, SEARCH, TENSORRT, TENSORRT_ENGINES, BuiltEngines, BuiltGraph
+from gog_edge.engines.built import (
+    DECODER,
+    KIND,
+    MANIFEST,
+    ORT_RTX,
+    SEARCH,
+    TENSORRT,
+    TENSORRT_ENGINES,
+    BuiltEngines,
+    BuiltGraph,
+)
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.engine_plan import ATTENTION, KV_CACHE_UPDATE, PlanRequest, graph_files
 from gog_edge.exporting.engine_process import build_apart
@@ -18,7 +28,7 @@ from gog_edge.exporting.engine_profiles import check_context
 from gog_edge.exporting.engine_sources import BundleGraphs, GraphSource, bundle_graphs, search_source
 from gog_edge.exporting.engine_target import Target, choose_target
 from gog_edge.exporting.lift import lift_graph
-from gog_edge.exporting.lifted_parity import check_lifted, measure_lifted
+from gog_edge.exporting.lifted_parity import check_comparable, check_lifted, measure_lifted
 from gog_edge.exporting.replacing import replacing
 from gog_edge.exporting.search_graph import write_search_graph
 from gog_edge.files import describe_files, write_json
@@ -82,16 +92,19 @@ def build_engines(
         on_step: is told what is done, and how far it is.
 
     Raises:
-        BackendError: the engine, its module or a GPU's compute capability is not to be had.
+        BackendError: the engine, its module or a GPU's compute capability is not to be had, or ONNX Runtime here is too
+            old for `parity`.
         CheckpointError: TensorRT refuses a graph or loses some of it, its weights would be doubled, the graphs miss the
             parity limits, `context` is out of range, `out` holds something else, or the disk or memory is too small.
         ArtifactError: the bundle's files are missing or altered.
     """
+    if parity:
+        check_comparable(bundle)
     found = bundle_graphs(bundle, context)
     target = choose_target(engine, sms, int4=found.int4)
     tensorrt = target.engine in TENSORRT_ENGINES
     if any(graph.name == DECODER for graph in found.graphs):
-        check_context(found.context, profiles=tensorrt)
+        check_context(found.context, profiles=tensorrt or target.engine == ORT_RTX)
     with replacing(out, KIND, MANIFEST) as part:
         _check_room(found, part)
         sources = (*found.graphs, search_source(found.dim)) if tensorrt else found.graphs
@@ -148,7 +161,8 @@ def _build(graph: GraphSource, part: Path, out: Path, target: Target, on_step: O
     cache = target.cache if graph.name == DECODER else ""
     if target.engine not in TENSORRT_ENGINES:
         size = sum(path.stat().st_size for path in graph_files(lifted))
-        return BuiltGraph(graph.name, lifted.name, sources, cache), Cost(size, size, 0.0, 0)
+        profiles = graph.profiles if target.engine == ORT_RTX else ()  # for the compiler within ONNX Runtime
+        return BuiltGraph(graph.name, lifted.name, sources, cache, profiles), Cost(size, size, 0.0, 0)
     timings = _timings(part, out) if target.engine == TENSORRT else None
     fused = graph.fused if target.kind == "standard" else {}
     request = PlanRequest(target.engine, lifted, engine, graph.profiles, target.ahead, fused, timings)

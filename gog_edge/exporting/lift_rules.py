@@ -8,7 +8,7 @@ import numpy as np
 from onnx import NodeProto, ValueInfoProto
 
 from gog_edge.errors import CheckpointError
-from gog_edge.exporting.graph import FLOAT, FLOAT16
+from gog_edge.exporting.graph import FLOAT, FLOAT16, INT64
 from gog_edge.exporting.lift_values import Rewriter, attributes
 
 # Operators of the standard that compute in half precision, and those that are wide inside. Results of COUNTS hold no
@@ -32,6 +32,7 @@ class Lifter:
         self._whole: dict[str, str] = {}  # rows of whole numbers -> what they were before they were rounded
         self._scaled: set[str] = set()  # products of such rows, whose scales are in them already
         self._weights: set[str] = set()  # constants under other names
+        self._tail = ""  # value of the source that tells how many of the last rows are wanted
 
     def lift(self) -> None:
         """Inputs, nodes, outputs."""
@@ -44,7 +45,13 @@ class Lifter:
             self.give_out(output)
 
     def declare(self, value: ValueInfoProto, kind: int = 0) -> None:
-        """An input of the source stays one; `kind` of its numbers other than its own."""
+        """An input of the source stays one; `kind` of its numbers other than its own.
+
+        But how many rows of logits are wanted becomes which: no shape depends on what a GPU would have to tell first.
+        """
+        if value.name == "keep":
+            self.rewriter.bind("keep", self.graph.input("rows", INT64, ["rows"]))
+            return
         type_ = value.type.tensor_type
         self.graph.input(value.name, kind or type_.elem_type, self.shape(value))
         self.rewriter.bind(value.name, value.name, (kind or FLOAT) if type_.elem_type == FLOAT else 0)
@@ -142,6 +149,22 @@ class Lifter:
             halves = self.rewriter.written(self.rewriter.constant(table).astype(np.float32), table)
             rows = self.op("Gather", halves, self.rewriter.value(node.input[1]), **attributes(node))
             self.rewriter.bind(node.output[0], rows, FLOAT16)
+        else:
+            self.lift_other(node)
+
+    def lift_Neg(self, node: NodeProto) -> None:
+        """Minus how many rows are wanted: where the last rows begin."""
+        if node.input[0] == "keep":
+            self._tail = node.output[0]
+        else:
+            self.lift_other(node)
+
+    def lift_Slice(self, node: NodeProto) -> None:
+        """Of the last rows, those asked for by name."""
+        if node.input[1] == self._tail and self._tail:
+            kind = self.rewriter.kind(node.input[0])
+            rows = self.op("Gather", self.rewriter.value(node.input[0]), "rows", kind=kind, axis=1)
+            self.rewriter.bind(node.output[0], rows, kind)
         else:
             self.lift_other(node)
 

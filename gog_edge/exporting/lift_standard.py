@@ -23,15 +23,12 @@ class StandardLifter(Lifter):
         super().__init__(rewriter, context)
         self.operators = operators
         self._cache: StandardCache | None = None  # of a decoder, from its first attention on
-        self._tail = ""  # value of the source that tells how many of the last rows are wanted
 
     def declare(self, value: ValueInfoProto, kind: int = 0) -> None:
-        """A decoder gets the rotary rows of the new tokens only, and which rows of logits are wanted."""
+        """A decoder gets the rotary rows of the new tokens only."""
         if value.name in ("last", "total"):
             return
-        if value.name == "keep":
-            self.rewriter.bind("keep", self.graph.input("rows", INT64, ["rows"]))
-        elif self.context and value.name in ("cos", "sin"):
+        if self.context and value.name in ("cos", "sin"):
             half = value.type.tensor_type.shape.dim[1].dim_value
             self.rewriter.bind(value.name, self.graph.input(value.name, FLOAT, [1, "tokens", half]), FLOAT)
         else:
@@ -163,22 +160,6 @@ class StandardLifter(Lifter):
             if tokens is None or not attributes(node).get("keepdims", 1):
                 raise CheckpointError(f"'{node.output[0]}' makes a shape depend on what is read; no rule for it")
             self.rewriter.bind(node.output[0], self.graph.ints(int(self.shape(tokens)[1]) - 1))
-
-    def lift_Neg(self, node: NodeProto) -> None:
-        """Minus how many rows are wanted: where the last rows begin."""
-        if node.input[0] == "keep":
-            self._tail = node.output[0]
-        else:
-            self.lift_other(node)
-
-    def lift_Slice(self, node: NodeProto) -> None:
-        """Of the last rows, those asked for by name."""
-        if node.input[1] == self._tail and self._tail:
-            kind = self.rewriter.kind(node.input[0])
-            rows = self.op("Gather", self.rewriter.value(node.input[0]), "rows", kind=kind, axis=1)
-            self.rewriter.bind(node.output[0], rows, kind)
-        else:
-            self.lift_other(node)
 
 
 def _turned(packed: Array) -> Array:

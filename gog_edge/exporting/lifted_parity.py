@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
 from gog_edge.bundle import DEFAULT_BUNDLE, Bundle, Sample, read_samples
 from gog_edge.engines.base import DecoderEngine, Floats, GraphEngine
 from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
-from gog_edge.engines.ort import OrtDecoder, OrtGraph
+from gog_edge.engines.ort import OrtDecoder, OrtGraph, open_session
+from gog_edge.engines.ort_decoder import LiftedDecoder
+from gog_edge.engines.ort_release import too_old
 from gog_edge.engines.packed import CACHE
-from gog_edge.errors import CheckpointError
+from gog_edge.errors import BackendError, CheckpointError
 from gog_edge.exporting.lift import Kind
-from gog_edge.exporting.lifted_decoder import open_lifted
 from gog_edge.exporting.lifted_talk import Script, Talk, hold
 from gog_edge.exporting.recording import least_cosine
 from gog_edge.picture import decode_picture
@@ -61,6 +63,16 @@ _BOUNDS = (  # graph, figure, limit
     (DECODER, "divergence", "divergence"), (DECODER, "regret", "regret"),
     (IMAGE, "cosine", "embedding_cosine"), (TEXT, "cosine", "embedding_cosine"),
 )  # fmt: skip
+
+
+def check_comparable(bundle: Bundle) -> None:
+    """Raise BackendError where ONNX Runtime here cannot run the bundle's own graphs, as on Python 3.10."""
+    trouble = too_old(ort.__version__) if isinstance(bundle.policy, Path) else ""
+    if trouble:
+        raise BackendError(
+            f"the graphs cannot be compared here: {trouble}; build with --no-parity, and compare them on any machine "
+            "with Python 3.11 or newer: python -m export.check_lifted BUNDLE --kind KIND"
+        )
 
 
 def measure_lifted(bundle: Bundle, lifted: Mapping[str, Path], kind: Kind, *, context: int) -> dict[str, Any]:
@@ -134,7 +146,8 @@ def _measure_policy(folder: Path, lifted: Mapping[str, Path], kind: Kind, contex
     report: dict[str, Any] = {}
     if own is not None:
         del decoder.engine  # the memory holds one
-        decoder.engine = open_lifted(lifted[DECODER], kind, context=context)
+        # In four bits ONNX Runtime multiplies with weights as they are stored: it takes no more memory than the first.
+        decoder.engine = LiftedDecoder(open_session(lifted[DECODER]), lifted[DECODER])
         report[DECODER] = {"tokens": len(script.tokens), **_compare_logits(own, hold(decoder, talk, script))}
     del decoder
     if VISION in lifted:

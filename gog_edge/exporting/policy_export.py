@@ -16,6 +16,7 @@ from gog_edge.exporting.chat_format import extract_chat_format
 from gog_edge.exporting.checkpoint import Checkpoint
 from gog_edge.exporting.decoder_graph import write_decoder
 from gog_edge.exporting.graph import Form, Progress, silent
+from gog_edge.exporting.grouped_graph import LEAST_GROUP, write_grouped
 from gog_edge.exporting.parity import ParityEpisode, check_passed, measure_parity
 from gog_edge.exporting.quantise import ROWS, quantise
 from gog_edge.exporting.replacing import replacing
@@ -29,6 +30,7 @@ from gog_edge.policy.manifest import (
     DIALECT,
     EMBEDDING_SCALES,
     EMBEDDINGS,
+    GROUPED_GRAPH,
     MANIFEST,
     PREFILL_GRAPH,
     TOKENIZER,
@@ -173,6 +175,8 @@ def _write_weights(
         head=forms.head or plain, progress=progress,
     )
     if forms.prefill is not None:
+        if checkpoint.text.group >= LEAST_GROUP:
+            write_grouped(folder / DECODER_GRAPH, folder / GROUPED_GRAPH, checkpoint.text)
         write_decoder(
             folder / PREFILL_GRAPH, checkpoint.text, decoder, prefill=True, form=forms.prefill, progress=progress
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ class DraftConfig:
     # (tokens that were said before in the same order, chance that the next guess is right before any was tried).
     matches: tuple[tuple[int, float], ...] = ((1, 0.1), (2, 0.5), (3, 0.8), (5, 0.95))
     weight: float = 3.0  # guesses that these chances count for against those that were tried
-    # A step of n + 1 tokens takes (1 + setup + cost * n) times as long as a step of one: as measured with 2 billion
-    # weights in int4 on two cores, 1,500 tokens in the cache. Attention over several tokens costs the setup.
+    # The price: a step of n + 1 tokens takes (1 + setup + cost * n) times as long as a step of one. Attention over
+    # several tokens costs the setup. This is what two cores took once for 2 billion weights in int4 and 1,500 tokens in
+    # the cache; `draft_price` measures it where a large decoder runs.
     setup: float = 0.33
     cost: float = 0.24
     most: int = 8  # tokens of one draft
@@ -27,11 +29,11 @@ class DraftConfig:
     def __post_init__(self) -> None:
         lengths = [length for length, _ in self.matches]
         fits = bool(lengths) and lengths == sorted(set(lengths)) and lengths[0] >= 1 and self.most >= 1
-        times = self.cost >= 0 and self.setup >= 0 and self.weight > 0
+        times = 0 <= self.cost < math.inf and 0 <= self.setup < math.inf and self.weight > 0
         if not fits or not times or not all(0 <= chance < 1 for _, chance in self.matches):
             raise InputError(
                 f"{self} makes no drafts; use matches of growing length from 1, with chances from 0 to below 1, "
-                "weight > 0, setup >= 0, cost >= 0, most >= 1"
+                "weight > 0, finite setup and cost >= 0, most >= 1"
             )
 
     def length(self, chance: float) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -21,7 +20,7 @@ class EmbeddingTable:
     scales: Floats | None = None  # [vocab, blocks]
 
     @classmethod
-    def open(cls, folder: Path, manifest: PolicyManifest) -> Self:
+    def open(cls, folder: Path, manifest: PolicyManifest) -> EmbeddingTable:
         """Map a policy folder's table. ArtifactError when it has not the manifest's shape."""
         rows = np.load(folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
         blocks = manifest.weights.embeddings

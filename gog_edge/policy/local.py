@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Self
 
 from gog_edge.engines.choice import EngineSet
 from gog_edge.errors import BudgetExceeded, GogEdgeError
@@ -17,6 +16,7 @@ from gog_edge.policy.chat import ChatFormat
 from gog_edge.policy.decode import Constraint, Sampling, Unconstrained
 from gog_edge.policy.dialect import Dialect, Frame, Segment, load_dialect
 from gog_edge.policy.dialect_rules import LoopRules
+from gog_edge.policy.draft_price import drafts_here
 from gog_edge.policy.drafts import DraftConfig
 from gog_edge.policy.grammar import Grammar, ThinkBudget
 from gog_edge.policy.kept import prefill_kept
@@ -153,17 +153,19 @@ class LocalPolicy:
 
     @classmethod
     def open(cls, folder: Path, threads: int | None = None, *, context: int | None = None,
-             sampling: Sampling | None = None, engines: EngineSet | None = None) -> Self:
+             sampling: Sampling | None = None, engines: EngineSet | None = None,
+             drafts: DraftConfig | None = None) -> LocalPolicy:
         """Verify and load a policy folder, and compute the system prompt once.
 
         `threads`: one for each physical core when None. `context`: tokens of one conversation. `sampling`: the
-        checkpoint's own when None. `engines`: built ones that run in place of the folder's graphs. Raises
-        ArtifactError, DialectError or BackendError.
+        checkpoint's own when None. `engines`: built ones that run in place of the folder's graphs. `drafts`: the
+        usual ones when None, at the price measured here. Raises ArtifactError, DialectError or BackendError.
         """
         model = PolicyModel.open(folder, threads=threads, context=context, engines=engines)
         defaults = model.manifest.generation
         chosen = sampling or Sampling(**asdict(defaults))
-        return cls(model, load_dialect(folder / DIALECT), chosen)
+        dialect = load_dialect(folder / DIALECT)
+        return cls(model, dialect, chosen, drafts=drafts or drafts_here(model))
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ MANIFEST = MODEL_MANIFEST
 VISION_GRAPH = "vision.onnx"
 DECODER_GRAPH = "decoder.onnx"
 PREFILL_GRAPH = "prefill.onnx"  # fills the cache for many tokens; not in every policy
+GROUPED_GRAPH = "grouped.onnx"  # the decoder for few tokens, with the decoder's weights file; not in every policy
 EMBEDDINGS = "embed_tokens.npy"
 EMBEDDING_SCALES = "embed_tokens_scales.npy"  # beside 8-bit embeddings
 TOKENIZER = "tokenizer.json"
@@ -82,6 +83,11 @@ class TextSpec:
     qk_norm: bool  # each head's query and key are normalised before they are turned
     deepstack: int  # layers whose output gets a picture's features added
     tied: bool  # the head is the embedding table
+
+    @property
+    def group(self) -> int:
+        """Heads of the query that share keys and values."""
+        return self.heads // self.kv_heads
 
 
 @dataclass(frozen=True, slots=True)

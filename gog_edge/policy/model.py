@@ -5,7 +5,6 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from onnxruntime import InferenceSession
 from tokenizers import Tokenizer
@@ -19,6 +18,7 @@ from gog_edge.errors import BackendError
 from gog_edge.policy.embeddings import EmbeddingTable
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
+    GROUPED_GRAPH,
     PREFILL_GRAPH,
     TOKENIZER,
     PolicyManifest,
@@ -39,12 +39,13 @@ class PolicyModel:
     vision: VisionEncoder
     decoder: Decoder
     cache: Path  # folder for what was worked out for this model on this machine; need not be there
+    runs_on: str  # what, beside all that `cache` is for, the time of a step depends on
 
     @classmethod
     def open(
         cls, folder: Path, *, threads: int | None = None, context: int | None = None, prefill: bool = True,
         engines: EngineSet | None = None,
-    ) -> Self:
+    ) -> PolicyModel:
         """Verify and load a policy folder.
 
         `threads`: at most so many, one for each physical core when None; a small decoder takes fewer. `context`:
@@ -62,7 +63,14 @@ class PolicyModel:
             engine = parts.open_decoder(manifest.text, capacity)
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
             decoder = Decoder(engine, manifest, EmbeddingTable.open(folder, manifest), tokenizer, context=capacity)
-            return cls(manifest, VisionEncoder(tower.result(), manifest.vision), decoder, parts.cache())
+            vision, runs_on = VisionEncoder(tower.result(), manifest.vision), _runs_on(folder, threads, engines)
+            return cls(manifest, vision, decoder, parts.cache(), runs_on)
+
+    @property
+    def small(self) -> bool:
+        """Whether its decoder is so small that nothing which is worked out for it is worth keeping."""
+        sizes = (entry.size for entry in self.manifest.files if entry.path.startswith(DECODER_GRAPH))
+        return sum(sizes) < WORTH_BYTES
 
     def new_session(self) -> Session:
         """An empty conversation with a cache of its own."""
@@ -89,10 +97,12 @@ class OwnGraphs:
         with ThreadPoolExecutor(1) as beside:
             wanted = self.prefill and self.manifest.weights.prefill
             filler = beside.submit(self._open_prefill, most) if wanted else None
-            path, optimised = self._form_here(DECODER_GRAPH)
+            grouped = any(entry.path == GROUPED_GRAPH for entry in self.manifest.files)
+            path, optimised = self._form_here(GROUPED_GRAPH if grouped else DECODER_GRAPH)
             return OrtDecoder(
-                path, capacity=context, threads=most, optimised=optimised, prefill=filler.result() if filler else None
-            )
+                path, capacity=context, threads=most, optimised=optimised,
+                prefill=filler.result() if filler else None, group=self.manifest.text.group if grouped else 1,
+            )  # fmt: skip
 
     def cache(self) -> Path:
         """Folder for what is worked out with these graphs on this processor; need not be there."""
@@ -105,13 +115,26 @@ class OwnGraphs:
     def _form_here(self, name: str) -> tuple[Path, bool]:
         """The graph to load on this machine, and whether it is optimised already."""
         graph = self.folder / name
-        path = packed_graph(graph, self.cache()) if graph_bytes(graph) >= WORTH_BYTES else graph
+        size = graph_bytes(self.folder / (DECODER_GRAPH if name == GROUPED_GRAPH else name))  # both have one file
+        path = packed_graph(graph, self.cache(), size) if size >= WORTH_BYTES else graph
         return path, path != graph
 
 
 def graph_bytes(graph: Path) -> int:
     """A graph's file and its weights."""
     return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
+
+
+def _runs_on(folder: Path, threads: int | None, engines: EngineSet | None) -> str:
+    """The number of threads, or the GPU."""
+    if engines is None:
+        return f"{_decoder_threads(folder, threads)} threads"
+    from gog_edge.engines.cuda import device_properties  # a box that serves on the CPU loads no part of another runtime
+
+    try:
+        return device_properties().name
+    except BackendError:  # engines are open, so there is one
+        return "a GPU without a name"
 
 
 def _decoder_threads(folder: Path, most: int | None) -> int:

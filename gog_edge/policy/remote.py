@@ -11,8 +11,9 @@ import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import httpx
 from PIL import Image
@@ -56,7 +57,7 @@ class RemotePolicy:
         self.server = _Server(config, key)
 
     @classmethod
-    def open(cls, config: RemoteConfig) -> Self:
+    def open(cls, config: RemoteConfig) -> RemotePolicy:
         """Read the dialect and the key; the server is first reached by a question. DialectError or BackendError."""
         key = os.environ.get(config.key_env, "").strip() if config.key_env else ""
         if config.key_env and not key:
@@ -307,22 +308,20 @@ class _Server:
     async def speak(self, body: bytes, reply: _Reply, deadline: float | None) -> None:
         """Send one request and hear its stream to the end or to `deadline`, after which it is closed."""
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        try:
-            async with asyncio.timeout(left) as limit:
-                await self._persist(body, reply, limit)
-        except TimeoutError:
-            if not limit.expired():
-                raise
+        turn = asyncio.ensure_future(self._persist(body, reply, deadline))
+        await asyncio.wait({turn}, timeout=left)
+        turn.cancel()  # where it is not over
+        with suppress(asyncio.CancelledError):
+            await turn
 
-    async def _persist(self, body: bytes, reply: _Reply, limit: asyncio.Timeout) -> None:
+    async def _persist(self, body: bytes, reply: _Reply, deadline: float | None) -> None:
         """Ask again after what may pass, as long as there is time to."""
         for attempt in range(self._config.retries + 1):
             try:
                 return await self._attempt(body, reply)
             except _Passing as exc:
                 wait = min(max(BACKOFF_S * 2**attempt, exc.wait_s), LONGEST_WAIT_S)
-                end = limit.when()
-                late = end is not None and asyncio.get_running_loop().time() + wait >= end
+                late = deadline is not None and time.monotonic() + wait >= deadline
                 if attempt == self._config.retries or late:
                     raise BackendError(f"{self.name} {exc} ({attempt + 1} attempts)") from exc
                 await asyncio.sleep(wait)

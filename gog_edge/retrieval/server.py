@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -110,7 +110,7 @@ class MilvusServer:
         self.config, self._client = config, client
 
     @classmethod
-    def open(cls, config: MilvusConfig) -> Self:
+    def open(cls, config: MilvusConfig) -> MilvusServer:
         """Reach the server.
 
         Raises:

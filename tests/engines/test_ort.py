@@ -6,43 +6,19 @@ import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 
 from gog_edge.engines.built import DECODER, ORT_CUDA, VISION, BuiltEngines, BuiltGraph
-from gog_edge.engines.ort import (
-    CPU,
-    CUDA,
-    OrtDecoder,
-    OrtGraph,
-    _load_error,
-    open_cuda_decoder,
-    open_cuda_graph,
-    open_session,
-    physical_cores,
-)
+from gog_edge.engines.ort import CPU, OrtDecoder, OrtGraph, _load_error, open_session, physical_cores
+from gog_edge.engines.ort_cuda import CUDA, open_cuda_decoder, open_cuda_graph
 from gog_edge.engines.ort_device import device_error, device_errors
-from gog_edge.engines.ort_tensors import DeviceTensor, HostTensor, window
+from gog_edge.engines.ort_tensors import Device, DeviceTensor, HostTensor, window
 from gog_edge.errors import BackendError, CheckpointError, DeviceLost, OutOfDeviceMemory
 from gog_edge.exporting.checkpoint import Checkpoint
 from gog_edge.exporting.decoder_graph import write_decoder
 from gog_edge.exporting.graph import FLOAT, INT64, GraphBuilder
-from gog_edge.exporting.lift import lift_graph
 
 
 @pytest.fixture(scope="module")
 def decoder(policies):
     return OrtDecoder(policies[True] / "decoder.onnx", capacity=64, threads=1)
-
-
-@pytest.fixture(scope="module")
-def half(policies, tmp_path_factory):
-    """The same decoder as the CUDA provider takes it."""
-    path = tmp_path_factory.mktemp("half") / "decoder.onnx"
-    lift_graph(policies[True] / "decoder.onnx", path, "half", context=64)
-    return path
-
-
-@pytest.fixture(scope="module", params=[None, "cpu"])
-def half_decoder(half, request):
-    """Its caches as arrays, and as memory of a device, as on a GPU; the device is the processor here."""
-    return OrtDecoder(half, capacity=64, threads=1, device=request.param)
 
 
 def tokens(decoder, count, seed=0):
@@ -52,16 +28,31 @@ def tokens(decoder, count, seed=0):
     return [array.astype(np.float32) for array in (embeds, np.cos(angles), np.sin(angles))]
 
 
-def test_a_provider_that_is_not_there_is_an_error(policies, half):
-    graphs = (BuiltGraph(DECODER, half.name, {}), BuiltGraph(VISION, "vision.onnx", {}))
+def test_a_provider_that_is_not_there_is_an_error(policies):
+    graphs = tuple(BuiltGraph(name, f"{name}.onnx", {}) for name in (DECODER, VISION))
     built = BuiltEngines(ORT_CUDA, "", (), 64, graphs, {}, ())
     for opened in (
         lambda: OrtGraph(policies[True] / "vision.onnx", providers=CUDA),
         lambda: open_cuda_graph(policies[True], built, VISION),
-        lambda: open_cuda_decoder(half.parent, built, context=64),
+        lambda: open_cuda_decoder(policies[True], built),
     ):
         with pytest.raises(BackendError, match=r"has no CUDAExecutionProvider.*pip install 'gog_edge\[gpu\]'"):
             opened()
+
+
+@pytest.mark.skipif("AzureExecutionProvider" not in onnxruntime.get_available_providers(), reason="not in this build")
+def test_what_a_provider_leaves_to_the_processor_is_refused_by_name(tmp_path):
+    """This one takes no operator at all: what reckons with shapes may stay there."""
+    shapes, products = GraphBuilder("shapes", tmp_path / "shapes.onnx"), GraphBuilder("two", tmp_path / "two.onnx")
+    shapes.output(shapes.op("Shape", shapes.input("x", FLOAT, ["n", 2])), "y", INT64, [2])
+    value = products.input("x", FLOAT, [2, 2])
+    products.output(products.op("Relu", products.op("MatMul", value, value)), "y", FLOAT, [2, 2])
+    for graph in (shapes, products):
+        graph.save()
+    elsewhere = ("AzureExecutionProvider",)
+    assert OrtGraph(tmp_path / "shapes.onnx", providers=elsewhere).run({"x": np.ones((3, 2), np.float32)})["y"][0] == 3
+    with pytest.raises(BackendError, match=r"asked for Azure.*which leaves MatMul, Relu to the processor"):
+        OrtGraph(tmp_path / "two.onnx", providers=elsewhere)
 
 
 def test_a_graph_that_cannot_be_loaded_is_an_error(tmp_path):
@@ -142,45 +133,7 @@ def test_logits_of_the_last_positions_are_those_of_single_steps(decoder):
         assert np.abs(kept[row] - alone[0]).max() < 1e-4
 
 
-def test_half_precision_says_nearly_the_same_wherever_caches_lie(decoder, half_decoder):
-    embeds, cos, sin = tokens(decoder, 20)
-    single, cache = decoder.new_cache(), half_decoder.new_cache()
-    assert {state.value.data_type() for state in cache.states} == {"tensor(float16)"}
-    past = 0
-    for count, keep in ((9, 1), (1, 1), (6, 3), (4, 4)):
-        rows = slice(past, past + count)
-        expected = decoder.step(single, embeds[rows], cos[rows], sin[rows], past, keep=keep)
-        logits = half_decoder.step(cache, embeds[rows], cos[rows], sin[rows], past, keep=keep)
-        assert logits.dtype == np.float32 and 0 < np.abs(logits - expected).max() < 0.02
-        past += count
-
-
-def test_caches_move_between_devices_and_go_on(decoder, half_decoder):
-    embeds, cos, sin = tokens(decoder, 10)
-    cache, copied, restored = (half_decoder.new_cache() for _ in range(3))
-    half_decoder.step(cache, embeds[:9], cos[:9], sin[:9], 0)
-    copied.copy_from(cache, 9)
-    kept = cache.snapshot(9)
-    assert kept.states.dtype == np.float32 and kept.states.shape == (6, 2, 9, 16) and np.abs(kept.states).max() > 1
-    restored.restore(kept)
-    half_decoder.step(cache, -embeds[:9], cos[:9], sin[:9], 0)
-    said = [half_decoder.step(one, embeds[9:], cos[9:], sin[9:], 9).copy() for one in (copied, restored)]
-    assert np.array_equal(*said)
-    single = decoder.new_cache()
-    single.restore(kept)  # of another precision and place
-    assert np.abs(decoder.step(single, embeds[9:], cos[9:], sin[9:], 9) - said[0]).max() < 0.02
-    with pytest.raises(BackendError, match="remove those files"):
-        copied.restore(type(kept)(kept.states[:, :, :5], kept.cos, kept.sin))
-
-
-def test_caches_of_two_places_are_not_copied(half):
-    caches = [OrtDecoder(half, capacity=64, threads=1, device=device).new_cache() for device in (None, "cpu")]
-    for mine, other in (caches, caches[::-1]):
-        with pytest.raises(BackendError, match="on the same device"):
-            mine.copy_from(other, 1)
-
-
-@pytest.mark.parametrize("kind", [HostTensor, lambda shape, dtype: DeviceTensor(shape, dtype, "cpu")])
+@pytest.mark.parametrize("kind", [HostTensor, lambda shape, dtype: DeviceTensor(shape, dtype, Device("cpu"))])
 @pytest.mark.parametrize("lead", [(), (1, 3)])
 def test_tokens_are_written_and_read_in_place(kind, lead):
     random = np.random.default_rng(0)

@@ -13,6 +13,8 @@ from gog_edge.policy.local import LocalPolicy
 from gog_edge.policy.manifest import Blocks, read_manifest
 from gog_edge.policy.model import PolicyModel
 
+SIZE = 2**20  # bytes of weights, as said
+
 
 @pytest.fixture(scope="module")
 def int4(checkpoints, tmp_path_factory):
@@ -47,13 +49,13 @@ def test_packed_weights_say_the_same(tmp_path, bits, rows, columns):
         value = graph.linear(value, random.normal(0, 0.05, shape).astype(np.float32))
     graph.output(value, "y", FLOAT, ["n", columns])
     graph.save()
-    packed = packed_graph(tmp_path / "two.onnx", tmp_path / "cache" / "key")
+    packed = packed_graph(tmp_path / "two.onnx", tmp_path / "cache" / "key", SIZE)
     assert packed.parent == tmp_path / "cache" / "key"
     assert packed.with_name("two.onnx.data").is_file() == (rows > 1000)
     x = random.normal(size=(3, columns)).astype(np.float32)
     said = [OrtGraph(path, optimised=path == packed).run({"x": x})["y"] for path in (tmp_path / "two.onnx", packed)]
     assert np.isfinite(said[0]).all() and np.array_equal(*said)
-    assert packed_graph(tmp_path / "two.onnx", packed.parent) == packed
+    assert packed_graph(tmp_path / "two.onnx", packed.parent, SIZE) == packed
 
 
 def test_weights_out_of_place_are_not_kept(tmp_path, monkeypatch, caplog):
@@ -64,7 +66,7 @@ def test_weights_out_of_place_are_not_kept(tmp_path, monkeypatch, caplog):
         value = graph.linear(value, np.random.default_rng(seed).normal(size=(128, 128)).astype(np.float32))
     graph.output(value, "y", FLOAT, ["n", 128])
     graph.save()
-    assert packed_graph(tmp_path / "two.onnx", tmp_path / "cache" / "key") == tmp_path / "two.onnx"
+    assert packed_graph(tmp_path / "two.onnx", tmp_path / "cache" / "key", SIZE) == tmp_path / "two.onnx"
     assert "cannot be mapped" in caplog.text and list((tmp_path / "cache").iterdir()) == []
 
 
@@ -72,7 +74,7 @@ def test_a_large_policy_keeps_its_weights_and_its_prompt(large, monkeypatch):
     first = speak(large)
     files = kept(large)
     key = cache_key(read_manifest(large).files)
-    assert {f"{key}/decoder.onnx", f"{key}/vision.onnx"} <= set(files)
+    assert {f"{key}/grouped.onnx", f"{key}/vision.onnx"} <= set(files)
     assert sum("prompt-" in name for name in files) == 3 and not any(".part" in name for name in files)
     model = PolicyModel.open(large, threads=1)
     steps = []
@@ -102,7 +104,7 @@ def test_a_broken_kept_prompt_is_computed_again(large, caplog):
 
 def test_broken_kept_weights_are_an_error_that_says_what_to_remove(large):
     speak(large)
-    graph = next((large / "cache").rglob("decoder.onnx"))
+    graph = next((large / "cache").rglob("grouped.onnx"))
     graph.write_bytes(graph.read_bytes()[:200])
     with pytest.raises(BackendError, match=f"remove the folder '{graph.parent}'"):
         speak(large)

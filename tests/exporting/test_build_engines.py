@@ -16,13 +16,15 @@ def last_line(said):
     return json.loads(said.splitlines()[-1])
 
 
-def test_a_bundle_gets_engines_in_its_own_folder(tmp_path, capsys):
+@pytest.mark.parametrize("engine", ["ort-cuda", "ort-rtx"])
+def test_a_bundle_gets_engines_in_its_own_folder(tmp_path, capsys, engine):
     shutil.copytree(DEFAULT_BUNDLE, tmp_path / "atlas")
-    assert command.main([str(tmp_path / "atlas"), "--engine", "ort-cuda", "--context", "512"]) == 0
+    assert command.main([str(tmp_path / "atlas"), "--engine", engine, "--context", "512"]) == 0
     line = last_line(capsys.readouterr().out)
-    out = tmp_path / "atlas" / "engines" / "ort-cuda"
-    assert line["out"] == str(out) and line["engine"] == "ort-cuda" and line["context"] == 512
-    assert read_built(out, tmp_path / "atlas", "ort-cuda").parity == line["parity"] != {}
+    out = tmp_path / "atlas" / "engines" / engine
+    assert line["out"] == str(out) and line["engine"] == engine and line["context"] == 512
+    assert read_built(out, tmp_path / "atlas", engine).parity == line["parity"] != {}
+    assert line["parity"]["decoder"]["logits_cosine"] > 0.999
     assert [entry["sm"] for entry in line["graphs"]] == [None] * 4 and line["peak_mib"] > 50
 
 

@@ -118,7 +118,8 @@ def test_onnx_runtime_takes_small_caches(tmp_path):
     ({"engine": "tensorrt-rtx", "sms": (86, 90)}, "no engines for SM 90; it builds for 75, 80, 86, 89, 120, 121"),
     ({"engine": "tensorrt"}, "'tensorrt' is not to be had here"),
     ({"engine": "ort-cuda", "sms": (86,)}, "--sm is for tensorrt-rtx"),
-    ({"engine": "openvino"}, "cannot be built; there are ort-cuda, tensorrt, tensorrt-rtx"),
+    ({"engine": "ort-rtx", "sms": (86,)}, "engines of 'ort-rtx' run on the GPU that they are used on"),
+    ({"engine": "openvino"}, "cannot be built; there are ort-cuda, ort-rtx, tensorrt, tensorrt-rtx"),
 ])  # fmt: skip
 def test_what_is_not_to_be_had_is_refused(tmp_path, asked, said):
     with pytest.raises(BackendError, match=said):
