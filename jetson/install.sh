@@ -9,12 +9,12 @@ usage: bash jetson/install.sh [--venv DIR] [--wheels DIR] [--cpu] [--python FILE
 
   --venv DIR     the virtual environment to make, or to complete (default: ~/gog_edge)
   --wheels DIR   install from the wheels in this folder and from nowhere else: for boxes without a network
-  --cpu          serve on the processor alone; needs no TensorRT, and takes any Python that gog_edge runs on
+  --cpu          serve on the processor alone; needs no TensorRT, and takes any Python from 3.11 on
   --python FILE  the interpreter (default: /usr/bin/python3, the one that JetPack's TensorRT is built for)
   --dry-run      check everything, print the commands, run none
   --root DIR     read /etc and /proc below this folder (for tests)
 
-JetPack 7 (Jetson Linux 38 on Thor, 39 on Thor and Orin): TensorRT. JetPack 6 (Jetson Linux 36): --cpu.
+TensorRT: JetPack 7 (Jetson Linux 38 on Thor, 39 on Thor and Orin) and JetPack 6 from 6.1 on (Jetson Linux 36.4).
 TEXT
 }
 
@@ -52,12 +52,14 @@ check_release() {
   local file=$root/etc/nv_tegra_release line=''
   [[ -r $file ]] || refuse "there is no '$file', so this is no Jetson; on a PC: pip install 'gog_edge[tensorrt-rtx]'"
   read -r line <"$file" || true
-  [[ $line =~ ^#\ R([0-9]+)\ \(release\),\ REVISION:\ ([0-9.]+) ]] ||
+  [[ $line =~ ^#\ R([0-9]+)\ \(release\),\ REVISION:\ ([0-9]+)([0-9.]*) ]] ||
     refuse "'$file' begins with '$line', which names no release of Jetson Linux"
   linux=${BASH_REMATCH[1]}
-  echo "Jetson Linux $linux.${BASH_REMATCH[2]} on $(board)"
+  echo "Jetson Linux $linux.${BASH_REMATCH[2]}${BASH_REMATCH[3]} on $(board)"
   case $linux in
-    36 | 38 | 39) ;;
+    36) [[ $cpu == yes ]] || ((BASH_REMATCH[2] >= 4)) ||
+      refuse "TensorRT of JetPack 6.0 is older than 10.3; update to JetPack 6.1 (Jetson Linux 36.4) or newer, or give --cpu" ;;
+    38 | 39) ;;
     *) refuse "Jetson Linux $linux is neither JetPack 6 (36) nor 7 (38, 39); flash one of them with NVIDIA's SDK Manager" ;;
   esac
 }
@@ -67,16 +69,16 @@ board() {
   if [[ -r $model ]]; then tr -d '\0' <"$model"; else echo 'an unknown board'; fi
 }
 
-# One source for the oldest Python: pyproject.toml.
+# One source for the oldest Pythons: pyproject.toml. For the one from `comparing` on there is an ONNX Runtime that loads
+# policies; TensorRT's engines need none.
 check_python() {
-  local oldest version
+  local oldest
   oldest=$(sed -nE 's/^requires-python = ">=3\.([0-9]+)"$/\1/p' "$here/../pyproject.toml")
+  comparing=$(sed -nE "s/^cpu = .*python_version >= '3\.([0-9]+)'.*/\1/p" "$here/../pyproject.toml")
   version=$("$python" -c 'import sys; print(sys.version_info[1])') || refuse "'$python' does not run; give --python FILE"
   echo "Python 3.$version ($python)"
-  ((version >= oldest)) && return
-  [[ $cpu == yes ]] && refuse "gog_edge needs Python 3.$oldest; install one and name it with --python"
-  refuse "gog_edge needs Python 3.$oldest, and this release's TensorRT is built for 3.$version alone. Flash JetPack 7.2 \
-(Jetson Linux 39 runs on Orin too), or serve on the processor: --cpu --python /usr/bin/python3.$oldest"
+  [[ $cpu == no ]] || oldest=$comparing
+  ((version >= oldest)) || refuse "this needs Python 3.$oldest; install one and name it with --python"
 }
 
 check_tensorrt() {
@@ -113,6 +115,7 @@ engine=$([[ $cpu == yes ]] && echo ort || echo tensorrt)
 run "$venv/bin/gog-edge" doctor --engine "$engine" || true # what is still missing, with its commands
 echo
 echo "Next, from the folder of the checkout:"
-[[ $cpu == yes ]] || echo "  $venv/bin/python -m export.build_engines BUNDLE --engine tensorrt"
+unchecked=$( ((version >= comparing)) || echo ' --no-parity')
+[[ $cpu == yes ]] || echo "  $venv/bin/python -m export.build_engines BUNDLE --engine tensorrt$unchecked"
 echo "  $venv/bin/gog-edge doctor --bundle BUNDLE --engine $engine"
 echo "  $venv/bin/python -m gog_edge.serve --bundle BUNDLE --engine $engine"

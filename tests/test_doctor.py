@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from boxes import (
     CPU,
+    CPU_310,
     CUDA,
+    JETPACK_6,
     JETPACK_7,
     NO_DRIVER,
     ORIN,
@@ -168,7 +170,7 @@ def test_packages_are_told_by_their_whole_name(tmp_path):
 def test_files_that_cannot_be_read_say_nothing(tmp_path):
     (tmp_path / "etc/nv_tegra_release").mkdir(parents=True)
     lay(tmp_path, {"proc/device-tree/model": "NVIDIA Jetson AGX Orin\0", "proc/meminfo": "MemTotal: lots kB\n"})
-    box = look_at_box(tmp_path, lambda name: NOTHING if name == "gpus" else {"version": "1"})
+    box = look_at_box(tmp_path, lambda name: NOTHING if name == "gpus" else {"version": "2.0"})
     assert box.memory is None and box.free is None and box.jetson.linux == ()
     report = examine(DEFAULT_BUNDLE, box=box)
     assert report.serves and found(report, "JetPack").state is State.WRONG
@@ -307,14 +309,41 @@ def test_a_jetson_without_jetpacks_bindings(tmp_path):
     assert remedies["cuda-bindings"] == "pip install 'cuda-bindings>=13,<14'"
 
 
-def test_jetpack_6_serves_on_the_processor_alone(tmp_path):
-    """Its TensorRT is for Python 3.10: what would install it refuses there."""
-    box = box_of(agx_orin(tmp_path), ORIN, CPU)
-    report = examine(DEFAULT_BUNDLE, TENSORRT, box=box)
+def test_jetpack_6_serves_with_its_tensorrt(tmp_path):
+    folder = built(tmp_path / "e", TENSORRT, version="10.3.0", sms=(87,))
+    box = box_of(agx_orin(tmp_path / "root"), ORIN, JETPACK_6)
+    assert examine(DEFAULT_BUNDLE, TENSORRT, folder, box=box).serves
+    bare = examine(DEFAULT_BUNDLE, TENSORRT, folder, box=box_of(agx_orin(tmp_path / "bare"), ORIN, CPU_310))
+    remedies = {one.what: one.remedy for one in bare.blocking}
+    assert remedies.keys() == {"tensorrt", "cuda-bindings"}
+    assert remedies["cuda-bindings"] == "pip install 'cuda-bindings>=12,<13'"
+
+
+REMOTE = 'url = "http://10.0.0.2:8000/v1"\nmodel = "m"\ndialect = "gog"\ncontinues = "vllm"\nfactor = 28'
+
+
+def test_the_last_onnx_runtime_for_python_3_10_loads_no_policy(tmp_path):
+    """TensorRT's engines need it for none; where a server runs the policy, nothing does."""
+    report = examine(DEFAULT_BUNDLE, box=box_of(agx_orin(tmp_path / "orin"), ORIN, JETPACK_6))
+    (one,) = report.blocking
+    assert "1.23.2 is too old for graphs of opset 24" in one.said
+    assert one.remedy == "ask for --engine tensorrt on a Jetson"
+    pc_said = examine(DEFAULT_BUNDLE, box=box_of(pc(tmp_path / "pc"), NO_DRIVER, CPU_310))
+    assert "Python 3.11 or newer" in pc_said.blocking[0].remedy
+    bundle = tmp_path / "atlas"
+    shutil.copytree(DEFAULT_BUNDLE, bundle)
+    toml = (bundle / "bundle.toml").read_text()
+    (bundle / "bundle.toml").write_text(toml.replace('path = "policy"', REMOTE))
+    remote = examine(bundle, box=box_of(pc(tmp_path / "other"), NO_DRIVER, CPU_310))
+    assert remote.serves, remote.blocking
+
+
+def test_jetpack_6_0_has_a_tensorrt_that_is_too_old(tmp_path):
+    root = lay(agx_orin(tmp_path), {"etc/nv_tegra_release": "# R36 (release), REVISION: 3.0, BOARD: generic\n"})
+    report = examine(DEFAULT_BUNDLE, TENSORRT, box=box_of(root, ORIN, CPU))
     jetpack = next(one for one in report.blocking if one.what == "JetPack")
     assert jetpack.state is State.WRONG and "JetPack 7.2" in jetpack.remedy and "--cpu" in jetpack.remedy
     assert {one.remedy for one in report.blocking if one.part == "software"} == {jetpack.remedy}
-    assert examine(DEFAULT_BUNDLE, box=box).to_json()["engines_that_work"] == ["ort"]
 
 
 @pytest.mark.parametrize(("sm", "bits", "said"), [

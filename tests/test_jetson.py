@@ -10,6 +10,7 @@ import pytest
 from boxes import agx_orin, lay, orin_nano, pc, thor
 
 from benchmarks.jetson_budget import as_rows, engine_bytes, parsed, reckon_all
+from gog_edge.doctor.jetson import OLDEST_LINUX
 from gog_edge.exporting.random_checkpoint import SHAPES, shape_of
 
 ROOT = Path(__file__).parents[1]
@@ -62,14 +63,29 @@ def test_another_release_is_refused(tmp_path, python, line, said):
     assert done.returncode == 1 and said in done.stderr and "+" not in done.stdout
 
 
-def test_jetpack_6_has_the_wrong_python_for_tensorrt(tmp_path, python):
-    root = agx_orin(tmp_path / "root")
-    done = install("--root", root, "--python", python(10, "10.3.0"), "--dry-run")
-    assert done.returncode == 1
+def test_jetpack_6(tmp_path, python):
+    """With the bindings of its CUDA; its Python has no ONNX Runtime that graphs could be compared on."""
+    done = install("--root", agx_orin(tmp_path / "root"), "--python", python(10, "10.3.0"), "--dry-run")
+    assert done.returncode == 0, done.stderr
     assert "Jetson Linux 36.4.0 on NVIDIA Jetson AGX Orin Developer Kit" in done.stdout
-    assert re.search(r"built for 3\.10 alone.*JetPack 7\.2.*--cpu", done.stderr, re.DOTALL)
-    done = install("--root", root, "--python", python(10), "--cpu", "--dry-run")
-    assert done.returncode == 1 and "needs Python 3.11; install one" in done.stderr
+    assert "TensorRT 10.3.0" in done.stdout and r"cuda-bindings\>=12\,\<13" in done.stdout
+    assert "-m export.build_engines BUNDLE --engine tensorrt --no-parity\n" in done.stdout
+
+
+def test_jetpack_6_0_has_a_tensorrt_that_is_too_old(tmp_path, python):
+    root = lay(agx_orin(tmp_path), {"etc/nv_tegra_release": "# R36 (release), REVISION: 3.0, GCID: 1\n"})
+    done = install("--root", root, "--python", python(10, "8.6.2"), "--dry-run")
+    assert done.returncode == 1 and "JetPack 6.1 (Jetson Linux 36.4)" in done.stderr
+    assert install("--root", root, "--python", python(12), "--cpu", "--dry-run").returncode == 0
+    assert OLDEST_LINUX == (36, 4)
+
+
+@pytest.mark.parametrize(("minor", "args"), [(9, ()), (10, ("--cpu",))])
+def test_an_older_python(tmp_path, python, minor, args):
+    """The last ONNX Runtime for 3.10 loads no policies."""
+    root = agx_orin(tmp_path / "root")
+    done = install("--root", root, "--python", python(minor, "10.3.0"), "--dry-run", *args)
+    assert done.returncode == 1 and f"needs Python 3.{minor + 1}; install one" in done.stderr
 
 
 def test_jetpack_6_on_the_processor(tmp_path, python):
@@ -87,7 +103,7 @@ def test_jetpack_7(tmp_path, python, board):
     assert "TensorRT 10.16.2.10" in done.stdout
     assert re.search(r"-m venv --system-site-packages", done.stdout)
     assert r"cuda-bindings\>=13\,\<14" in done.stdout
-    assert "-m export.build_engines BUNDLE --engine tensorrt" in done.stdout
+    assert "-m export.build_engines BUNDLE --engine tensorrt\n" in done.stdout
 
 
 def test_without_jetpacks_packages(tmp_path, python):

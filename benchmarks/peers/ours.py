@@ -10,7 +10,7 @@ from benchmarks.peers.base import Answer, Turn
 from gog_edge.engines.base import Floats
 from gog_edge.engines.ort import OrtDecoder
 from gog_edge.policy.decode import Unconstrained
-from gog_edge.policy.drafts import DraftConfig
+from gog_edge.policy.draft_price import drafts_here
 from gog_edge.policy.manifest import DECODER_GRAPH
 from gog_edge.policy.model import PolicyModel
 
@@ -54,8 +54,11 @@ class Ours:
     def __init__(self, name: str, model: PolicyModel, *, quick: bool = True, stateless: bool = False) -> None:
         """`quick`: drafts, and forced tokens appended in one step; `stateless`: every turn computes all again."""
         self.name = name
+        self._drafts = drafts_here(model) if quick else None
         self.about = f"{model.manifest.precision}, {'drafts and forced tokens' if quick else 'one token a step'}"
         self.about += ", all prefilled again each turn" if stateless else ", live session"
+        if self._drafts:
+            self.about += f", n guesses cost {self._drafts.setup} + {self._drafts.cost} n of a step"
         self.drafted = self.accepted = 0
         self._quick, self._stateless = quick, stateless
         self._session = model.new_session()
@@ -76,7 +79,7 @@ class Ours:
             max_tokens=len(answer.tokens),
             chooser=Script(len(self._session.tokens), answer),
             constraint=Scaffold(answer) if self._quick else None,
-            drafts=DraftConfig() if self._quick else None,
+            drafts=self._drafts,
         )
         self.drafted += said.drafted
         self.accepted += said.accepted

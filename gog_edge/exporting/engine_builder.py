@@ -98,13 +98,13 @@ def build_engines(
             parity limits, `context` is out of range, `out` holds something else, or the disk or memory is too small.
         ArtifactError: the bundle's files are missing or altered.
     """
-    if parity:
-        check_comparable(bundle)
     found = bundle_graphs(bundle, context)
     target = choose_target(engine, sms, int4=found.int4)
     tensorrt = target.engine in TENSORRT_ENGINES
     if any(graph.name == DECODER for graph in found.graphs):
         check_context(found.context, profiles=tensorrt or target.engine == ORT_RTX)
+    if parity:
+        check_comparable(bundle)
     with replacing(out, KIND, MANIFEST) as part:
         _check_room(found, part)
         sources = (*found.graphs, search_source(found.dim)) if tensorrt else found.graphs

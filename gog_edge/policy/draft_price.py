@@ -69,12 +69,14 @@ def time_steps(
 
 
 def at_price(times: Times) -> DraftConfig:
-    """Drafts at the price on the straight line that is nearest to the steps' times."""
+    """Drafts at the price on the straight line that is nearest to the steps' times; no part of it is below zero."""
     guesses = np.array([count for count in times if count])
     dearer = np.array([times[count] / times[0] for count in guesses]) - 1
-    cost = max(0.0, float(np.polyfit(guesses, dearer, 1)[0]))
-    setup = max(0.0, float(dearer.mean() - cost * guesses.mean()))
-    return DraftConfig(setup=round(setup, 3), cost=round(cost, 3))
+    cost = max(0.0, np.polyfit(guesses, dearer, 1)[0])
+    setup = max(0.0, dearer.mean() - cost * guesses.mean())
+    if not setup:
+        cost = max(0.0, guesses @ dearer / (guesses @ guesses))
+    return DraftConfig(setup=round(float(setup), 3), cost=round(float(cost), 3))
 
 
 def _key(*facts: object) -> str:

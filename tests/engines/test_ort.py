@@ -1,4 +1,5 @@
 import gc
+import re
 
 import numpy as np
 import onnxruntime
@@ -9,6 +10,7 @@ from gog_edge.engines.built import DECODER, ORT_CUDA, VISION, BuiltEngines, Buil
 from gog_edge.engines.ort import CPU, OrtDecoder, OrtGraph, _load_error, open_session, physical_cores
 from gog_edge.engines.ort_cuda import CUDA, open_cuda_decoder, open_cuda_graph
 from gog_edge.engines.ort_device import device_error, device_errors
+from gog_edge.engines.ort_release import too_old
 from gog_edge.engines.ort_tensors import Device, DeviceTensor, HostTensor, window
 from gog_edge.errors import BackendError, CheckpointError, DeviceLost, OutOfDeviceMemory
 from gog_edge.exporting.checkpoint import Checkpoint
@@ -210,3 +212,18 @@ def test_a_run_elsewhere_than_on_the_processor_raises_errors_of_ours(tmp_path):
         elsewhere.run(wrong)
     with pytest.raises(InvalidArgument):
         OrtGraph(tmp_path / "same.onnx", threads=1).run(wrong)
+
+
+def test_a_release_that_is_too_old_for_a_graph_is_told(monkeypatch, tmp_path):
+    """ONNX Runtime 1.23, the last for Python 3.10, says it at such length."""
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    said = Fail("Opset 24 is under development. Current official support for domain ai.onnx is till opset 23.")
+    error = str(_load_error(said, tmp_path / "decoder.onnx", CPU, False))
+    assert re.match(r"'.*decoder.onnx' cannot be loaded: ONNX Runtime 1.23.2 is too old .* Python 3.11", error)
+    other = str(_load_error(Fail("damaged"), tmp_path / "decoder.onnx", CPU, False))
+    assert "damaged" in other and "too old" not in other
+
+
+@pytest.mark.parametrize(("version", "old"), [("1.23.2", True), ("1.24.0", False), ("1.31.1", False), ("2.0", False)])
+def test_releases_that_load_policies(version, old):
+    assert bool(too_old(version)) == old

@@ -4,10 +4,12 @@ import subprocess
 import sys
 import time
 
+import onnxruntime
 import psutil
 import pytest
 
 from export import build_engines as command
+from export import check_lifted
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.engines.built import read_built
 
@@ -88,3 +90,22 @@ def test_gpus_are_numbers(capsys):
     with pytest.raises(SystemExit):
         command.main([str(DEFAULT_BUNDLE), "--engine", "tensorrt-rtx", "--sm", "8.6,ada"])
     assert "'8.6,ada' is no list of compute capabilities, such as 86,89,120" in capsys.readouterr().err
+
+
+def test_an_onnx_runtime_that_is_too_old_compares_nothing_and_says_so(tmp_path, monkeypatch, capsys):
+    """As on Python 3.10: nothing is left out unless that was asked for."""
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    asked = [str(DEFAULT_BUNDLE), "--engine", "ort-cuda", "--context", "512", "--out", str(tmp_path / "out")]
+    assert command.main(asked) == 1
+    assert "build with --no-parity" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert command.main([*asked, "--no-parity"]) == 0
+    assert last_line(capsys.readouterr().out)["parity"] == {}
+
+
+def test_graphs_are_compared_without_building(capsys):
+    asked = [str(DEFAULT_BUNDLE), "--kind", "decomposed"]
+    assert check_lifted.main([*asked, "--context", "512"]) == 0
+    report = last_line(capsys.readouterr().out)
+    assert report["kind"] == "decomposed" and report.keys() >= {"decoder", "vision", "image", "text"}
+    assert check_lifted.main([*asked, "--context", "1000000"]) == 1
+    assert capsys.readouterr().err.startswith("error: ")

@@ -60,7 +60,13 @@ def test_times_that_lie_on_no_line_are_met_halfway():
 def test_steps_that_get_no_dearer_cost_nothing_and_all_guesses_are_tried():
     price = at_price({0: 1.0, 1: 1.01, 4: 0.98, 8: 0.97})  # as on a GPU, but for what others do there
     assert (price.setup, price.cost) == (0, 0) and price.length(0.5) == price.most
-    assert at_price({0: 1.0, 1: 1.5, 4: 1.4, 8: 1.3}).setup == pytest.approx(0.4)
+    dearer = at_price({0: 1.0, 1: 1.5, 4: 1.4, 8: 1.3})
+    assert (dearer.setup, dearer.cost) == (0.4, 0)
+
+
+def test_a_first_guess_that_costs_less_than_later_ones_has_no_setup():
+    price = at_price({0: 1.0, 1: 1.0, 4: 1.4, 8: 2.0})
+    assert price.setup == 0 and price.cost == pytest.approx((4 * 0.4 + 8 * 1.0) / (1 + 16 + 64), abs=1e-3)
 
 
 def test_the_kinds_of_steps_take_turns():
