@@ -1,4 +1,4 @@
-"""`gog-edge doctor --search`: whether the search can be had, and what it takes; and commands that build engines again."""
+"""`gog-edge doctor --search`: whether the search can be had, and what it takes; and commands that build again."""
 
 import json
 import shlex
