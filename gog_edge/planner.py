@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gog_edge.bundle import Bundle
+from gog_edge.engines.base import MOST_GROUPED
 from gog_edge.engines.built import DECODER, IMAGE, SEARCH, TENSORRT, TEXT, VISION
 from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, EngineSet
 from gog_edge.errors import BackendError, InputError, NotEnoughMemory
@@ -126,7 +127,9 @@ def plan_memory(
     if not isinstance(bundle.policy, Path):  # another server holds the policy
         return MemoryPlan(towers, 0, 0, 0, index, switch, vectors=vectors, on_device=on_device)
     manifest = read_manifest(bundle.policy)
-    context, wide = (manifest.max_context, FLOAT_BYTES) if engines is None else (engines.built.context, HALF_BYTES)
+    copies = (manifest.grouped - 1) * MOST_GROUPED  # of keys and values, behind the last token
+    own = (manifest.max_context + copies, FLOAT_BYTES)
+    context, wide = own if engines is None else (engines.built.context, HALF_BYTES)
     return MemoryPlan(
         weights=_weights(bundle.policy, manifest) if engines is None else towers + engines.bytes((DECODER, VISION)),
         # each conversation forks from the prompt's own

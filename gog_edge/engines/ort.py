@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf, NoSuchFile
 
-from gog_edge.engines.base import Array, Floats, KvCache
+from gog_edge.engines.base import MOST_GROUPED, Array, Floats, KvCache
 from gog_edge.engines.ort_device import (
     DECODER_OPTIONS,
     INSTALL,
@@ -30,7 +31,6 @@ LOAD_ERRORS = (*RUN_ERRORS, InvalidProtobuf, NoSuchFile)
 START_ERRORS = (RuntimeError, ValueError)  # of a provider that cannot begin: no driver, no GPU
 CPU = ("CPUExecutionProvider",)
 AHEAD = 32  # tokens from which the graph that only fills the cache is worth its run
-MOST_GROUPED = 2 * AHEAD  # tokens of a step whose heads are grouped
 NUMBERS = ("last", "total", "keep")  # small inputs of a decoder; one that only fills the cache does without the last
 DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16),
@@ -209,14 +209,14 @@ class OrtDecoder:
 
     def __init__(
         self, path: Path, *, capacity: int, threads: int | None = None, optimised: bool = False,
-        prefill: ort.InferenceSession | None = None, group: int = 1,
+        prefill: Future[ort.InferenceSession] | None = None, group: int = 1,
     ) -> None:
         """`capacity`: tokens of a cache, where the graph itself does not say. `prefill`: a graph over the same cache
-        that only fills it, for many tokens at a time. `group`: heads that stand below each other in the graph's
-        attention (`exporting.grouped_graph`).
+        that only fills it, for many tokens at a time; it loads meanwhile. `group`: heads that stand below each other
+        in the graph's attention (`exporting.grouped_graph`).
         """
         self.session = open_session(path, threads=threads, optimised=optimised, decoder=True)
-        self.prefill, self.group = prefill, group
+        self.prefill, self.group = prefill.result() if prefill else None, group
         inputs = {item.name: item for item in self.session.get_inputs()}
         self.states = [name.removeprefix("past_") for name in inputs if name.startswith("past_")]
         if not self.states or not {"cos", "keep"} <= inputs.keys():

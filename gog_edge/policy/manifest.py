@@ -149,6 +149,11 @@ class PolicyManifest:
         """The object that `manifest.json` holds."""
         return {"schema": SCHEMA, "kind": "policy", **asdict(self)}
 
+    @property
+    def grouped(self) -> int:
+        """Heads that stand below each other in its decoder for few tokens; 1: it has none."""
+        return self.text.group if any(entry.path == GROUPED_GRAPH for entry in self.files) else 1
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PolicyManifest:
         """Inverse of `to_json`; ArtifactError names what is missing."""

@@ -97,12 +97,11 @@ class OwnGraphs:
         with ThreadPoolExecutor(1) as beside:
             wanted = self.prefill and self.manifest.weights.prefill
             filler = beside.submit(self._open_prefill, most) if wanted else None
-            grouped = any(entry.path == GROUPED_GRAPH for entry in self.manifest.files)
-            path, optimised = self._form_here(GROUPED_GRAPH if grouped else DECODER_GRAPH)
+            group = self.manifest.grouped
+            path, optimised = self._form_here(GROUPED_GRAPH if group > 1 else DECODER_GRAPH)
             return OrtDecoder(
-                path, capacity=context, threads=most, optimised=optimised,
-                prefill=filler.result() if filler else None, group=self.manifest.text.group if grouped else 1,
-            )  # fmt: skip
+                path, capacity=context, threads=most, optimised=optimised, prefill=filler, group=group
+            )
 
     def cache(self) -> Path:
         """Folder for what is worked out with these graphs on this processor; need not be there."""

@@ -5,7 +5,8 @@ import shutil
 import numpy as np
 import pytest
 
-from gog_edge.engines.ort import MOST_GROUPED, OrtDecoder
+from gog_edge.engines.base import MOST_GROUPED
+from gog_edge.engines.ort import OrtDecoder
 from gog_edge.errors import BackendError
 from gog_edge.exporting.grouped_graph import write_grouped
 from gog_edge.policy.manifest import DECODER_GRAPH, GROUPED_GRAPH, read_manifest
