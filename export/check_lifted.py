@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from gog_edge.bundle import Bundle, open_bundle
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("bundle", type=Path, help="folder with bundle.toml")
     parser.add_argument("--kind", choices=KINDS, required=True, help="standard: TensorRT for RTX, TensorRT from 10.15 "
-                        "on; decomposed: TensorRT before; half: ort-cuda")  # fmt: skip
+                        "on, ort-rtx; decomposed: TensorRT before; half: ort-cuda")  # fmt: skip
     parser.add_argument("--context", type=int, help="tokens a cache holds (default: the policy's)")
     args = parser.parse_args(argv)
     try:
@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_lifted(report)
     except GogEdgeError as exc:
         sys.stderr.write(f"error: {exc}\n")
+        return 1
+    except OSError as exc:  # all graphs are written once more, to the folder for what is temporary
+        sys.stderr.write(f"error: the graphs cannot be rewritten in '{gettempdir()}' ({exc}); name a folder with room "
+                         "for them: TMPDIR=FOLDER\n")  # fmt: skip
         return 1
     return 0
 

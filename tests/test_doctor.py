@@ -328,8 +328,9 @@ def test_the_last_onnx_runtime_for_python_3_10_loads_no_policy(tmp_path):
     (one,) = report.blocking
     assert "1.23.2 is too old for graphs of opset 24" in one.said
     assert one.remedy == "ask for --engine tensorrt on a Jetson"
-    pc_said = examine(DEFAULT_BUNDLE, box=box_of(pc(tmp_path / "pc"), NO_DRIVER, CPU_310))
-    assert "Python 3.11 or newer" in pc_said.blocking[0].remedy
+    there = box_of(pc(tmp_path / "pc"), NO_DRIVER, CPU_310)
+    for python, remedy in (("3.10.12", "with Python 3.11 or newer"), ("3.12.1", "pip install 'gog_edge[cpu]'")):
+        assert remedy in examine(DEFAULT_BUNDLE, box=replace(there, python=python)).blocking[0].remedy
     bundle = tmp_path / "atlas"
     shutil.copytree(DEFAULT_BUNDLE, bundle)
     toml = (bundle / "bundle.toml").read_text()

@@ -18,7 +18,7 @@ from gog_edge.doctor.box import FAISS
 from gog_edge.doctor.examine import examine
 from gog_edge.doctor.finding import State
 from gog_edge.engines.built import ENGINES, ORT, ORT_CUDA, SEARCH, TENSORRT, TENSORRT_RTX, BuiltEngines, BuiltGraph
-from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, EngineChoice
+from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, FAISS_GPU_INSTALL, EngineChoice
 from gog_edge.errors import CheckpointError, InputError
 from gog_edge.exporting.engine_profiles import check_context
 from gog_edge.exporting.engine_sources import bundle_graphs
@@ -74,7 +74,7 @@ def test_vectors_that_the_gpu_has_no_room_for(tmp_path):
 
 
 @pytest.mark.parametrize(("gpus", "library", "said", "remedy"), [
-    (RTX, CPU[FAISS], "this build searches on the CPU", "pip uninstall faiss-cpu && pip install 'gog_edge[gpu]'"),
+    (RTX, CPU[FAISS], "this build searches on the CPU", FAISS_GPU_INSTALL),
     (RTX, {**FAISS_FOR_GPUS, "gpus": 0}, "sees 0 GPUs", "install NVIDIA's driver"),
     (NO_DRIVER, {**FAISS_FOR_GPUS, "gpus": 0}, "sees 0 GPUs", ""),
 ])  # fmt: skip

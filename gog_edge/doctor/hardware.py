@@ -19,7 +19,7 @@ from gog_edge.engines.built import (
     TENSORRT_ENGINES,
     TENSORRT_RTX,
 )
-from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU
+from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, FAISS_GPU_INSTALL
 from gog_edge.engines.trt_plan import MODULES, NO_INT4
 from gog_edge.planner import as_size
 
@@ -163,7 +163,7 @@ def _faiss(box: Box, search: str) -> Iterator[Finding]:
                       OTHER_SEARCH * asked, users)  # fmt: skip
     else:
         yield Finding("software", "faiss on the GPU", MISSING, "this build searches on the CPU",
-                      "pip uninstall faiss-cpu && pip install 'gog_edge[gpu]'", users)  # fmt: skip
+                      FAISS_GPU_INSTALL, users)  # fmt: skip
 
 
 def _tensorrt_remedy(box: Box, engine: str) -> str:

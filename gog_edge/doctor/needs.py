@@ -24,7 +24,7 @@ from gog_edge.engines.built import (
 )
 from gog_edge.engines.built import MANIFEST as BUILT_MANIFEST
 from gog_edge.engines.choice import CPU_SEARCH, EngineChoice, EngineSet
-from gog_edge.engines.ort_release import NEWER_PYTHON, too_old
+from gog_edge.engines.ort_release import newer, too_old
 from gog_edge.engines.trt_plan import MODULES, check_device, check_version
 from gog_edge.errors import GogEdgeError, InputError
 from gog_edge.files import read_json
@@ -107,7 +107,7 @@ def _opset(bundle: Bundle, box: Box) -> Iterator[Finding]:
     version = box.libraries[ONNXRUNTIME].version
     trouble = too_old(version) if version and isinstance(bundle.policy, Path) else ""
     if trouble:
-        remedy = NEWER_PYTHON if box.jetson is None else NOT_RTX_JETSON
+        remedy = newer(box.python) if box.jetson is None else NOT_RTX_JETSON
         users = tuple(engine for engine in ENGINES if engine not in TENSORRT_ENGINES)
         yield Finding("bundle", "policy on ONNX Runtime", WRONG, trouble, remedy, users)
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # a box that serves on the CPU loads no other runtime, nor a 
     from gog_edge.engines.trt_graph import TrtGraph
 
 CPU_SEARCH, FAISS_GPU = "cpu", "faiss-gpu"
+# Not by the extra `gpu`, whose ONNX Runtime would lie over the one that is there.
+FAISS_GPU_INSTALL = "pip uninstall faiss-cpu && pip install 'faiss-gpu>=1.15,<1.16'"
 SEARCHES = (CPU_SEARCH, FAISS_GPU, TENSORRT)  # that packs can be searched with: their own indexes, or a GPU
 
 

@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Any
 
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf, NoSuchFile
 
 from gog_edge.engines.base import Array
 from gog_edge.engines.built import DECODER, RTX_PLUGIN, BuiltEngines, BuiltGraph
@@ -21,10 +22,11 @@ from gog_edge.engines.ort_decoder import LiftedDecoder
 from gog_edge.engines.ort_device import RUN_ERRORS, device_errors, failure_of
 from gog_edge.engines.ort_tensors import Device
 from gog_edge.engines.trt_shapes import spanning
-from gog_edge.errors import BackendError
+from gog_edge.errors import ArtifactError, BackendError
 
 INSTALL = "pip install 'gog_edge[ort-rtx]' (beside onnxruntime, not onnxruntime-gpu)"
 GPUS = "SM 8.6, 8.9, 12.0 and later"  # as the package's tensorrt_rtx_provider_options.h has them
+DRIVER = "libcuda"
 RTX_DEVICE = Device("gpu", 0, 0x10DE)  # NVIDIA's
 
 _registering, _registered = Lock(), set[str]()
@@ -56,10 +58,11 @@ def _register() -> str:
         if name not in _registered:
             try:
                 ort.register_execution_provider_library(name, plugin.get_library_path())
-            except RUN_ERRORS as exc:
+            except (*RUN_ERRORS, OSError, AttributeError) as exc:
+                mend = "NVIDIA's driver 580 or newer" if DRIVER in str(exc) else f"both anew: {INSTALL}"
                 raise BackendError(
-                    f"NVIDIA's RTX provider for ONNX Runtime cannot be loaded ({_reason(exc)}); install NVIDIA's "
-                    "driver 580 or newer; `gog-edge doctor` says what this box has"
+                    f"NVIDIA's RTX provider for ONNX Runtime {ort.__version__} cannot be loaded ({_reason(exc)}); "
+                    f"install {mend}; `gog-edge doctor` says what this box has"
                 ) from exc
             _registered.add(name)
     return name
@@ -67,7 +70,7 @@ def _register() -> str:
 
 def _reason(exc: Exception) -> str:
     """What the loader said, without the library's path."""
-    return str(exc).rpartition("with error: ")[2]
+    return str(exc).rpartition("with error: ")[2]  # the whole of another error
 
 
 def provider_options(path: Path, graph: BuiltGraph, cache: Path) -> dict[str, str]:
@@ -90,7 +93,10 @@ def provider_options(path: Path, graph: BuiltGraph, cache: Path) -> dict[str, st
 
 
 def open_rtx_session(path: Path, graph: BuiltGraph, cache: Path) -> ort.InferenceSession:
-    """Load a graph, every operator of it, on the first GPU that the provider runs on. BackendError otherwise."""
+    """Load a graph, every operator of it, on the first GPU that the provider runs on. BackendError otherwise.
+
+    ArtifactError where its file cannot be read.
+    """
     devices, options = rtx_devices(), session_options()
     # The plugin gets the graph as it was written: so TensorRT's parser takes it, and so it was measured.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -99,6 +105,8 @@ def open_rtx_session(path: Path, graph: BuiltGraph, cache: Path) -> ort.Inferenc
     try:
         with device_errors(f"'{path}' cannot be loaded"):
             return ort.InferenceSession(str(path), options, enable_fallback=False)
+    except (InvalidProtobuf, NoSuchFile) as exc:
+        raise ArtifactError(f"engines: '{path}' cannot be read ({exc}); build them again") from exc
     except (*START_ERRORS, *LOAD_ERRORS) as exc:
         raise BackendError(
             f"NVIDIA's RTX provider does not run all of '{path}': {failure_of(exc)}; ask for --engine ort-cuda, and "

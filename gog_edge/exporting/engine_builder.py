@@ -104,7 +104,7 @@ def build_engines(
     if any(graph.name == DECODER for graph in found.graphs):
         check_context(found.context, profiles=tensorrt or target.engine == ORT_RTX)
     if parity:
-        check_comparable(bundle)
+        check_comparable(bundle, target.kind)
     with replacing(out, KIND, MANIFEST) as part:
         _check_room(found, part)
         sources = (*found.graphs, search_source(found.dim)) if tensorrt else found.graphs

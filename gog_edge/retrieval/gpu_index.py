@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import faiss
 
+from gog_edge.engines.choice import FAISS_GPU_INSTALL
 from gog_edge.engines.cuda import LOST
 from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory
 from gog_edge.retrieval.index import Found, VectorIndex
@@ -27,7 +28,6 @@ from gog_edge.types import Vectors
 _faiss: Any = faiss  # the CPU's build lacks all that is used of the GPU
 _T = TypeVar("_T")
 TEMP_BYTES = 256 * 2**20  # scratch memory; FAISS's own choice takes 1.5 GiB
-INSTALL = "pip uninstall faiss-cpu && pip install 'gog_edge[gpu]'"
 _KINDS = (faiss.IndexFlat, faiss.IndexFlatIP, faiss.IndexFlatL2, faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer,
           faiss.IndexIVFPQ)  # those derived from them are others  # fmt: skip
 
@@ -35,8 +35,8 @@ _KINDS = (faiss.IndexFlat, faiss.IndexFlatIP, faiss.IndexFlatL2, faiss.IndexIVFF
 def check_gpu(device: int = 0) -> None:
     """BackendError with what to do where FAISS here cannot use a GPU, or not that one."""
     if not hasattr(_faiss, "StandardGpuResources"):
-        raise BackendError(f"faiss {faiss.__version__} here is built for the CPU; {INSTALL} (x86-64 Linux alone has "
-                           "such a wheel), or search on the CPU")
+        raise BackendError(f"faiss {faiss.__version__} here is built for the CPU; {FAISS_GPU_INSTALL} (x86-64 Linux "
+                           "alone has such a wheel), or search on the CPU")
     count = _faiss.get_num_gpus()
     if not 0 <= device < count:
         raise BackendError(f"faiss sees {count} GPUs, asked for is number {device}; look with gog-edge doctor, or "

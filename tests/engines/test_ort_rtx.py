@@ -48,11 +48,14 @@ def test_without_the_plugin_the_message_names_the_extra(engines):
             opened()
 
 
-def test_a_library_that_cannot_be_loaded_is_an_error_each_time(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("missing", "remedy"), [
+    ("libcuda.so.1", "NVIDIA's driver"), ("libonnxruntime_providers_nv_tensorrt_rtx.so", "both anew: pip install")
+])  # fmt: skip
+def test_a_library_that_cannot_be_loaded_is_an_error_each_time(monkeypatch, tmp_path, missing, remedy):
     """As without a driver, which the true one is linked with."""
-    plugin(monkeypatch, tmp_path / "libonnxruntime_providers_nv_tensorrt_rtx.so")
+    plugin(monkeypatch, tmp_path / missing)
     for _ in range(2):
-        with pytest.raises(BackendError, match=r"cannot be loaded \(.*No such file or directory\); install NVIDIA's"):
+        with pytest.raises(BackendError, match=rf"cannot be loaded \(.*No such file or directory\); install {remedy}"):
             rtx_devices()
 
 

@@ -12,7 +12,7 @@ from gog_edge.policy.drafts import DraftConfig
 from gog_edge.policy.local import LocalPolicy
 from gog_edge.policy.model import PolicyModel
 
-SPEC = SimpleNamespace(hidden=4, head_dim=2)
+SPEC = SimpleNamespace(hidden=4, head_dim=2, layers=3, kv_heads=2)
 KINDS = (1, *(1 + guesses for guesses in GUESSES))  # tokens of the steps that are timed
 
 
@@ -20,14 +20,16 @@ class TimedEngine:
     """Steps take the seconds that `seconds(tokens, round)` says."""
 
     def __init__(self, seconds):
-        self.seconds, self.now, self.steps = seconds, 0.0, []
+        self.seconds, self.now, self.steps, self.held = seconds, 0.0, [], []
 
     def new_cache(self):
-        return "cache"
+        return SimpleNamespace(restore=self.held.append)
 
     def step(self, cache, embeds, cos, sin, past, *, keep):
         count = len(embeds)
-        assert cache == "cache" and count == keep == len(cos) == len(sin) and past == PAST
+        (kept,) = self.held  # memory that was never written would not be read
+        assert kept.states.shape == (6, 2, past, 2) and kept.states.all() and kept.cos.shape == (past, 1)
+        assert count == keep == len(cos) == len(sin) and past == PAST
         self.now += self.seconds(count, len(self.steps) // len(KINDS))
         self.steps.append(count)
 

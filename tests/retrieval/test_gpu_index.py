@@ -62,7 +62,7 @@ def large(tmp_path_factory):
 
 @without_gpu
 def test_without_a_gpu_it_says_what_to_do():
-    with pytest.raises(BackendError, match="faiss-cpu && pip install 'gog_edge|doctor"):
+    with pytest.raises(BackendError, match="faiss-cpu && pip install 'faiss-gpu|doctor"):
         check_gpu()
     with pytest.raises(BackendError, match="search on the CPU"):
         Gpu()
