@@ -18,7 +18,7 @@ from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.cli import app
 from gog_edge.config import MilvusConfig
 from gog_edge.engines.built import FOLDER, ORT, ORT_CUDA, SEARCH, TENSORRT, TENSORRT_RTX
-from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, SEARCHES, EngineChoice
+from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, FAISS_GPU_INSTALL, SEARCHES, EngineChoice
 from gog_edge.errors import BackendError, DialectError, InputError, NotEnoughMemory, OutOfDeviceMemory, PackError
 from gog_edge.files import describe_files, read_json, write_json
 from gog_edge.indexing.changes import remove
@@ -113,7 +113,7 @@ def test_a_question_refuses_what_cannot_be(search, says):
 def test_a_server_without_faiss_for_gpus_is_up_and_says_what_to_do(toy, start):  # noqa: F811
     supervisor = supervise(toy.root, 1, ON_FAISS)
     with httpx.Client(base_url=start(supervisor), timeout=WAIT) as client:
-        assert "is built for the CPU; pip uninstall faiss-cpu && pip install 'gog_edge[gpu]'" in reason_of(client)
+        assert f"is built for the CPU; {FAISS_GPU_INSTALL}" in reason_of(client)
         refused(client.post("/v1/ask", json=QUESTION), "is built for the CPU")
         refused(client.post("/v1/search", json={"text": "red"}), "is built for the CPU")
         assert client.get("/healthz").json() == {"status": "ok"}
