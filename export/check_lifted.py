@@ -1,4 +1,4 @@
-"""Compare a bundle's graphs, rewritten as engines are built from them, with its own. Nothing is built, no GPU is asked.
+"""Compare a bundle's graphs, rewritten as engines are built from them, with its own. Nothing is built; no GPU needed.
 
     python -m export.check_lifted BUNDLE --kind decomposed
 

@@ -136,23 +136,28 @@ def _load_error(exc: Exception, path: Path, providers: Sequence[str], optimised:
     return BackendError(f"ONNX Runtime {ort.__version__} cannot load '{path}': {exc}; {mend}")
 
 
-class OrtGraph:
-    """A graph without state."""
+class SessionGraph:
+    """A graph without state, in a session that is open already."""
 
-    def __init__(
-        self, path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU, optimised: bool = False,
-        spinning: bool = True,
-    ) -> None:
-        self._session = open_session(
-            path, threads=threads, providers=providers, optimised=optimised, spinning=spinning
-        )
-        self._outputs = [output.name for output in self._session.get_outputs()]
-        self._on_device = tuple(providers) != CPU
+    def __init__(self, session: ort.InferenceSession, *, on_device: bool) -> None:
+        self._session, self._on_device = session, on_device
+        self._outputs = [output.name for output in session.get_outputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; every input by name, every output by name. Raises BackendError where a device fails."""
         with device_errors("a graph cannot be run", on_device=self._on_device):
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+
+
+class OrtGraph(SessionGraph):
+    """A graph without state. Raises BackendError as `open_session` does."""
+
+    def __init__(
+        self, path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU, optimised: bool = False,
+        spinning: bool = True,
+    ) -> None:
+        session = open_session(path, threads=threads, providers=providers, optimised=optimised, spinning=spinning)
+        super().__init__(session, on_device=tuple(providers) != CPU)
 
 
 class OrtCache(TokenCache):

@@ -7,7 +7,6 @@ it is opened, and kernels when they first run: https://nvidia.github.io/TensorRT
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -15,9 +14,8 @@ from typing import Any
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf, NoSuchFile
 
-from gog_edge.engines.base import Array
 from gog_edge.engines.built import DECODER, RTX_PLUGIN, BuiltEngines, BuiltGraph
-from gog_edge.engines.ort import LOAD_ERRORS, START_ERRORS, session_options
+from gog_edge.engines.ort import LOAD_ERRORS, START_ERRORS, SessionGraph, session_options
 from gog_edge.engines.ort_decoder import LiftedDecoder
 from gog_edge.engines.ort_device import RUN_ERRORS, device_errors, failure_of
 from gog_edge.engines.ort_tensors import Device
@@ -114,19 +112,6 @@ def open_rtx_session(path: Path, graph: BuiltGraph, cache: Path) -> ort.Inferenc
         ) from exc
 
 
-class RtxGraph:
-    """A graph without state."""
-
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self._session = session
-        self._outputs = [output.name for output in session.get_outputs()]
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once; every input by name, every output by name. Raises BackendError where the device fails."""
-        with device_errors("a graph cannot be run", on_device=True):
-            return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
-
-
 def open_rtx_decoder(folder: Path, built: BuiltEngines, cache: Path) -> LiftedDecoder:
     """The decoder, its caches in the GPU's memory. Raises BackendError; ArtifactError when it is of another version."""
     graph = built.graph(DECODER)
@@ -134,7 +119,7 @@ def open_rtx_decoder(folder: Path, built: BuiltEngines, cache: Path) -> LiftedDe
     return LiftedDecoder(open_rtx_session(path, graph, cache), path, device=RTX_DEVICE)
 
 
-def open_rtx_graph(folder: Path, built: BuiltEngines, name: str, cache: Path) -> RtxGraph:
+def open_rtx_graph(folder: Path, built: BuiltEngines, name: str, cache: Path) -> SessionGraph:
     """A graph without state. Raises BackendError."""
     graph = built.graph(name)
-    return RtxGraph(open_rtx_session(folder / graph.file, graph, cache))
+    return SessionGraph(open_rtx_session(folder / graph.file, graph, cache), on_device=True)

@@ -41,8 +41,7 @@ def drafts_here(model: PolicyModel) -> DraftConfig:
     if kept is not None:
         return kept
     measured = at_price(time_steps(engine, model.manifest.text, past))
-    if path.parent.is_dir():
-        _keep(measured, path)
+    _keep(measured, path)
     return measured
 
 

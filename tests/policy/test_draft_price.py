@@ -143,6 +143,7 @@ def test_where_nothing_can_be_kept_every_start_measures(large, caplog):
     drafts = LocalPolicy.open(large, 1).drafts
     assert drafts != DraftConfig() and drafts.most == DraftConfig().most
     assert (large / "cache").read_text() == "in the way"
+    assert "the price of drafts cannot be kept" in caplog.text and "every start measures it" in caplog.text
 
 
 def test_a_file_that_cannot_be_written_is_said(large, caplog):
