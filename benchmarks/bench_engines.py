@@ -38,7 +38,7 @@ def prepared(shape: str, work: Path) -> Path:
     shutil.rmtree(checkpoint, ignore_errors=True)
     shutil.copytree(DEFAULT_BUNDLE, bundle, ignore=shutil.ignore_patterns("policy", "engines"), dirs_exist_ok=True)
     watched(["export.random_checkpoint", "--like", shape, str(checkpoint)])
-    watched(["export.export_policy", str(checkpoint), str(bundle / "policy"), "--precision", "int4", "--no-prefill",
+    watched(["export.export_policy", str(checkpoint), str(bundle / "policy"), "--precision", "int4", "--second", "none",
              "--no-parity", "--name", shape])  # fmt: skip
     shutil.rmtree(checkpoint)
     return bundle

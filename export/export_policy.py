@@ -21,7 +21,14 @@ from rich.table import Table
 
 from gog_edge.engines.built import ENGINES, ORT, build_command
 from gog_edge.errors import GogEdgeError
-from gog_edge.exporting.policy_export import DEFAULT_BLOCK, DEFAULT_CONTEXT, PRECISIONS, check_available, export_policy
+from gog_edge.exporting.policy_export import (
+    DEFAULT_BLOCK,
+    DEFAULT_CONTEXT,
+    PRECISIONS,
+    SECOND_FORMS,
+    check_available,
+    export_policy,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights; the processor computes in "
                                                                                 "fp32 from fp16, too")  # fmt: skip
     parser.add_argument("--block", type=int, default=DEFAULT_BLOCK, help="int4: weights that share a scale")
-    parser.add_argument("--no-prefill", action="store_true", help="int4: one decoder graph, half the prefill speed")
+    parser.add_argument("--second", choices=SECOND_FORMS, help="int4: second form of the decoder's weights: for "
+                        "our own operators (x86-64; the default), for many tokens on ONNX Runtime's, or none")
     parser.add_argument("--adapter", type=Path, help="PEFT folder of LoRA weights to merge into the checkpoint")
     parser.add_argument("--name", help="name of the policy (default: the checkpoint folder's)")
     parser.add_argument("--context", type=int, default=DEFAULT_CONTEXT, help="tokens of one conversation")
@@ -49,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.out,
             adapter=args.adapter,
             block=args.block,
-            prefill=not args.no_prefill,
+            second=args.second,
             progress=_show,
             engine=args.engine,
             precision=args.precision,

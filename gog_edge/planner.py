@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gog_edge.bundle import Bundle
-from gog_edge.engines.base import MOST_GROUPED
 from gog_edge.engines.built import DECODER, IMAGE, SEARCH, TENSORRT, TEXT, VISION
 from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, EngineSet
 from gog_edge.errors import BackendError, InputError, NotEnoughMemory
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
+    NATIVE_GRAPH,
     PREFILL_GRAPH,
     VISION_GRAPH,
     PolicyManifest,
@@ -88,7 +88,7 @@ class MemoryPlan:
 
 
 _ADVICE = {
-    "weights": "export the policy with --precision int4 (and --no-prefill), or a smaller checkpoint",
+    "weights": "export the policy with --precision int4 (and --second none), or a smaller checkpoint",
     "conversations": "export it, or build its engines, with a smaller --context, or answer fewer questions at a time "
     "([limits] concurrent in bundle.toml)",
     "pictures": "set a smaller max_pixels in the checkpoint's preprocessor_config.json and export it again",
@@ -127,8 +127,7 @@ def plan_memory(
     if not isinstance(bundle.policy, Path):  # another server holds the policy
         return MemoryPlan(towers, 0, 0, 0, index, switch, vectors=vectors, on_device=on_device)
     manifest = read_manifest(bundle.policy)
-    copies = (manifest.grouped - 1) * MOST_GROUPED  # of keys and values, behind the last token
-    own = (manifest.max_context + copies, FLOAT_BYTES)
+    own = (manifest.max_context, HALF_BYTES if manifest.native_here else FLOAT_BYTES)
     context, wide = own if engines is None else (engines.built.context, HALF_BYTES)
     return MemoryPlan(
         weights=_weights(bundle.policy, manifest) if engines is None else towers + engines.bytes((DECODER, VISION)),
@@ -227,7 +226,8 @@ def _space_bytes(pack: Path, space: Space, dim: int) -> int:
 
 def _weights(folder: Path, manifest: PolicyManifest) -> int:
     widened = 2 if manifest.precision == "fp16" else 1  # stored in halves, computed in float32
-    graphs = (path for name in (DECODER_GRAPH, PREFILL_GRAPH, VISION_GRAPH) for path in folder.glob(f"{name}*"))
+    decoders = (NATIVE_GRAPH,) if manifest.native_here else (DECODER_GRAPH, PREFILL_GRAPH)
+    graphs = (path for name in (*decoders, VISION_GRAPH) for path in folder.glob(f"{name}*"))
     return widened * sum(path.stat().st_size for path in graphs)
 
 

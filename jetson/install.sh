@@ -91,7 +91,8 @@ check_tensorrt() {
 install_packages() {
   local source=("$here/..[cpu]") from=()
   if [[ -n $wheels ]]; then
-    compgen -G "$wheels/gog_edge-*.whl" >/dev/null || refuse "there is no gog_edge-*.whl in '$wheels'; see jetson/README.md"
+    compgen -G "$wheels/gog_edge-*-any.whl" >/dev/null ||
+      refuse "there is no gog_edge-*-any.whl in '$wheels', one for any processor; see jetson/README.md"
     source=('gog_edge[cpu]') from=(--no-index --find-links "$wheels")
   fi
   # Bindings of the major release of CUDA that JetPack has; onnx, since engines are built on the box they run on.

@@ -30,7 +30,7 @@ from gog_edge.doctor.examine import examine
 from gog_edge.doctor.finding import State
 from gog_edge.doctor.jetson import PowerMode, package_version, parse_release, read_jetson
 from gog_edge.doctor.nvidia import Gpus, list_gpus
-from gog_edge.doctor.probe import probe
+from gog_edge.doctor.probe import KERNELS, probe
 from gog_edge.engines.built import (
     BUILT_ENGINES,
     ORT_CUDA,
@@ -41,6 +41,7 @@ from gog_edge.engines.built import (
     BuiltEngines,
     BuiltGraph,
 )
+from gog_edge.engines.native import library, why_none
 from gog_edge.errors import BackendError, InputError
 from gog_edge.files import describe_files, read_json, write_json
 
@@ -291,6 +292,37 @@ def test_this_machines_rtx_provider_is_looked_at_in_a_process_of_its_own():
     else:
         looked = probe(RTX_PLUGIN)
         assert bool(looked["gpus"]) != bool(looked["trouble"])
+
+
+@pytest.mark.parametrize(("kernels", "state", "said", "remedy"), [
+    ({"version": "avx512-bf16"}, State.OK, "avx512-bf16", ""),
+    ({"trouble": "no compiler was there; get one"}, State.MISSING, "no compiler was there", "get one"),
+    ({"trouble": "they are for Linux"}, State.MISSING, "they are for Linux", ""),
+    ({"version": "avx2", "trouble": "file too short"}, State.WRONG, "file too short", "install gog_edge again"),
+])  # fmt: skip
+def test_own_kernels_are_told_and_a_box_serves_without_them(tmp_path, kernels, state, said, remedy):
+    box = replace(box_of(pc(tmp_path), NO_DRIVER, {**CPU, KERNELS: kernels}), machine="x86_64")
+    report = examine(DEFAULT_BUNDLE, box=box)
+    one = found(report, "own kernels", "software")
+    assert (one.state, one.said, one.remedy) == (state, said, remedy) and report.serves
+
+
+def test_own_kernels_are_nothing_to_other_processors_nor_without_onnx_runtime(tmp_path):
+    there = replace(box_of(pc(tmp_path / "pc"), NO_DRIVER, CPU), machine="x86_64")
+    bare = replace(box_of(pc(tmp_path / "bare"), NO_DRIVER, {}), machine="x86_64")
+    jetson = box_of(orin_nano(tmp_path / "jetson"), ORIN, JETPACK_7)
+    for box in (bare, jetson, replace(there, machine="aarch64")):
+        assert "own kernels" not in [one.what for one in examine(DEFAULT_BUNDLE, box=box).findings]
+    assert "own kernels" in [one.what for one in examine(DEFAULT_BUNDLE, box=there).findings]
+
+
+def test_this_machines_own_kernels_are_loaded_in_a_process_of_its_own():
+    """It is the library that decoders here would take."""
+    looked, path = probe(KERNELS), library()
+    if path is None:
+        assert looked == {"trouble": why_none()}
+    else:
+        assert path.name == f"operators-{looked['version']}.so" and not looked["trouble"]
 
 
 def test_a_jetson_serves_with_jetpacks_tensorrt(tmp_path):

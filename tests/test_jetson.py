@@ -115,10 +115,19 @@ def test_without_a_network(tmp_path, python):
     args = ("--root", orin_nano(tmp_path / "root"), "--python", python(12, "10.16"), "--dry-run", "--wheels")
     (tmp_path / "wheels").mkdir()
     done = install(*args, tmp_path / "wheels")
-    assert done.returncode == 1 and "no gog_edge-*.whl" in done.stderr
+    assert done.returncode == 1 and "no gog_edge-*-any.whl" in done.stderr
+    (tmp_path / "wheels/gog_edge-0.1.0-py3-none-linux_x86_64.whl").touch()
+    assert install(*args, tmp_path / "wheels").returncode == 1
     (tmp_path / "wheels/gog_edge-0.1.0-py3-none-any.whl").touch()
     done = install(*args, tmp_path / "wheels")
     assert done.returncode == 0 and f"--no-index --find-links {tmp_path / 'wheels'}" in done.stdout
+
+
+def test_the_wheel_that_a_pc_makes_for_a_jetson_has_nothing_of_the_pc():
+    """Native operators would tie it to the PC's processor."""
+    text = (ROOT / "jetson" / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall("^ .* pip wheel .*$", text, re.MULTILINE)
+    assert command.split()[0] == "GOG_EDGE_NATIVE=off"
 
 
 def test_an_environment_that_is_there_is_kept(tmp_path, python):

@@ -14,7 +14,7 @@ from gog_edge.policy.draft_price import drafts_here
 from gog_edge.policy.manifest import DECODER_GRAPH
 from gog_edge.policy.model import PolicyModel
 
-TYPE_BYTES = {"tensor(float)": 4, "tensor(float16)": 2, "tensor(int8)": 1, "tensor(uint8)": 1}
+TYPE_BYTES = {"tensor(float)": 4, "tensor(float16)": 2, "tensor(uint16)": 2, "tensor(int8)": 1, "tensor(uint8)": 1}
 
 
 @dataclass(frozen=True, slots=True)

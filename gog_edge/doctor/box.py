@@ -12,7 +12,7 @@ from typing import Any
 
 from gog_edge.doctor.jetson import Jetson, read_jetson
 from gog_edge.doctor.nvidia import Gpus
-from gog_edge.doctor.probe import probe
+from gog_edge.doctor.probe import KERNELS, probe
 from gog_edge.engines.built import RTX_PLUGIN, TENSORRT, TENSORRT_RTX
 from gog_edge.engines.cuda import BINDINGS
 from gog_edge.engines.trt_plan import MODULES
@@ -21,7 +21,7 @@ from gog_edge.planner import free_memory, memory_of
 
 ONNXRUNTIME, FAISS = "onnxruntime", "faiss"
 CUDA_BINDINGS = BINDINGS.rpartition(".")[0]  # the package, which tells its version
-LIBRARIES = (ONNXRUNTIME, FAISS, MODULES[TENSORRT], MODULES[TENSORRT_RTX], CUDA_BINDINGS, RTX_PLUGIN)
+LIBRARIES = (ONNXRUNTIME, FAISS, MODULES[TENSORRT], MODULES[TENSORRT_RTX], CUDA_BINDINGS, RTX_PLUGIN, KERNELS)
 Probe = Callable[[str], dict[str, Any]]
 
 
@@ -29,7 +29,7 @@ Probe = Callable[[str], dict[str, Any]]
 class Library:
     """A library as it was loaded, or why it was not."""
 
-    version: str = ""  # "": not to be had
+    version: str = ""  # "": not to be had; of our kernels: the processors they were compiled for
     trouble: str = ""  # what is wrong with it; of ONNX Runtime: with its providers for GPUs
     providers: tuple[str, ...] = ()  # of ONNX Runtime
     gpu: bool = False  # faiss: built for GPUs

@@ -8,7 +8,7 @@ from gog_edge.doctor.box import CUDA_BINDINGS, FAISS, ONNXRUNTIME, Box
 from gog_edge.doctor.finding import Finding, State
 from gog_edge.doctor.jetson import CUDA, Jetson
 from gog_edge.doctor.nvidia import Gpu
-from gog_edge.doctor.probe import CUDA_PROVIDER
+from gog_edge.doctor.probe import CUDA_PROVIDER, KERNELS
 from gog_edge.engines.built import (
     BUILT_ENGINES,
     ENGINES,
@@ -105,6 +105,7 @@ def _about(gpu: Gpu) -> str:
 def judge_libraries(box: Box, search: str = CPU_SEARCH) -> Iterator[Finding]:
     """ONNX Runtime and faiss, which all need; what runs on GPUs."""
     yield from _onnxruntime(box)
+    yield from _kernels(box)
     yield _rtx_provider(box)
     yield from _faiss(box, search)
     for engine in TENSORRT_ENGINES:
@@ -133,6 +134,20 @@ def _onnxruntime(box: Box) -> Iterator[Finding]:
         yield Finding("software", "its CUDA provider", WRONG, library.trouble, NEW_DRIVER, (ORT_CUDA,))
     else:
         yield Finding("software", "its CUDA provider", OK, "loads a graph", "", (ORT_CUDA,))
+
+
+def _kernels(box: Box) -> Iterator[Finding]:
+    """Of no use without ONNX Runtime; it serves without them, slower, on the processor alone."""
+    library, what = box.libraries[KERNELS], "own kernels"
+    if not box.libraries[ONNXRUNTIME].version or box.jetson is not None or box.machine != "x86_64":
+        return
+    if not library.version:
+        said, _, remedy = library.trouble.partition("; ")
+        yield Finding("software", what, MISSING, said, remedy)
+    elif library.trouble:
+        yield Finding("software", what, WRONG, library.trouble, "install gog_edge again")
+    else:
+        yield Finding("software", what, OK, library.version)
 
 
 def _rtx_provider(box: Box) -> Finding:

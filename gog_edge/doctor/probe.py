@@ -22,6 +22,7 @@ from gog_edge.errors import BackendError
 
 SECONDS = 60.0  # for one look; a driver that wakes up a GPU takes some
 CUDA_PROVIDER = "CUDAExecutionProvider"
+KERNELS = "gog_edge.engines.native"
 
 
 def probe(name: str, *, seconds: float = SECONDS, command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -92,10 +93,31 @@ def _look_at_rtx_plugin() -> dict[str, Any]:
     return {"version": version, "gpus": gpus, "trouble": trouble}
 
 
+def _look_at_kernels() -> dict[str, Any]:
+    """Which library of ours ONNX Runtime takes, or why there is none."""
+    from gog_edge.engines.native import library, why_none
+    from gog_edge.engines.native.flavours import FLAVOURS
+
+    path = library()
+    if path is None:
+        return {"trouble": why_none()}
+    import onnxruntime as ort
+
+    from gog_edge.engines.ort_device import RUN_ERRORS
+
+    trouble = ""
+    try:
+        ort.SessionOptions().register_custom_ops_library(str(path))
+    except RUN_ERRORS as exc:
+        trouble = str(exc)
+    return {"version": next(one.name for one in FLAVOURS if one.file == path.name), "trouble": trouble}
+
+
 LOOKS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "gpus": lambda: asdict(list_gpus()),
     "onnxruntime": _look_at_onnxruntime,
     "faiss": _look_at_faiss,
+    KERNELS: _look_at_kernels,
     MODULES[TENSORRT_RTX]: _look_at_rtx,
     RTX_PLUGIN: _look_at_rtx_plugin,
 }

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float32]
 
-MOST_GROUPED = 64  # tokens of a step whose heads are grouped (`exporting.grouped_graph`)
-
 
 class GraphEngine(Protocol):
     """A graph without state."""

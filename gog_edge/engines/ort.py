@@ -13,7 +13,8 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf, NoSuchFile
 
-from gog_edge.engines.base import MOST_GROUPED, Array, Floats, KvCache
+from gog_edge.engines.base import Array, Floats, KvCache
+from gog_edge.engines.native.tiled import new_states
 from gog_edge.engines.ort_device import (
     DECODER_OPTIONS,
     INSTALL,
@@ -25,14 +26,13 @@ from gog_edge.engines.ort_device import (
     of_device,
 )
 from gog_edge.engines.ort_release import newer, too_old
-from gog_edge.engines.ort_tensors import HostTensor, TokenCache
+from gog_edge.engines.ort_tensors import HostTensor, TokenCache, TokenTensor
 from gog_edge.errors import BackendError
 
 LOAD_ERRORS = (*RUN_ERRORS, InvalidProtobuf, NoSuchFile)
 START_ERRORS = (RuntimeError, ValueError)  # of a provider that cannot begin: no driver, no GPU
 CPU = ("CPUExecutionProvider",)
 AHEAD = 32  # tokens from which the graph that only fills the cache is worth its run
-NUMBERS = ("last", "total", "keep")  # small inputs of a decoder; one that only fills the cache does without the last
 DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16),
     "tensor(int32)": np.dtype(np.int32), "tensor(int64)": np.dtype(np.int64),
@@ -77,16 +77,19 @@ def session_options(threads: int | None = None, *, spinning: bool = True) -> ort
 
 def open_session(
     path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU, optimised: bool = False,
-    spinning: bool = True, decoder: bool = False,
+    spinning: bool = True, decoder: bool = False, operators: Path | None = None,
 ) -> ort.InferenceSession:
     """Load a graph on exactly the providers asked for; BackendError otherwise. `optimised` graphs are left as they are.
 
     Without `spinning`, threads sleep within a run, too, wherever they wait for others. `decoder`: every operator must
-    run on the provider; else it may leave those of RECKONING to the processor.
+    run on the provider; else it may leave those of RECKONING to the processor. `operators`: a library of operators
+    that the graph needs besides ONNX Runtime's.
     """
     load_libraries(providers)
     _check_available(providers)
     options = session_options(threads, spinning=spinning)
+    if operators is not None:
+        _register(options, operators)
     options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(decoder and tuple(providers) != CPU)))
     options.add_session_config_entry("session.record_ep_graph_assignment_info", str(int(tuple(providers) != CPU)))
     if optimised:
@@ -103,6 +106,15 @@ def open_session(
     if CPU[0] not in providers:
         _check_assigned(session, path, providers)
     return session
+
+
+def _register(options: ort.SessionOptions, operators: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(operators))
+    except RUN_ERRORS as exc:
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} cannot load '{operators}': {exc}; install gog_edge again"
+        ) from exc
 
 
 def _check_assigned(session: ort.InferenceSession, path: Path, providers: Sequence[str]) -> None:
@@ -164,11 +176,9 @@ class OrtCache(TokenCache):
     """A cache bound once as input and as output of its decoder."""
 
     def __init__(self, decoder: OrtDecoder) -> None:
-        rows = decoder.capacity + (decoder.group - 1) * MOST_GROUPED  # copies stand behind the new tokens
-        table, state = (rows, decoder.rotary), (1, decoder.kv_heads, rows, 2 * decoder.rotary)
-        shapes = {"cos": table, "sin": table} | {f"past_{name}": state for name in decoder.states}
-        cos, sin, *states = (HostTensor(shapes[name], decoder.dtypes[name]) for name in shapes)
-        super().__init__(cos, sin, states, decoder.capacity)
+        table = (decoder.capacity, decoder.rotary)
+        cos, sin = (HostTensor(table, np.dtype(np.float32)) for _ in range(2))
+        super().__init__(cos, sin, decoder.new_states(), decoder.capacity)
         self._numbers: dict[str, Array] = {
             "last": np.zeros(1, np.int32),  # index of the newest token
             "total": np.zeros((), np.int32),  # tokens in the cache after the step
@@ -176,8 +186,8 @@ class OrtCache(TokenCache):
         }
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._numbers.items()}
         self._logits: Floats = np.empty((1, decoder.vocab), np.float32)
-        self._binding = self._bind(decoder.session, decoder, NUMBERS)
-        self.binding_ahead = self._bind(decoder.prefill, decoder, NUMBERS[:2]) if decoder.prefill else None
+        self._binding = self._bind(decoder.session, decoder)
+        self.binding_ahead = self._bind(decoder.prefill, decoder) if decoder.prefill else None
 
     def bound(self, keep: int) -> tuple[Any, Floats]:
         """The binding of a step that gives `keep` rows of logits, and the buffer [keep, vocab] they come in."""
@@ -198,10 +208,12 @@ class OrtCache(TokenCache):
         """How many tokens the cache holds after the step."""
         self._numbers["last"][0], self._numbers["total"][...] = end - 1, end
 
-    def _bind(self, session: ort.InferenceSession, decoder: OrtDecoder, numbers: Sequence[str]) -> Any:
+    def _bind(self, session: ort.InferenceSession, decoder: OrtDecoder) -> Any:
         binding = session.io_binding()
-        for name in numbers:
-            binding.bind_ortvalue_input(name, self._values[name])
+        taken = {item.name for item in session.get_inputs()}
+        for name, value in self._values.items():
+            if name in taken:  # a graph that only fills the cache keeps no rows
+                binding.bind_ortvalue_input(name, value)
         for name, table in (("cos", self.cos), ("sin", self.sin)):
             binding.bind_ortvalue_input(name, table.value)
         for name, state in zip(decoder.states, self.states, strict=True):
@@ -211,25 +223,25 @@ class OrtCache(TokenCache):
 
 
 class OrtDecoder:
-    """A decoder exported for ONNX Runtime (`GroupQueryAttention`, past and present in one buffer)."""
+    """A decoder exported for ONNX Runtime, past and present in one buffer: by its own operators, or by ours."""
 
     def __init__(
         self, path: Path, *, capacity: int, threads: int | None = None, optimised: bool = False,
-        prefill: Future[ort.InferenceSession] | None = None, group: int = 1,
+        prefill: Future[ort.InferenceSession] | None = None, operators: Path | None = None,
     ) -> None:
         """`capacity`: tokens of a cache, where the graph itself does not say. `prefill`: a graph over the same cache
-        that only fills it, for many tokens at a time; it loads meanwhile. `group`: heads that stand below each other
-        in the graph's attention (`exporting.grouped_graph`).
+        that only fills it, for many tokens at a time; it loads meanwhile. `operators`: `native.library()`, for the
+        graph that needs it.
         """
-        self.session = open_session(path, threads=threads, optimised=optimised, decoder=True)
-        self.prefill, self.group = prefill.result() if prefill else None, group
+        self.session = open_session(path, threads=threads, optimised=optimised, decoder=True, operators=operators)
+        self.prefill = prefill.result() if prefill else None
         inputs = {item.name: item for item in self.session.get_inputs()}
         self.states = [name.removeprefix("past_") for name in inputs if name.startswith("past_")]
         if not self.states or not {"cos", "keep"} <= inputs.keys():
             raise BackendError(
                 f"'{path}' is not a decoder that this version exported for ONNX Runtime; export with --engine ort"
             )
-        self.dtypes = {name: DTYPES[item.type] for name, item in inputs.items() if item.type in DTYPES}
+        self._tiled = operators is not None
         self.hidden: int = inputs["inputs_embeds"].shape[2]
         self.rotary: int = inputs["cos"].shape[1]
         _, self.kv_heads, fixed, _ = inputs[f"past_{self.states[0]}"].shape
@@ -240,6 +252,13 @@ class OrtDecoder:
     def new_cache(self) -> OrtCache:
         """An empty cache."""
         return OrtCache(self)
+
+    def new_states(self) -> Sequence[TokenTensor]:
+        """Keys and values of an empty cache, by layers."""
+        if self._tiled:
+            return new_states(self.states, self.kv_heads, self.capacity, 2 * self.rotary)
+        shape = (1, self.kv_heads, self.capacity, 2 * self.rotary)
+        return [HostTensor(shape, np.dtype(np.float32)) for _ in self.states]
 
     def step(
         self, cache: KvCache, embeds: Floats, cos: Floats, sin: Floats, past: int, *, deepstack: Floats | None = None,
@@ -255,33 +274,15 @@ class OrtDecoder:
             raise BackendError("this cache is of another engine; use the decoder's own new_cache()")
         if past + count > cache.capacity:
             raise BackendError(f"{past} + {count} tokens do not fit a cache of {cache.capacity}; open a larger one")
+        cache.write_rotary(past, cos, sin)
+        binding, logits = cache.bound(keep)
         ahead = count - keep if self.prefill is not None and count - keep >= AHEAD else 0
-        most = MOST_GROUPED if self.group > 1 else count
-        if keep > most:
-            raise BackendError(f"{keep} rows of logits in one step are too many, {most} can be had; take more steps")
         with device_errors(f"{count} tokens cannot be computed"):
             if ahead:
-                cache.write_rotary(past, cos[:ahead], sin[:ahead])
                 cache.say_end(past + ahead)
                 self._run(self.prefill, cache.binding_ahead, embeds[:ahead], _part(deepstack, 0, ahead))
-            done = ahead
-            while done < count:
-                stop = min(done + most, count if count - done <= most else count - keep)
-                last = keep if stop == count else 1
-                parts = (embeds[done:stop], cos[done:stop], sin[done:stop], _part(deepstack, done, stop))
-                logits = self._few(cache, *parts, past + done, last)
-                done = stop
-        return logits
-
-    def _few(
-        self, cache: OrtCache, embeds: Floats, cos: Floats, sin: Floats, deepstack: Floats | None, past: int, keep: int
-    ) -> Floats:
-        binding, logits = cache.bound(keep)
-        if self.group > 1:
-            binding.bind_cpu_input("mask", _grouped_mask(len(embeds), self.group, past))
-        cache.write_rotary(past, *(np.tile(rows, (self.group, 1)) for rows in (cos, sin)))
-        cache.say_end(past + self.group * len(embeds))
-        self._run(self.session, binding, embeds, deepstack)
+            cache.say_end(past + count)
+            self._run(self.session, binding, embeds[ahead:], _part(deepstack, ahead, count))
         return logits
 
     def _run(self, session: Any, binding: Any, embeds: Floats, deepstack: Floats | None) -> None:
@@ -295,12 +296,3 @@ class OrtDecoder:
 
 def _part(deepstack: Floats | None, start: int, stop: int) -> Floats | None:
     return None if deepstack is None else deepstack[:, start:stop]
-
-
-def _grouped_mask(count: int, group: int, past: int) -> Floats:
-    """What is added to attention [1, 1, group * count, past + group * count]: every row sees what its token may."""
-    rows = group * count
-    mask = np.zeros((1, 1, rows, past + rows), np.float32)
-    mask[..., past + count :] = -np.inf  # copies
-    mask[..., past : past + count] = np.tile(np.where(np.tri(count, dtype=bool), 0, -np.inf), (group, 1))
-    return mask

@@ -63,11 +63,7 @@ class HostTensor:
 
     def __init__(self, shape: Shape, dtype: np.dtype[Any]) -> None:
         self.shape = shape
-        pages = mmap.mmap(-1, dtype.itemsize * math.prod(shape))
-        # Each head's tokens lie far from the next one's: with huge pages the first token would take half of the cache.
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            pages.madvise(mmap.MADV_NOHUGEPAGE)
-        self.array: Array = np.frombuffer(pages, dtype).reshape(shape)
+        self.array = zero_pages(shape, dtype)
         self.value: Any = ort.OrtValue.ortvalue_from_numpy(self.array)
 
     def write(self, start: int, rows: Array) -> None:
@@ -81,6 +77,15 @@ class HostTensor:
     def copy_from(self, other: TokenTensor, length: int) -> None:
         """See `TokenTensor`; BackendError when the other is of another kind."""
         self.write(0, _same_kind(self, other).read(length))
+
+
+def zero_pages(shape: Shape, dtype: np.dtype[Any]) -> Array:
+    """Zeros that take memory only where something is written."""
+    pages = mmap.mmap(-1, dtype.itemsize * math.prod(shape))
+    # Each head's tokens lie far from the next one's: with huge pages the first token would take half of the cache.
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, dtype).reshape(shape)
 
 
 class DeviceTensor:

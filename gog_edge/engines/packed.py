@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import platform
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from gog_edge.engines.ort import LOAD_ERRORS, session_options
+from gog_edge.engines.processor import describe_processor
 from gog_edge.files import FileEntry
 
 CACHE = "cache"  # folder within a model's own
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 def cache_key(entries: Sequence[FileEntry]) -> str:
     """Changes with the files, with ONNX Runtime's version and with the processor: what is kept is for these alone."""
-    facts = [ort.__version__, _processor(), *(f"{entry.path} {entry.sha256}" for entry in entries)]
+    facts = [ort.__version__, describe_processor(), *(f"{entry.path} {entry.sha256}" for entry in entries)]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
@@ -89,12 +89,3 @@ def _forget_others(cache: Path) -> None:
         if other.is_dir() and other != cache and not other.name.endswith(".part"):
             shutil.rmtree(other, ignore_errors=True)
 
-
-def _processor() -> str:
-    """Model and instructions of this machine's processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    told = (line for line in lines if line.split("\t")[0].strip() in ("model name", "flags", "Features", "CPU part"))
-    return "\n".join([platform.machine(), *told])

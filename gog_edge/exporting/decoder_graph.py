@@ -18,7 +18,11 @@ Weights = Callable[[str], Array]  # name within the decoder, such as "layers.0.m
 class DecoderWriter:
     """By ONNX Runtime's own operators: cache in place, rotary inside, sum and norm in one."""
 
+    name = "decoder"
+    builder: type[GraphBuilder] = GraphBuilder
+    cache_type = FLOAT
     logits = True
+    takes_last = True  # index of the newest token, besides how many there are
 
     def __init__(
         self, path: Path, spec: TextSpec, weights: Weights, *, form: Form = "fp32", head: Form | None = None,
@@ -27,7 +31,7 @@ class DecoderWriter:
         """`form` is how weights are stored, `head` how those of the head are (as the others when None)."""
         self.spec = spec
         self.weights = weights
-        self.graph = GraphBuilder("decoder", path, form)
+        self.graph = self.builder("decoder", path, form)
         self._head = head
         self._progress = progress
 
@@ -38,7 +42,8 @@ class DecoderWriter:
         """
         for name in ("cos", "sin"):
             self.graph.input(name, FLOAT, ["capacity", self.spec.head_dim // 2])
-        self.graph.input("last", INT32, [1])
+        if self.takes_last:
+            self.graph.input("last", INT32, [1])
         self.graph.input("total", INT32, [])
         if self.logits:
             self._keep = self.graph.input("keep", INT64, [1])
@@ -86,8 +91,8 @@ class DecoderWriter:
     def state(self, name: str) -> tuple[str, str]:
         """Declare one cache as input and as output; returns both names."""
         shape: Shape = [1, self.spec.kv_heads, "capacity", self.spec.head_dim]
-        self.graph.declare_output(f"present_{name}", FLOAT, shape)
-        return self.graph.input(f"past_{name}", FLOAT, shape), f"present_{name}"
+        self.graph.declare_output(f"present_{name}", self.cache_type, shape)
+        return self.graph.input(f"past_{name}", self.cache_type, shape), f"present_{name}"
 
     def write(self) -> None:
         """Write the whole decoder: embeddings in, logits [keep, vocab] of the last positions out, if there are any.
@@ -101,7 +106,7 @@ class DecoderWriter:
             )
         stream = self.begin()
         normed = self.norm(stream, "layers.0.input_layernorm.weight")
-        for layer in self._progress(range(self.spec.layers), "decoder" if self.logits else "prefill"):
+        for layer in self._progress(range(self.spec.layers), self.name):
             attended = self.attention(self._projected(normed, layer), layer)
             if layer + 1 < self.spec.layers:
                 stream, normed = self._rest(stream, attended, layer, f"layers.{layer + 1}.input_layernorm.weight")
@@ -125,9 +130,13 @@ class DecoderWriter:
         if layer < self.spec.deepstack:
             fed = graph.op("Add", fed, graph.op("Gather", self._deepstack, graph.scalar(layer), axis=0))
         if layer + 1 == self.spec.layers:  # only the newest tokens' logits are ever asked for
-            end = [graph.op("Neg", self._keep), graph.ints(np.iinfo(np.int64).max), graph.ints(1)]
-            stream, fed = graph.op("Slice", stream, *end), graph.op("Slice", fed, *end)
+            stream, fed = self._newest(stream), self._newest(fed)
         return self.add_norm(stream, fed, following)
+
+    def _newest(self, value: str) -> str:
+        """The last `keep` tokens [1, keep, width] of [1, T, width]."""
+        start, end, axis = self.graph.op("Neg", self._keep), self.graph.ints(np.iinfo(np.int64).max), self.graph.ints(1)
+        return self.graph.op("Slice", value, start, end, axis)
 
     def _head_of(self, normed: str) -> None:
         flat = self.graph.op("Reshape", normed, self.graph.ints(-1, self.spec.hidden))
@@ -143,6 +152,7 @@ class DecoderWriter:
 class PrefillWriter(DecoderWriter):
     """Writes many tokens into the cache and says nothing: it ends where the last layer's keys and values are known."""
 
+    name = "prefill"
     logits = False
 
 

@@ -19,7 +19,7 @@ from gog_edge.policy.manifest import Blocks
 OPSET = 24
 MICROSOFT = "com.microsoft"
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
-INT32, INT64, BOOL = TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
+INT32, INT64, BOOL, UINT16 = TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL, TensorProto.UINT16
 # Small graphs are one file; the weights of larger ones lie beside, where they can be mapped (and may pass 2 GiB).
 EMBEDDED_BYTES = 2**26
 WHOLE_NUMBERS = 4  # MatMulNBits' accuracy level: activations become 8-bit numbers too, which is twice as fast
@@ -196,8 +196,7 @@ class GraphBuilder:
             self._embed()
         graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, self._weights)
         imports = [helper.make_opsetid("", self._opset)]
-        if any(node.domain == MICROSOFT for node in self._nodes):
-            imports.append(helper.make_opsetid(MICROSOFT, 1))
+        imports += [helper.make_opsetid(domain, 1) for domain in sorted({node.domain for node in self._nodes} - {""})]
         model = helper.make_model(graph, opset_imports=imports, producer_name="gog_edge", ir_version=11)
         onnx.save_model(model, self._path)
 

@@ -37,6 +37,12 @@ class Gate:
     prefill_cosine: float  # of what the graph for many tokens leaves in the cache, beside the checkpoint's own weights
     same_tokens: bool  # and so the same boxes
 
+    def passes(self, found: Difference) -> bool:
+        """Whether what was found is near enough."""
+        near = max(found.vision_max_abs, found.logits_max_abs) <= self.max_abs
+        alike = min(found.vision_min_cosine, found.logits_min_cosine) >= self.min_cosine
+        return near and alike and (found.greedy_differ == 0 or not self.same_tokens)
+
 
 # In int4 the engine rounds activations too, to 8 bits: directions count there, and tokens may differ.
 GATES = {
@@ -84,15 +90,14 @@ class ParityReport:
     graphs: Difference
     rounding: Difference  # from transformers with the checkpoint's own weights: what the precision costs; stated only
     prefill_min_cosine: float  # of the keys or values of any layer; 1 where there is no such graph
+    native: Difference | None = None  # as `graphs`, of the graph for our own operators; None: none ran here
 
     @property
     def passed(self) -> bool:
         """Within the precision's gate."""
-        gate, found = GATES[self.precision], self.graphs
-        near = max(found.vision_max_abs, found.logits_max_abs) <= gate.max_abs
-        alike = min(found.vision_min_cosine, found.logits_min_cosine) >= gate.min_cosine
+        gate = GATES[self.precision]
         filled = self.prefill_min_cosine >= gate.prefill_cosine
-        return near and alike and filled and (found.greedy_differ == 0 or not gate.same_tokens)
+        return filled and all(found is None or gate.passes(found) for found in (self.graphs, self.native))
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -271,9 +276,12 @@ def measure_parity(folder: Path, checkpoint: Checkpoint, episodes: Sequence[Pari
     reference = Reference(checkpoint, manifest)
     rounding = graphs = _compare(held, reference, reader).difference()
     filled = _compare_states(held, reference) if manifest.weights.prefill else 1.0
+    native = None
     if manifest.precision != "fp32":
         reference.round(manifest.precision, manifest.weights)
-        plain = _hold_all(folder, episodes, threads, prefill=False)[0] if manifest.weights.prefill else held
+        native = _compare(held, reference, reader).difference() if manifest.native_here else None
+        second = manifest.native_here or manifest.weights.prefill is not None
+        plain = _hold_all(folder, episodes, threads, second=False)[0] if second else held
         graphs = _compare(plain, reference, reader).difference()
     said = [(talk, turn) for talk in held for turn in talk.turns]
     return ParityReport(
@@ -281,7 +289,7 @@ def measure_parity(folder: Path, checkpoint: Checkpoint, episodes: Sequence[Pari
         positions=sum(len(talk.logits) for talk in held), greedy_tokens=sum(len(turn) for _, turn in said),
         boxes=sum(reader.box([talk.tokens[at] for at in turn], talk.pictures) is not None for talk, turn in said),
         logits_range=max(float(np.abs(mine).max()) for talk in held for mine in talk.logits.values()),
-        graphs=graphs, rounding=rounding, prefill_min_cosine=filled,
+        graphs=graphs, rounding=rounding, prefill_min_cosine=filled, native=native,
     )
 
 
@@ -306,9 +314,9 @@ def _compare(held: Sequence[_Held], reference: Reference, reader: _Reader) -> _T
 
 
 def _hold_all(
-    folder: Path, episodes: Sequence[ParityEpisode] | None, threads: int | None, *, prefill: bool = True
+    folder: Path, episodes: Sequence[ParityEpisode] | None, threads: int | None, *, second: bool = True
 ) -> tuple[list[_Held], PolicyManifest, _Reader]:
-    model = PolicyModel.open(folder, threads=threads, prefill=prefill)
+    model = PolicyModel.open(folder, threads=threads, second=second)
     chosen = random_episodes(model) if episodes is None else episodes
     manifest = model.manifest
     dialect = load_dialect(folder / DIALECT).after(manifest.chat.assistant_open)

@@ -16,7 +16,7 @@ from gog_edge.exporting.chat_format import extract_chat_format
 from gog_edge.exporting.checkpoint import Checkpoint
 from gog_edge.exporting.decoder_graph import write_decoder
 from gog_edge.exporting.graph import Form, Progress, silent
-from gog_edge.exporting.grouped_graph import LEAST_GROUP, write_grouped
+from gog_edge.exporting.native_graph import fits_native, write_native
 from gog_edge.exporting.parity import ParityEpisode, check_passed, measure_parity
 from gog_edge.exporting.quantise import ROWS, quantise
 from gog_edge.exporting.replacing import replacing
@@ -30,17 +30,21 @@ from gog_edge.policy.manifest import (
     DIALECT,
     EMBEDDING_SCALES,
     EMBEDDINGS,
-    GROUPED_GRAPH,
     MANIFEST,
+    NATIVE_GRAPH,
     PREFILL_GRAPH,
     TOKENIZER,
     VISION_GRAPH,
     Blocks,
     PolicyManifest,
+    TextSpec,
     WeightForms,
 )
 
 PRECISIONS = ("fp32", "fp16", "int4")
+# Of the decoder in int4. NATIVE is for operators of our own, which x86-64 processors run about twice as fast; PREFILL
+# is a graph for many tokens at a time, which ONNX Runtime's own run twice as fast on any processor.
+NATIVE, PREFILL, NO_SECOND = SECOND_FORMS = ("native", "prefill", "none")
 BLOCK_SIZES = (32, 64, 128, 256)
 DEFAULT_BLOCK = 128
 DEFAULT_CONTEXT = 4096
@@ -60,7 +64,7 @@ def export_policy(
     engine: str = "ort",
     precision: str = "fp32",
     block: int = DEFAULT_BLOCK,
-    prefill: bool = True,
+    second: str | None = None,
     name: str | None = None,
     context: int = DEFAULT_CONTEXT,
     dialect: str | Path | None = None,
@@ -72,8 +76,8 @@ def export_policy(
 
     `adapter`: a PEFT folder of LoRA weights to merge. `engine`: what the policy will run on; the graphs are ONNX
     Runtime's whatever it is, engines for others are built from them (`export.build_engines`). `block`: weights that
-    share a scale in int4; `prefill`: whether int4 gets a second graph of the decoder for many tokens at a time, which
-    ONNX Runtime on the processor runs twice as fast, for a byte more of each weight.
+    share a scale in int4; `second`: one of `SECOND_FORMS`, which the decoder gets in int4 besides; None: NATIVE where
+    there are kernels for its heads, else PREFILL.
     `context`: tokens of one conversation, at most what the checkpoint was made for. `dialect`: a file, or the name of
     one of the package's; by default the checkpoint's own dialect.toml, else 'gog'. `episodes`: conversations for the
     parity check; random ones by default.
@@ -82,14 +86,16 @@ def export_policy(
     when all went well.
     """
     check_available(engine, precision)
-    forms = weight_forms(precision, block, prefill=prefill and engine == ORT)
+    check_second(second)
     if context < 1:
         raise CheckpointError(f"a conversation of {context} tokens holds nothing; give --context at least 1")
     checkpoint = Checkpoint.open(source, adapter)
+    form = _second_form(second, checkpoint.text) if precision == "int4" and engine == ORT else NO_SECOND
+    forms = weight_forms(precision, block, prefill=form == PREFILL)
     with replacing(out, "policy") as part:
         _check_room(checkpoint, part, precision)
         chat, spoken = _write_texts(checkpoint, part, dialect)  # what may be missing is found before the long work
-        _write_weights(checkpoint, part, precision, forms, progress)
+        _write_weights(checkpoint, part, precision, forms, form, progress)
         manifest = PolicyManifest(
             name=name or source.resolve().name,
             architecture=checkpoint.config["architectures"][0],
@@ -122,7 +128,7 @@ def weight_forms(precision: str, block: int = DEFAULT_BLOCK, *, prefill: bool = 
 
     In int4 the tables at both ends take 8 bits: they are few bytes and much of the error. Where many rows are
     multiplied at a time, in the vision tower and (with `prefill`) in a second graph of the decoder, the work counts and
-    not the bytes: whole numbers by rows are twice as fast there.
+    not the bytes: for ONNX Runtime whole numbers by rows are twice as fast there.
     CheckpointError for a block size that the operators do not take.
     """
     if block not in BLOCK_SIZES:
@@ -154,6 +160,21 @@ def check_available(engine: str, precision: str) -> None:
             raise BackendError(f"policies cannot be exported for {what} '{given}'; available: {', '.join(known)}")
 
 
+def check_second(second: str | None) -> None:
+    """BackendError, naming what there is, for a second form of the decoder that there is not."""
+    if second is not None and second not in SECOND_FORMS:
+        raise BackendError(f"there is no second form '{second}'; available: {', '.join(SECOND_FORMS)}")
+
+
+def _second_form(wanted: str | None, spec: TextSpec) -> str:
+    if wanted == NATIVE and not fits_native(spec):
+        raise CheckpointError(
+            f"the decoder's heads are {spec.head_dim} wide, the native operators take 64, 128, 192 or 256; export with "
+            f"--second {PREFILL}"
+        )
+    return wanted or (NATIVE if fits_native(spec) else PREFILL)
+
+
 def _write_texts(checkpoint: Checkpoint, folder: Path, dialect: str | Path | None) -> tuple[ChatFormat, Dialect]:
     """Tokenizer, chat template and dialect; CheckpointError or DialectError where they cannot be used."""
     image_token, eos = (_token(checkpoint, token) for token in (checkpoint.image_token, checkpoint.eos[0]))
@@ -164,9 +185,9 @@ def _write_texts(checkpoint: Checkpoint, folder: Path, dialect: str | Path | Non
 
 
 def _write_weights(
-    checkpoint: Checkpoint, folder: Path, precision: str, forms: WeightForms, progress: Progress
+    checkpoint: Checkpoint, folder: Path, precision: str, forms: WeightForms, second: str, progress: Progress
 ) -> None:
-    """Both graphs and the embedding table."""
+    """All graphs and the embedding table."""
     plain: Form = "fp16" if precision == "fp16" else "fp32"
     tower, decoder = checkpoint.vision_weights(), checkpoint.decoder_weights()
     write_vision(folder / VISION_GRAPH, checkpoint.vision, tower, forms.vision or plain, progress)
@@ -175,11 +196,11 @@ def _write_weights(
         head=forms.head or plain, progress=progress,
     )
     if forms.prefill is not None:
-        if checkpoint.text.group >= LEAST_GROUP:
-            write_grouped(folder / DECODER_GRAPH, folder / GROUPED_GRAPH, checkpoint.text)
         write_decoder(
             folder / PREFILL_GRAPH, checkpoint.text, decoder, prefill=True, form=forms.prefill, progress=progress
         )
+    if second == NATIVE and forms.decoder is not None and forms.head is not None:
+        write_native(folder / NATIVE_GRAPH, checkpoint.text, decoder, forms.decoder, forms.head, progress)
     _write_embeddings(folder, decoder("embed_tokens.weight"), forms.embeddings or plain)
     if checkpoint.adapter is not None:
         checkpoint.adapter.check_used()

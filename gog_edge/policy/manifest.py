@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gog_edge.engines.native import library
 from gog_edge.errors import ArtifactError
 from gog_edge.files import MODEL_MANIFEST, FileEntry, read_json, verify_files
 from gog_edge.policy.chat import ChatFormat
@@ -16,7 +17,7 @@ MANIFEST = MODEL_MANIFEST
 VISION_GRAPH = "vision.onnx"
 DECODER_GRAPH = "decoder.onnx"
 PREFILL_GRAPH = "prefill.onnx"  # fills the cache for many tokens; not in every policy
-GROUPED_GRAPH = "grouped.onnx"  # the decoder for few tokens, with the decoder's weights file; not in every policy
+NATIVE_GRAPH = "native.onnx"  # the decoder for operators of our own, with weights of its own; not in every policy
 EMBEDDINGS = "embed_tokens.npy"
 EMBEDDING_SCALES = "embed_tokens_scales.npy"  # beside 8-bit embeddings
 TOKENIZER = "tokenizer.json"
@@ -150,9 +151,14 @@ class PolicyManifest:
         return {"schema": SCHEMA, "kind": "policy", **asdict(self)}
 
     @property
-    def grouped(self) -> int:
-        """Heads that stand below each other in its decoder for few tokens; 1: it has none."""
-        return self.text.group if any(entry.path == GROUPED_GRAPH for entry in self.files) else 1
+    def native(self) -> bool:
+        """Whether it has a decoder for operators of our own."""
+        return any(entry.path == NATIVE_GRAPH for entry in self.files)
+
+    @property
+    def native_here(self) -> bool:
+        """Whether that is what this processor runs."""
+        return self.native and library() is not None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PolicyManifest:

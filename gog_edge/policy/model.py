@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from onnxruntime import InferenceSession
 from tokenizers import Tokenizer
 
+from gog_edge.engines import native
 from gog_edge.engines.base import DecoderEngine, GraphEngine
 from gog_edge.engines.built import ORT, VISION
 from gog_edge.engines.choice import EngineSet
@@ -18,7 +21,7 @@ from gog_edge.errors import BackendError
 from gog_edge.policy.embeddings import EmbeddingTable
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
-    GROUPED_GRAPH,
+    NATIVE_GRAPH,
     PREFILL_GRAPH,
     TOKENIZER,
     PolicyManifest,
@@ -29,6 +32,7 @@ from gog_edge.policy.session import Decoder, Session
 from gog_edge.policy.vision import VisionEncoder
 
 BYTES_A_THREAD = 32 * 2**20  # of decoder weights
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +47,29 @@ class PolicyModel:
 
     @classmethod
     def open(
-        cls, folder: Path, *, threads: int | None = None, context: int | None = None, prefill: bool = True,
+        cls, folder: Path, *, threads: int | None = None, context: int | None = None, second: bool = True,
         engines: EngineSet | None = None,
     ) -> PolicyModel:
         """Verify and load a policy folder.
 
         `threads`: at most so many, one for each physical core when None; a small decoder takes fewer. `context`:
         tokens of one conversation, at most and by default what the manifest says, or what `engines` were built for.
-        `prefill`: use the graph for many tokens at a time where there is one. `engines`: run these, built from the
-        folder's graphs, in place of the graphs themselves. Raises ArtifactError or BackendError.
+        `second`: use the second form of the decoder's weights, where there is one and this processor runs it.
+        `engines`: run these, built from the folder's graphs, in place of the graphs themselves. Raises ArtifactError
+        or BackendError.
         """
         manifest = read_manifest(folder)
         if manifest.engine != ORT:
             raise BackendError(f"'{folder}' was exported for engine '{manifest.engine}'; this version runs '{ORT}'")
         capacity = min(context or manifest.max_context, manifest.max_context)
-        parts = engines or OwnGraphs(folder, manifest, threads, prefill)
+        parts = engines or OwnGraphs(folder, manifest, threads, second)
         with ThreadPoolExecutor(1) as beside:  # the graphs load at the same time
             tower = beside.submit(parts.open_graph, VISION)
             engine = parts.open_decoder(manifest.text, capacity)
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
             decoder = Decoder(engine, manifest, EmbeddingTable.open(folder, manifest), tokenizer, context=capacity)
-            vision, runs_on = VisionEncoder(tower.result(), manifest.vision), _runs_on(folder, threads, engines)
-            return cls(manifest, vision, decoder, parts.cache(), runs_on)
+            vision = VisionEncoder(tower.result(), manifest.vision)
+            return cls(manifest, vision, decoder, parts.cache(), _runs_on(folder, manifest, threads, engines))
 
     @property
     def small(self) -> bool:
@@ -84,7 +89,7 @@ class OwnGraphs:
     folder: Path
     manifest: PolicyManifest
     threads: int | None
-    prefill: bool
+    second: bool
 
     def open_graph(self, name: str) -> GraphEngine:
         """The vision tower."""
@@ -92,20 +97,29 @@ class OwnGraphs:
         return OrtGraph(path, threads=self.threads, optimised=optimised)
 
     def open_decoder(self, spec: TextSpec, context: int) -> DecoderEngine:
-        """The decoder, with its graph for many tokens where there is one; its caches hold `context` tokens."""
+        """The decoder in its quickest form here; its caches hold `context` tokens."""
         most = _decoder_threads(self.folder, self.threads)
+        if self.second and self.manifest.native:
+            if self.manifest.native_here:
+                return self._open_native(context, most)
+            _log.warning("'%s' runs on ONNX Runtime's operators, which take about twice as long as ours: %s",
+                         self.folder, native.why_none())  # fmt: skip
         with ThreadPoolExecutor(1) as beside:
-            wanted = self.prefill and self.manifest.weights.prefill
+            wanted = self.second and self.manifest.weights.prefill
             filler = beside.submit(self._open_prefill, most) if wanted else None
-            group = self.manifest.grouped
-            path, optimised = self._form_here(GROUPED_GRAPH if group > 1 else DECODER_GRAPH)
-            return OrtDecoder(
-                path, capacity=context, threads=most, optimised=optimised, prefill=filler, group=group
-            )
+            path, optimised = self._form_here(DECODER_GRAPH)
+            return OrtDecoder(path, capacity=context, threads=most, optimised=optimised, prefill=filler)
 
     def cache(self) -> Path:
         """Folder for what is worked out with these graphs on this processor; need not be there."""
         return self.folder / CACHE / cache_key(self.manifest.files)
+
+    def _open_native(self, context: int, threads: int) -> OrtDecoder:
+        graph = self.folder / NATIVE_GRAPH
+        if graph_bytes(graph) >= WORTH_BYTES:  # its weights are mapped as they are, but a prompt is worth keeping
+            with suppress(OSError):
+                self.cache().mkdir(parents=True, exist_ok=True)
+        return OrtDecoder(graph, capacity=context, threads=threads, operators=native.library())
 
     def _open_prefill(self, threads: int) -> InferenceSession:
         path, optimised = self._form_here(PREFILL_GRAPH)
@@ -114,7 +128,7 @@ class OwnGraphs:
     def _form_here(self, name: str) -> tuple[Path, bool]:
         """The graph to load on this machine, and whether it is optimised already."""
         graph = self.folder / name
-        size = graph_bytes(self.folder / (DECODER_GRAPH if name == GROUPED_GRAPH else name))  # both have one file
+        size = graph_bytes(graph)
         path = packed_graph(graph, self.cache(), size) if size >= WORTH_BYTES else graph
         return path, path != graph
 
@@ -124,10 +138,11 @@ def graph_bytes(graph: Path) -> int:
     return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
 
 
-def _runs_on(folder: Path, threads: int | None, engines: EngineSet | None) -> str:
-    """The number of threads, or the GPU."""
+def _runs_on(folder: Path, manifest: PolicyManifest, threads: int | None, engines: EngineSet | None) -> str:
+    """The number of threads and whose operators, or the GPU."""
     if engines is None:
-        return f"{_decoder_threads(folder, threads)} threads"
+        operators = library.stem if manifest.native and (library := native.library()) else "ort"
+        return f"{_decoder_threads(folder, threads)} threads, {operators}"
     from gog_edge.engines.cuda import device_properties  # a box that serves on the CPU loads no part of another runtime
 
     try:

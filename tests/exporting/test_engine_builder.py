@@ -79,7 +79,7 @@ def test_engines_of_another_graph_are_refused(atlas, tmp_path):
 @pytest.mark.parametrize("qwen3", [False, True], ids=["qwen2.5", "qwen3"])
 def test_tiny_policies_build_in_every_precision(checkpoints, qwen3_checkpoints, tmp_path, precision, qwen3):
     source = (qwen3_checkpoints if qwen3 else checkpoints)[True]
-    manifest = export_policy(source, tmp_path / "policy", precision=precision, block=32, context=512, prefill=False,
+    manifest = export_policy(source, tmp_path / "policy", precision=precision, block=32, context=512, second="none",
                              parity=False)
     report = build_engines(bundle_of(tmp_path, tmp_path / "policy"), tmp_path / "out", engine="tensorrt-rtx", sms=SMS,
                            parity=False)
@@ -128,7 +128,7 @@ def test_what_is_not_to_be_had_is_refused(tmp_path, asked, said):
 
 
 def test_four_bits_are_refused_where_a_gpu_has_none(checkpoints, tmp_path):
-    export_policy(checkpoints[False], tmp_path / "policy", precision="int4", block=32, context=512, prefill=False,
+    export_policy(checkpoints[False], tmp_path / "policy", precision="int4", block=32, context=512, second="none",
                   parity=False)
     with pytest.raises(BackendError, match="no int4 engines for SM 75; it builds for 80, 86"):
         build_engines(bundle_of(tmp_path, tmp_path / "policy"), tmp_path / "out", engine="tensorrt-rtx", sms=(75, 86))

@@ -1,0 +1,266 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "simd.h"
+
+namespace gog {
+namespace {
+
+constexpr int BLOCK = 96;    // rows of the query that pass over the cache together
+constexpr int SPLIT = 256;   // tokens of the cache that one thread passes over, where there is one block
+constexpr float LOWEST = -1e30f;
+
+// Where the vectors of a step stand that are multiplied with a pair of the left side.
+struct Keys {
+  const uint16_t* tiles;
+  int width;
+  Ints at(int step, int column) const {
+    const int token = column * LANES;
+    return load<Ints>(tiles + token / TILE * (width * TILE) + (step * TILE + token % TILE) * 2);
+  }
+  Keys from(int token) const { return {tiles + token * width, width}; }
+};
+
+struct Values {
+  const uint16_t* pairs;
+  int width;
+  Ints at(int step, int column) const { return load<Ints>(pairs + (step * width + column * LANES) * 2); }
+  Values from(int column) const { return {pairs + 2 * column, width}; }
+};
+
+template <int COUNT, class Right>
+void multiply_rows(int steps, const Pair* left, int left_row, Right right, float* sums, int sums_row) {
+  Floats kept[COUNT][COLUMNS];
+#pragma GCC unroll 8
+  for (int row = 0; row < COUNT; ++row)
+#pragma GCC unroll 8
+    for (int column = 0; column < COLUMNS; ++column)
+      kept[row][column] = load<Floats>(sums + row * sums_row + column * LANES);
+  for (int step = 0; step < steps; ++step) {
+    Ints factors[COLUMNS];
+#pragma GCC unroll 8
+    for (int column = 0; column < COLUMNS; ++column) factors[column] = right.at(step, column);
+#pragma GCC unroll 8
+    for (int row = 0; row < COUNT; ++row)
+#pragma GCC unroll 8
+      for (int column = 0; column < COLUMNS; ++column)
+        kept[row][column] = add_product(kept[row][column], left[row * left_row + step], factors[column]);
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < COUNT; ++row)
+#pragma GCC unroll 8
+    for (int column = 0; column < COLUMNS; ++column)
+      store(sums + row * sums_row + column * LANES, kept[row][column]);
+}
+
+// sums [rows, columns] += left [rows, steps] of pairs * right [steps, columns] of pairs
+template <class Right>
+void multiply(int rows, int columns, int steps, const Pair* left, int left_row, Right right, float* sums) {
+  for (int column = 0; column < columns; column += COLUMNS * LANES) {
+    const Right part = right.from(column);
+    for (int row = 0; row < rows;) {
+      const Pair* from = left + row * left_row;
+      float* to = sums + row * columns + column;
+      switch (std::min(rows - row, ROWS)) {
+#if defined(__AVX512F__)
+        case 6: multiply_rows<6>(steps, from, left_row, part, to, columns); break;
+        case 5: multiply_rows<5>(steps, from, left_row, part, to, columns); break;
+#endif
+        case 4: multiply_rows<4>(steps, from, left_row, part, to, columns); break;
+        case 3: multiply_rows<3>(steps, from, left_row, part, to, columns); break;
+        case 2: multiply_rows<2>(steps, from, left_row, part, to, columns); break;
+        default: multiply_rows<1>(steps, from, left_row, part, to, columns);
+      }
+      row += std::min(rows - row, ROWS);
+    }
+  }
+}
+
+// What a block of rows has gathered on its way over the cache: sums of values by e^(score - most), and of these.
+struct Gathered {
+  alignas(64) float sums[BLOCK * WIDEST];
+  float most[BLOCK], total[BLOCK];
+};
+
+// One conversation's step.
+struct Step {
+  const Attention& shape;
+  const float *qkv, *cos, *sin;
+  int tokens, seen;
+  uint16_t *keys, *values;
+  int64_t capacity;
+  float* out;
+  Pair* queries;  // [kv_heads, tokens, group, width / 2]
+  float* parts;   // [kv_heads, splits, rows, width + 2]; of one split: null
+  int splits;
+
+  int width() const { return shape.width; }
+  int group() const { return shape.heads / shape.kv_heads; }
+  int rows() const { return tokens * group(); }
+  int blocks() const { return (rows() + BLOCK - 1) / BLOCK; }
+  uint16_t* keys_of(int head) const { return keys + head * capacity * width(); }
+  uint16_t* values_of(int head) const { return values + head * capacity * width(); }
+  float* out_of(int head, int row) const {
+    return out + ((row / group()) * shape.heads + head * group() + row % group()) * static_cast<size_t>(width());
+  }
+  float* part_of(int head, int split, int row) const {
+    return parts + ((static_cast<size_t>(head) * splits + split) * rows() + row) * (width() + 2);
+  }
+
+  void prepare(int head, int token) const;
+  void attend(int head, int block, int split) const;
+  void merge(int head) const;
+
+ private:
+  void turn(const float* from, const float* norm, float factor, int token, float* to) const;
+  void look(int head, int first, int count, int begin, int end, Gathered& gathered) const;
+  void weigh(float* scores, int visible, int row, Gathered& gathered) const;
+};
+
+// A head of a token, normalised where there is a norm, and turned by its rotary angles.
+void Step::turn(const float* from, const float* norm, float factor, int token, float* to) const {
+  const int half = width() / 2;
+  const float *c = cos + static_cast<size_t>(token) * half, *s = sin + static_cast<size_t>(token) * half;
+  if (norm) {
+    float squares = 0;
+    for (int i = 0; i < width(); ++i) squares += from[i] * from[i];
+    factor /= std::sqrt(squares / width() + shape.epsilon);
+  }
+  for (int i = 0; i < half; ++i) {
+    const float a = from[i] * factor * (norm ? norm[i] : 1), b = from[i + half] * factor * (norm ? norm[i + half] : 1);
+    to[i] = a * c[i] - b * s[i];
+    to[i + half] = b * c[i] + a * s[i];
+  }
+}
+
+// Queries of a token as pairs; its key and value into the cache.
+void Step::prepare(int head, int token) const {
+  const float* row = qkv + token * static_cast<size_t>(shape.heads + 2 * shape.kv_heads) * width();
+  const int at = seen + token;
+  alignas(64) float turned[WIDEST];
+  for (int i = 0; i < group(); ++i) {
+    turn(row + (head * group() + i) * width(), shape.q_norm, shape.scale, at, turned);
+    pairs_of(turned, width(), queries + (static_cast<size_t>(head) * rows() + token * group() + i) * (width() / 2));
+  }
+  turn(row + (shape.heads + head) * width(), shape.k_norm, 1, at, turned);
+  const float* value = row + (shape.heads + shape.kv_heads + head) * width();
+  uint16_t* key_to = keys_of(head) + at / TILE * TILE * width() + at % TILE * 2;
+  uint16_t* value_to = values_of(head) + at / 2 * 2 * width() + at % 2;
+  for (int i = 0; i < width(); ++i) {
+    key_to[i / 2 * TILE * 2 + i % 2] = bfloat(turned[i]);
+    value_to[i * 2] = bfloat(value[i]);
+  }
+}
+
+// Scores [KEYS] of a row, of which the first `visible` count, become weights; what was gathered is scaled to fit.
+void Step::weigh(float* scores, int visible, int row, Gathered& gathered) const {
+  for (int key = std::max(visible, 0); key < KEYS; ++key) scores[key] = LOWEST;
+  Floats most = load<Floats>(scores);
+  for (int key = LANES; key < KEYS; key += LANES) most = greater(most, load<Floats>(scores + key));
+  const float top = most_of(most);
+  if (top > gathered.most[row]) {
+    const float factor = std::exp(gathered.most[row] - top);
+    gathered.most[row] = top;
+    gathered.total[row] *= factor;
+    float* sums = gathered.sums + row * width();
+    for (int i = 0; i < width(); i += LANES) store(sums + i, load<Floats>(sums + i) * factor);
+  }
+  Floats total = {};
+  for (int key = 0; key < KEYS; key += LANES) {
+    const Floats weight = exponential(load<Floats>(scores + key) - gathered.most[row]);
+    store(scores + key, weight);
+    total += weight;
+  }
+  gathered.total[row] += sum_of(total);
+}
+
+// `count` rows from `first` on pass over the tokens from `begin` to `end` of the cache.
+void Step::look(int head, int first, int count, int begin, int end, Gathered& gathered) const {
+  alignas(64) static thread_local float scores[BLOCK * KEYS];
+  alignas(64) static thread_local Pair weights[BLOCK * KEYS / 2];
+  std::fill(gathered.sums, gathered.sums + count * width(), 0.0f);
+  std::fill(gathered.most, gathered.most + count, LOWEST);
+  std::fill(gathered.total, gathered.total + count, 0.0f);
+  const Pair* query = queries + (static_cast<size_t>(head) * rows() + first) * (width() / 2);
+  const int bytes = KEYS * width() * 2;
+  for (int at = begin; at < end; at += KEYS) {
+    const uint16_t *key = keys_of(head) + static_cast<size_t>(at) * width(), *value = values_of(head) + static_cast<size_t>(at) * width();
+    fetch(value, bytes);  // while scores are computed
+    std::fill(scores, scores + count * KEYS, 0.0f);
+    multiply(count, KEYS, width() / 2, query, width() / 2, Keys{key, width()}, scores);
+    if (at + KEYS < end) fetch(key + KEYS * width(), bytes);
+    for (int row = 0; row < count; ++row)
+      weigh(scores + row * KEYS, seen + (first + row) / group() + 1 - at, row, gathered);
+    pairs_of(scores, count * KEYS, weights);
+    multiply(count, width(), KEYS / 2, weights, KEYS / 2, Values{value, width()}, gathered.sums);
+  }
+}
+
+void Step::attend(int head, int block, int split) const {
+  static thread_local Gathered gathered;
+  const int first = block * BLOCK, count = std::min(rows() - first, BLOCK);
+  const int visible = seen + (first + count - 1) / group() + 1;  // to the last row
+  const int begin = split * SPLIT, end = splits == 1 ? visible : std::min(visible, begin + SPLIT);
+  look(head, first, count, begin, end, gathered);
+  for (int row = 0; row < count; ++row) {
+    const float* sums = gathered.sums + row * width();
+    if (splits == 1) {
+      float* to = out_of(head, first + row);
+      for (int i = 0; i < width(); ++i) to[i] = sums[i] / gathered.total[row];
+    } else {
+      float* to = part_of(head, split, row);
+      std::copy(sums, sums + width(), to);
+      to[width()] = gathered.most[row];
+      to[width() + 1] = gathered.total[row];
+    }
+  }
+}
+
+// What the splits have gathered, brought to one scale.
+void Step::merge(int head) const {
+  for (int row = 0; row < rows(); ++row) {
+    float most = LOWEST, total = 0;
+    for (int split = 0; split < splits; ++split) most = std::max(most, part_of(head, split, row)[width()]);
+    float* to = out_of(head, row);
+    std::fill(to, to + width(), 0.0f);
+    for (int split = 0; split < splits; ++split) {
+      const float* part = part_of(head, split, row);
+      const float factor = std::exp(part[width()] - most);
+      total += factor * part[width() + 1];
+      for (int i = 0; i < width(); ++i) to[i] += factor * part[i];
+    }
+    for (int i = 0; i < width(); ++i) to[i] /= total;
+  }
+}
+
+}  // namespace
+
+void Attention::run(const float* qkv, int tokens, int seen, const float* cos, const float* sin, uint16_t* keys,
+                    uint16_t* values, int64_t capacity, float* out, const Parallel& parallel) const {
+  static thread_local std::vector<Pair> queries;
+  static thread_local std::vector<float> parts;
+  Step step{*this, qkv, cos, sin, tokens, seen, keys, values, capacity, out, nullptr, nullptr, 1};
+  queries.resize(std::max(queries.size(), static_cast<size_t>(tokens) * heads * width / 2));
+  step.queries = queries.data();
+  const int blocks = step.blocks();
+  if (blocks == 1) step.splits = (seen + tokens + SPLIT - 1) / SPLIT;
+  if (step.splits > 1) {
+    parts.resize(std::max(parts.size(), static_cast<size_t>(kv_heads) * step.splits * step.rows() * (width + 2)));
+    step.parts = parts.data();
+  }
+  const int few = 4;  // tokens below which other threads would be called for less than the call takes
+  const Parallel alone = [](size_t count, const Work& work) {
+    for (size_t i = 0; i < count; ++i) work(i);
+  };
+  const Parallel& small = tokens < few ? alone : parallel;
+  small(static_cast<size_t>(kv_heads) * tokens, [&](size_t i) { step.prepare(i / tokens, i % tokens); });
+  parallel(static_cast<size_t>(kv_heads) * blocks * step.splits, [&](size_t i) {
+    step.attend(i / step.splits / blocks, i / step.splits % blocks, i % step.splits);
+  });
+  if (step.splits > 1) small(kv_heads, [&](size_t i) { step.merge(i); });
+}
+
+}  // namespace gog

@@ -1,0 +1,57 @@
+"""The forms in which the native operators are compiled, best first, and which of them a processor runs.
+
+Read at installation, too, before anything else of the package can be imported: it needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = ("operators.cpp", "attention.cpp", "product.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+# No option that changes what a sum comes to but for fused products: results are the same on every processor of a kind.
+OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast",
+           "-static-libstdc++", "-static-libgcc")  # fmt: skip
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512_vnni"})
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
+
+
+@dataclass(frozen=True, slots=True)
+class Flavour:
+    """One compilation."""
+
+    name: str
+    options: tuple[str, ...]  # of the compiler
+    needs: frozenset[str]  # flags of the processor, as /proc/cpuinfo says them
+
+    @property
+    def file(self) -> str:
+        """Of the library, in the folder of its sources."""
+        return f"operators-{self.name}.so"
+
+
+FLAVOURS = (
+    Flavour("avx512-bf16", ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"), _AVX512 | {"avx512_bf16"}),
+    Flavour("avx512", ("-march=x86-64-v4", "-mavx512vnni"), _AVX512),
+    Flavour("avx2-vnni", ("-march=x86-64-v3", "-mavxvnni"), _AVX2 | {"avx_vnni"}),
+    Flavour("avx2", ("-march=x86-64-v3",), _AVX2),
+)
+
+
+def runnable(flags: Collection[str]) -> tuple[Flavour, ...]:
+    """Those that a processor with such flags runs, best first."""
+    return tuple(flavour for flavour in FLAVOURS if flavour.needs.issubset(flags))
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: what the environment's CXX says, else the first that is there."""
+    return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
+
+
+def compile_command(compiler: str, flavour: Flavour, folder: Path, out: Path) -> Sequence[str]:
+    """What compiles the sources in `folder` to a library."""
+    return [compiler, *OPTIONS, *flavour.options, "-o", str(out), *(str(folder / source) for source in SOURCES)]

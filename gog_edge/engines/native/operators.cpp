@@ -1,0 +1,223 @@
+// The operators of the domain "gog_edge", for ONNX Runtime: `CachedAttention` and `BlockProduct`.
+
+#include <memory>
+#include <new>
+
+#include "attention.h"
+#include "ort_abi.h"
+#include "product.h"
+
+namespace {
+
+const ort::Table* table;
+
+struct Shape {
+  int64_t at[4];
+  size_t count;
+
+  int64_t last(size_t from_end) const { return count > from_end ? at[count - 1 - from_end] : 1; }
+};
+
+// A step's inputs and outputs. The first failure is kept; after it everything is null.
+class Call {
+ public:
+  explicit Call(ort::KernelContext* context) : context_(context) {}
+
+  ort::Status* failed = nullptr;
+
+  void refuse(const char* why) {
+    if (!failed) failed = table->failure(why);
+  }
+
+  // Null where an optional one is not given.
+  template <class Number>
+  const Number* input(size_t index, Shape* shape = nullptr) {
+    const ort::Value* value = nullptr;
+    void* data = nullptr;
+    if (!check(table->input(context_, index, &value)) || !value) return nullptr;
+    if (shape) read(value, *shape);
+    check(table->data_of(const_cast<ort::Value*>(value), &data));
+    return failed ? nullptr : static_cast<const Number*>(data);
+  }
+
+  template <class Number>
+  Number* output(size_t index, const Shape& shape) {
+    ort::Value* value = nullptr;
+    void* data = nullptr;
+    if (!failed && check(table->output(context_, index, shape.at, shape.count, &value)))
+      check(table->data_of(value, &data));
+    return failed ? nullptr : static_cast<Number*>(data);
+  }
+
+  gog::Parallel parallel() {
+    return [this](size_t count, const gog::Work& work) {
+      const auto one = [](void* data, size_t index) { (*static_cast<const gog::Work*>(data))(index); };
+      check(table->parallel(context_, one, count, const_cast<gog::Work*>(&work)));
+    };
+  }
+
+ private:
+  bool check(ort::Status* status) {
+    if (!failed) failed = status;
+    return !failed;
+  }
+
+  void read(const ort::Value* value, Shape& shape) {
+    ort::Shape* known = nullptr;
+    if (!check(table->shape_of(value, &known))) return;
+    if (check(table->dimension_count(known, &shape.count)) && shape.count > 4) refuse("an input has many dimensions");
+    if (!failed) check(table->dimensions(known, shape.at, shape.count));
+    table->release(known);
+  }
+
+  ort::KernelContext* context_;
+};
+
+int64_t whole(const ort::KernelInfo* info, const char* name, ort::Status** failed) {
+  int64_t found = 0;
+  if (!*failed) *failed = table->attribute(info, name, &found);
+  return found;
+}
+
+float real(const ort::KernelInfo* info, const char* name, ort::Status** failed) {
+  float found = 0;
+  if (!*failed) *failed = table->attribute(info, name, &found);
+  return found;
+}
+
+// qkv [1, tokens, (heads + 2 kv_heads) * width], past_key, past_value [1, kv_heads, capacity, width], total [],
+// cos, sin [capacity, width / 2], q_norm, k_norm [width] -> attended [1, tokens, heads * width], the cache in place
+struct CachedAttention {
+  static constexpr const char* NAME = "CachedAttention";
+  static constexpr size_t INPUTS = 8, OUTPUTS = 3;
+  static ort::Type input_type(size_t i) { return i == 1 || i == 2 ? ort::UINT16 : i == 3 ? ort::INT32 : ort::FLOAT; }
+  static ort::Type output_type(size_t i) { return i ? ort::UINT16 : ort::FLOAT; }
+  static ort::Presence presence(size_t i) { return i < 6 ? ort::REQUIRED : ort::OPTIONAL; }
+
+  CachedAttention(const ort::KernelInfo* info, ort::Status** failed) {
+    shape.heads = static_cast<int>(whole(info, "num_heads", failed));
+    shape.kv_heads = static_cast<int>(whole(info, "kv_num_heads", failed));
+    shape.scale = real(info, "scale", failed);
+    shape.epsilon = real(info, "epsilon", failed);
+    if (!*failed && (shape.kv_heads < 1 || shape.heads < 1 || shape.heads % shape.kv_heads))
+      *failed = table->failure("CachedAttention: heads are no multiple of kv_heads");
+  }
+
+  void run(Call& call) const {
+    gog::Attention attention = shape;
+    Shape given{}, cache{}, rotary{};
+    const auto* qkv = call.input<float>(0, &given);
+    const auto* past_key = call.input<uint16_t>(1, &cache);
+    const auto* past_value = call.input<uint16_t>(2);
+    const auto* total = call.input<int32_t>(3);
+    const auto* cos = call.input<float>(4, &rotary);
+    const auto* sin = call.input<float>(5);
+    attention.q_norm = call.input<float>(6);
+    attention.k_norm = call.input<float>(7);
+    if (call.failed) return;
+    const int64_t tokens = given.last(1), width = cache.last(0), capacity = cache.last(1);
+    if (width % gog::KEYS || width > gog::WIDEST)
+      return call.refuse("CachedAttention: heads must be a multiple of 64 wide, 256 at the most");
+    if (capacity % gog::KEYS) return call.refuse("CachedAttention: a cache's capacity must be a multiple of 64");
+    if (cache.last(2) != attention.kv_heads || given.last(0) != (attention.heads + 2 * attention.kv_heads) * width)
+      return call.refuse("CachedAttention: the cache has other heads than the projections");
+    if (*total < tokens || *total > capacity || *total > rotary.last(1))
+      return call.refuse("CachedAttention: the tokens do not fit the cache");
+    auto* out = call.output<float>(0, {{1, tokens, attention.heads * width}, 3});
+    auto* key = call.output<uint16_t>(1, cache);
+    auto* value = call.output<uint16_t>(2, cache);
+    if (call.failed) return;
+    if (key != past_key || value != past_value)
+      return call.refuse("CachedAttention: bind each cache as input and as output");
+    attention.width = static_cast<int>(width);
+    attention.run(qkv, static_cast<int>(tokens), static_cast<int>(*total - tokens), cos, sin, key, value, capacity, out,
+                  call.parallel());
+  }
+
+  gog::Attention shape{};
+};
+
+// left [..., rows], weights [bytes], scales [columns * rows / block], bias [columns] -> [..., columns]
+struct BlockProduct {
+  static constexpr const char* NAME = "BlockProduct";
+  static constexpr size_t INPUTS = 4, OUTPUTS = 1;
+  static ort::Type input_type(size_t i) { return i == 1 ? ort::UINT8 : ort::FLOAT; }
+  static ort::Type output_type(size_t) { return ort::FLOAT; }
+  static ort::Presence presence(size_t i) { return i < 3 ? ort::REQUIRED : ort::OPTIONAL; }
+
+  BlockProduct(const ort::KernelInfo* info, ort::Status** failed) {
+    shape.rows = static_cast<int>(whole(info, "K", failed));
+    shape.columns = static_cast<int>(whole(info, "N", failed));
+    shape.bits = static_cast<int>(whole(info, "bits", failed));
+    shape.block = static_cast<int>(whole(info, "block_size", failed));
+    if (!*failed && !gog::fits(shape)) *failed = table->failure("BlockProduct: these weights are not to be had");
+  }
+
+  void run(Call& call) const {
+    gog::Product product = shape;
+    Shape given{}, bytes{}, scales{};
+    const auto* left = call.input<float>(0, &given);
+    product.weights = call.input<uint8_t>(1, &bytes);
+    product.scales = call.input<float>(2, &scales);
+    product.bias = call.input<float>(3);
+    if (call.failed) return;
+    const int64_t numbers = static_cast<int64_t>(product.rows) * product.columns;
+    if (given.last(0) != product.rows || bytes.last(0) != numbers * product.bits / 8 ||
+        scales.last(0) != numbers / product.block)
+      return call.refuse("BlockProduct: factors of other shapes");
+    int64_t count = 1;
+    for (size_t i = 0; i + 1 < given.count; ++i) count *= given.at[i];
+    given.at[given.count - 1] = product.columns;
+    auto* out = call.output<float>(0, given);
+    if (!call.failed) product.run(left, static_cast<int>(count), out, call.parallel());
+  }
+
+  gog::Product shape{};
+};
+
+template <class Kernel>
+struct Described : ort::Operator {
+  Described() {
+    name = [](const ort::Operator*) { return Kernel::NAME; };
+    inputs = [](const ort::Operator*) { return Kernel::INPUTS; };
+    outputs = [](const ort::Operator*) { return Kernel::OUTPUTS; };
+    input_type = [](const ort::Operator*, size_t index) { return Kernel::input_type(index); };
+    output_type = [](const ort::Operator*, size_t index) { return Kernel::output_type(index); };
+    input_presence = [](const ort::Operator*, size_t index) { return Kernel::presence(index); };
+    destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    try_create = [](const ort::Operator*, const ort::Table*, const ort::KernelInfo* info, void** out) {
+      ort::Status* failed = nullptr;
+      auto kernel = std::make_unique<Kernel>(info, &failed);
+      if (!failed) *out = kernel.release();
+      return failed;
+    };
+    try_compute = [](void* kernel, ort::KernelContext* context) {
+      Call call(context);
+      try {
+        static_cast<const Kernel*>(kernel)->run(call);
+      } catch (const std::bad_alloc&) {
+        call.refuse("no memory for a step's scratch");
+      }
+      return call.failed;
+    };
+  }
+};
+
+}  // namespace
+
+// Called by `SessionOptions.register_custom_ops_library`.
+extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
+                                                                                 const ort::Base* base) {
+  static const Described<CachedAttention> attention;
+  static const Described<BlockProduct> product;
+  static ort::Domain* domain = nullptr;  // outlives every session
+  table = base->table(ort::VERSION);
+  if (!domain) {
+    ort::Domain* made = nullptr;
+    if (ort::Status* failed = table->new_domain("gog_edge", &made)) return failed;
+    for (const ort::Operator* added : {static_cast<const ort::Operator*>(&attention), static_cast<const ort::Operator*>(&product)})
+      if (ort::Status* failed = table->add_operator(made, added)) return failed;
+    domain = made;
+  }
+  return table->add_domain(options, domain);
+}

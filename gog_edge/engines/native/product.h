@@ -1,0 +1,37 @@
+// Products with weights of four or eight bits.
+//
+// Weights stand by panels of PANEL columns, as they are multiplied: vectors of four rows of the weights for each of
+// many columns.
+//   8 bits  [columns / PANEL, rows / block, block / 4, PANEL, 4]
+//   4 bits  [columns / PANEL, rows / block, block / 8, PANEL, 4], four more rows in the upper halves
+//   scales  [columns / PANEL, rows / block, PANEL]
+// They have no sign: half of what fits is their zero. What they are multiplied with is rounded to 8 bits, a scale for
+// each block of each row.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+namespace gog {
+
+constexpr int PANEL = 64;
+
+struct Product {
+  int rows, columns, block, bits;  // of the weights; rows that share a scale
+  const uint8_t* weights;
+  const float* scales;
+  const float* bias;  // [columns], or null
+
+  // left [count, rows] * weights -> out [count, columns]
+  void run(const float* left, int count, float* out, const Parallel& parallel) const;
+};
+
+// Whether there is a kernel for weights of this shape.
+inline bool fits(const Product& product) {
+  return (product.bits == 4 || product.bits == 8) && product.block >= 32 && product.block <= 256 &&
+         product.block % 32 == 0 && product.rows > 0 && product.rows % product.block == 0 && product.columns > 0 &&
+         product.columns % PANEL == 0;
+}
+
+}  // namespace gog

@@ -1,0 +1,139 @@
+// Vectors of the processor that this is compiled for, and the two products of them that everything here is made of.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace gog {
+
+// A microkernel keeps ROWS x COLUMNS sums in registers, COLUMNS vectors of LANES numbers for each row.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 6, COLUMNS = 4;
+using Halves = __m256i;  // LANES numbers of 16 bits
+#else
+constexpr int LANES = 8, ROWS = 4, COLUMNS = 2;
+using Halves = __m128i;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+template <class Vector>
+inline Vector load(const void* from) {
+  Vector loaded;
+  std::memcpy(&loaded, from, sizeof loaded);
+  return loaded;
+}
+
+template <class Vector>
+inline void store(void* to, Vector stored) {
+  std::memcpy(to, &stored, sizeof stored);
+}
+
+inline Floats greater(Floats a, Floats b) { return a > b ? a : b; }
+
+inline Floats magnitude(Floats a) { return greater(a, -a); }
+
+inline float sum_of(Floats a) {
+  float sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += a[lane];
+  return sum;
+}
+
+inline float most_of(Floats a) {
+  float most = a[0];
+  for (int lane = 1; lane < LANES; ++lane) most = a[lane] > most ? a[lane] : most;
+  return most;
+}
+
+// e^x for x <= 0, to 2e-6 of itself: a power of two by its bits, the rest by the series of 2^f.
+inline Floats exponential(Floats x) {
+  x = greater(x, Floats{} - 87.0f) * 1.44269504f;
+  const Ints whole = __builtin_convertvector(x - 0.5f, Ints);
+  const Floats f = x - __builtin_convertvector(whole, Floats);
+  Floats series = Floats{} + 1.3333558e-3f;
+  for (float factor : {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f}) series = series * f + factor;
+  return series * load<Floats>(&(const Ints&)((whole + 127) << 23));
+}
+
+// ---- Products of bfloat16, by pairs ----
+
+// The upper half of a float, rounded to the nearest.
+inline uint16_t bfloat(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+#if defined(__AVX512BF16__)
+typedef uint32_t Pair;  // two factors, as bfloat16
+
+inline void pairs_of(const float* values, int count, Pair* pairs) {
+  for (int i = 0; i < count; i += 2 * LANES) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + i + LANES), _mm512_loadu_ps(values + i));
+    std::memcpy(pairs + i / 2, &both, sizeof both);
+  }
+}
+
+inline Floats add_product(Floats sum, Pair a, Ints b) {
+  const __m512i left = _mm512_set1_epi32(static_cast<int32_t>(a));
+  return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)(__m512i)b);
+}
+#else
+struct Pair {
+  float low, high;
+};
+
+inline void pairs_of(const float* values, int count, Pair* pairs) { std::memcpy(pairs, values, 4 * count); }
+
+inline Floats add_product(Floats sum, Pair a, Ints b) {
+  const Ints low = b << 16, high = b & static_cast<int32_t>(0xffff0000);
+  return sum + a.low * load<Floats>(&low) + a.high * load<Floats>(&high);
+}
+#endif
+
+// ---- Products of whole numbers of 8 bits, by fours ----
+
+#if defined(__AVX512VNNI__)
+template <int BITS>
+inline Ints add_product(Ints sum, Ints a, int32_t b) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, _mm512_set1_epi32(b));
+}
+#elif defined(__AVXVNNI__)
+template <int BITS>
+inline Ints add_product(Ints sum, Ints a, int32_t b) {
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, _mm256_set1_epi32(b));
+}
+#else
+// Sums of two products have 16 bits: enough for `a` of four bits, so one of eight is taken by halves.
+template <int BITS>
+inline Ints add_product(Ints sum, Ints a, int32_t b) {
+  const __m256i ones = _mm256_set1_epi16(1), nibbles = _mm256_set1_epi8(15), right = _mm256_set1_epi32(b);
+  const __m256i low = BITS == 8 ? _mm256_and_si256((__m256i)a, nibbles) : (__m256i)a;
+  sum += (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16(low, right), ones);
+  if (BITS == 8) {
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi16((__m256i)a, 4), nibbles);
+    sum += (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16(high, right), ones) << 4;
+  }
+  return sum;
+}
+#endif
+
+// LANES floats as whole numbers of 8 bits, rounded to the nearest.
+inline void narrow(Floats values, int8_t* to) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(values)));
+#else
+  const __m256i whole = _mm256_cvtps_epi32(values);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(words, words));
+#endif
+}
+
+inline void fetch(const void* from, int bytes) {
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
+}
+
+}  // namespace gog

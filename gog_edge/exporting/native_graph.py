@@ -1,0 +1,96 @@
+"""The decoder once more, for this package's own operators (`engines.native`): weights in panels, a tiled cache.
+
+One graph does for one token and for many: its products read four bits of a weight whatever they are multiplied with,
+where ONNX Runtime's want another form of the weights, of twice the size, to multiply many rows as quickly.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from gog_edge.engines.base import Array
+from gog_edge.engines.native import DOMAIN, PANEL, WIDEST
+from gog_edge.exporting.decoder_graph import DecoderWriter, Weights
+from gog_edge.exporting.graph import UINT16, GraphBuilder, Progress, silent
+from gog_edge.exporting.quantise import Packed, quantise
+from gog_edge.policy.manifest import Blocks, TextSpec
+
+
+def fits_native(spec: TextSpec) -> bool:
+    """Whether there is a kernel for such heads."""
+    return spec.head_dim % PANEL == 0 and spec.head_dim <= WIDEST
+
+
+class NativeBuilder(GraphBuilder):
+    """Writes weights in blocks as `BlockProduct` takes them, where they fill panels."""
+
+    def _blocked(self, value: str, weight: Array, bias: Array | None, name: str, blocks: Blocks) -> str:
+        columns, rows = weight.shape
+        size = blocks.size or rows
+        if columns % PANEL or rows % size:
+            return super()._blocked(value, weight, bias, name, blocks)
+        packed, scales = quantise(weight, blocks)
+        inputs = [value, self.weight(panels(packed, blocks.bits).reshape(-1), name)]
+        inputs.append(self.weight(panels_of_scales(scales).reshape(-1), f"{name}_scales"))
+        if bias is not None:
+            inputs.append(self.weight(bias, f"{name}_bias"))
+        return self.op(
+            "BlockProduct", *inputs, domain=DOMAIN, K=rows, N=columns, bits=blocks.bits, block_size=size
+        )
+
+
+class NativeWriter(DecoderWriter):
+    """By `CachedAttention`, which normalises heads, and by `BlockProduct`."""
+
+    name = "native"
+    builder = NativeBuilder
+    cache_type = UINT16  # bfloat16, in tiles
+    takes_last = False
+
+    def attention(self, qkv: str, layer: int) -> str:
+        """See `DecoderWriter`."""
+        past_key, key = self.state(f"key_{layer}")
+        past_value, value = self.state(f"value_{layer}")
+        inputs = [qkv, past_key, past_value, "total", "cos", "sin"]
+        if self.spec.qk_norm:
+            inputs += [self.graph.weight(self.weights(f"layers.{layer}.self_attn.{part}_norm.weight"), "norm")
+                       for part in "qk"]  # fmt: skip
+        return self.graph.ops(
+            "CachedAttention", *inputs, names=(key, value), domain=DOMAIN, num_heads=self.spec.heads,
+            kv_num_heads=self.spec.kv_heads, scale=self.spec.head_dim**-0.5, epsilon=self.spec.norm_eps,
+        )[0]
+
+    def _rest(self, stream: str, attended: str, layer: int, following: str) -> tuple[str, str]:
+        """The last layer's products are for the newest tokens alone, too."""
+        if layer + 1 == self.spec.layers and layer >= self.spec.deepstack:
+            stream, attended = self._newest(stream), self._newest(attended)
+        return super()._rest(stream, attended, layer, following)
+
+
+def panels(packed: Packed, bits: int) -> Packed:
+    """[columns, blocks, size * bits / 8] as `quantise` gives them -> [columns / PANEL, blocks, groups, PANEL, 4].
+
+    See engines/native/product.h: a vector has four rows of the weights for many columns; of four bits, the next four
+    rows stand in the upper halves.
+    """
+    columns, blocks, _ = packed.shape
+    if bits == 4:
+        numbers = np.stack([packed & 15, packed >> 4], axis=-1).reshape(columns, blocks, -1, 2, 4)
+        packed = numbers[..., 0, :] | numbers[..., 1, :] << 4  # rows 8 i to 8 i + 3 below 8 i + 4 to 8 i + 7
+    fours = packed.reshape(columns // PANEL, PANEL, blocks, -1, 4)
+    return np.ascontiguousarray(fours.transpose(0, 2, 3, 1, 4))
+
+
+def panels_of_scales(scales: Array) -> Array:
+    """[columns, blocks] -> [columns / PANEL, blocks, PANEL]."""
+    columns, blocks = scales.shape
+    return np.ascontiguousarray(scales.reshape(columns // PANEL, PANEL, blocks).transpose(0, 2, 1))
+
+
+def write_native(
+    path: Path, spec: TextSpec, weights: Weights, form: Blocks, head: Blocks, progress: Progress = silent
+) -> None:
+    """Write the graph, its weights stored as `form`, the head's as `head`."""
+    NativeWriter(path, spec, weights, form=form, head=head, progress=progress).write()
