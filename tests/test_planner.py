@@ -12,9 +12,7 @@ from gog_edge.errors import InputError, NotEnoughMemory
 from gog_edge.files import write_json
 from gog_edge.planner import ENGINE_PARTS, MemoryPlan, as_size, free_memory, kv_bytes, parse_size, plan_memory
 from gog_edge.policy.manifest import read_manifest
-from gog_edge.retrieval.encoder import Fingerprint
-from gog_edge.retrieval.index import IndexEntry
-from gog_edge.retrieval.manifest import Counts, Manifest, SearchTarget, Shard, Snapshot, Space
+from gog_edge.retrieval.manifest import Counts, Fingerprint, IndexEntry, Manifest, SearchTarget, Shard, Snapshot, Space
 
 PACK = Manifest(
     name="p", generation=1, parent=None, snapshot=Snapshot("s", "2026-01-01", "", "", "CC0"),

@@ -29,8 +29,8 @@ from gog_edge.indexing.index_writer import build_index
 from gog_edge.indexing.mortality import dead_images, live_counts, replaced
 from gog_edge.indexing.store_writer import Start, StoreWriter
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.index import IndexEntry, VectorIndex
-from gog_edge.retrieval.manifest import BUILD, Manifest, SearchTarget, Segment, Snapshot, Space, command_of
+from gog_edge.retrieval.index import VectorIndex
+from gog_edge.retrieval.manifest import BUILD, IndexEntry, Manifest, SearchTarget, Segment, Snapshot, Space, command_of
 from gog_edge.retrieval.pack import read_tombstones
 from gog_edge.retrieval.segment import SegmentReader
 from gog_edge.retrieval.vectors import Ids, VectorShards

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from gog_edge.errors import PackError
 from gog_edge.indexing.index_planner import CANDIDATES, Plan
 from gog_edge.retrieval.faiss_file import read_index, search_params
-from gog_edge.retrieval.index import IndexEntry, VectorIndex
+from gog_edge.retrieval.index import VectorIndex
+from gog_edge.retrieval.manifest import IndexEntry
 from gog_edge.retrieval.vectors import Rows, VectorShards
 from gog_edge.types import Vectors
 

@@ -20,7 +20,7 @@ from gog_edge.files import sync_files
 from gog_edge.indexing.index_planner import EXACT_MS, Plan, plan_of, plans
 from gog_edge.indexing.index_tuning import OnProgress, Trial, make_trial, measured, tuned
 from gog_edge.retrieval.faiss_file import KINDS, KINDS_SAID, omp_threads
-from gog_edge.retrieval.index import IndexEntry
+from gog_edge.retrieval.manifest import IndexEntry
 from gog_edge.retrieval.vectors import VectorShards
 from gog_edge.types import Vectors
 

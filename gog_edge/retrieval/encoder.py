@@ -20,6 +20,7 @@ from gog_edge.engines.choice import EngineSet
 from gog_edge.engines.ort import CPU, OrtGraph
 from gog_edge.errors import ArtifactError
 from gog_edge.files import MODEL_MANIFEST, read_json, verify_files
+from gog_edge.retrieval.manifest import Fingerprint
 from gog_edge.types import Pixels, Size, Vectors
 
 SCHEMA = 1
@@ -29,16 +30,6 @@ SCALED_PIXELS = 2**24  # 64 MiB: of slivers that would have more once they cover
 # Vectors of one thing that are this near each other may be searched among each other: what an export in another
 # precision must keep to, so that it may bear the fingerprint of the weights that it was made from.
 INTERCHANGEABLE_COSINE = 0.99
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """What makes vectors comparable: the same weights behind the same preprocessing, in whatever precision."""
-
-    name: str
-    weights_sha256: str
-    preprocessing_sha256: str
-    dim: int
 
 
 @dataclass(frozen=True, slots=True)

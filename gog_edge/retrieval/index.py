@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from gog_edge.errors import PackError
 from gog_edge.retrieval.faiss_file import omp_threads, read_index, search_params
+from gog_edge.retrieval.manifest import IndexEntry
 from gog_edge.retrieval.vectors import Ids, Rows, VectorShards
 from gog_edge.types import Vectors
 
@@ -33,23 +34,6 @@ THOROUGH = 32_768  # most candidates of a query, when many of the nearest are hi
 
 Scores = NDArray[np.float32]
 Found = tuple[Scores, Rows]  # [n, c] each; -inf and -1 where there is none
-
-
-@dataclass(frozen=True, slots=True)
-class IndexEntry:
-    """The FAISS file of a generation, and what was measured when it was built."""
-
-    path: str  # relative to the pack
-    factory: str  # as FAISS's index_factory reads it
-    params: dict[str, int]  # how it is searched: "nprobe" or "efSearch"
-    candidates: int  # rows that are compared exactly with stored vectors for each query; 0: its own scores are exact
-    rows: int  # rows it holds: the first of the space
-    recall_k: int
-    recall: float  # share of the recall_k exactly nearest that a search finds
-    p50_ms_1: float  # median of a search with one query, and with eight at once
-    p50_ms_8: float
-    queries: int  # that measured it
-    held_out: bool  # False: none were given, so these were stored vectors with noise
 
 
 @dataclass(frozen=True, slots=True)

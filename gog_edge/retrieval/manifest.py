@@ -19,8 +19,6 @@ from typing import Any
 from gog_edge.errors import PackError
 from gog_edge.files import HASH_AT_OPEN_BYTES, FileEntry, OnBytes, read_json, verify_files
 from gog_edge.retrieval.calibration import IMAGE_FEATURES, TEXT_FEATURES, Calibration
-from gog_edge.retrieval.encoder import Fingerprint
-from gog_edge.retrieval.index import IndexEntry
 
 SCHEMA = 2
 MANIFEST = "MANIFEST.json"
@@ -84,6 +82,33 @@ class Shard:
     vectors: str  # float16 [rows, dim], of unit length
     ids: str  # int64 [rows], ids of images
     rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What makes vectors comparable: the same weights behind the same preprocessing, in whatever precision."""
+
+    name: str
+    weights_sha256: str
+    preprocessing_sha256: str
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """The FAISS file of a generation, and what was measured when it was built."""
+
+    path: str  # relative to the pack
+    factory: str  # as FAISS's index_factory reads it
+    params: dict[str, int]  # how it is searched: "nprobe" or "efSearch"
+    candidates: int  # rows that are compared exactly with stored vectors for each query; 0: its own scores are exact
+    rows: int  # rows it holds: the first of the space
+    recall_k: int
+    recall: float  # share of the recall_k exactly nearest that a search finds
+    p50_ms_1: float  # median of a search with one query, and with eight at once
+    p50_ms_8: float
+    queries: int  # that measured it
+    held_out: bool  # False: none were given, so these were stored vectors with noise
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,8 @@
 import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from boxes import CUDA, NO_DRIVER, RTX, box_of, pc
@@ -33,6 +36,19 @@ def test_one_json_object_and_nothing_else():
 def test_exit_code_1_when_it_cannot_serve(tmp_path):
     done = run("--bundle", str(tmp_path), "--json")
     assert done.exit_code == 1 and not json.loads(done.stdout)["serves"]
+
+
+@pytest.mark.parametrize("library", ["onnxruntime", "faiss"])
+def test_it_says_which_library_is_not_there(tmp_path, library):
+    (tmp_path / f"{library}.py").write_text(f"raise ModuleNotFoundError('there is no {library}', name='{library}')")
+    done = subprocess.run(
+        [sys.executable, "-c", "from gog_edge.cli import main; main()", "doctor", "--json", "--engine", "ort"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    value = json.loads(done.stdout)
+    assert done.returncode == 1 and not value["serves"], done.stderr
+    wanting = [one for one in value["findings"] if one["state"] != "ok" and library in json.dumps(one).lower()]
+    assert wanting and "pip install" in json.dumps(wanting)
 
 
 @pytest.mark.parametrize("args", [("--engine", "nvidia"), ("--engines", "somewhere")])

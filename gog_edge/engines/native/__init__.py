@@ -34,4 +34,4 @@ def why_none() -> str:
     """Why there is no library, and what to do about it."""
     if platform.system() != "Linux" or not runnable(processor_flags()):
         return f"they are for Linux on x86-64 with {' '.join(sorted(FLAVOURS[-1].needs))}"
-    return "no C++ compiler was there at installation; get one (apt install g++) and install gog_edge again"
+    return "they were not compiled at installation; get a C++ compiler (apt install g++) and install gog_edge again"
