@@ -13,7 +13,8 @@ from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, EngineSet
 from gog_edge.errors import BackendError, InputError, NotEnoughMemory
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
-    NATIVE_GRAPH,
+    NATIVE_DECODER_GRAPH,
+    NATIVE_VISION_GRAPH,
     PREFILL_GRAPH,
     VISION_GRAPH,
     PolicyManifest,
@@ -226,8 +227,8 @@ def _space_bytes(pack: Path, space: Space, dim: int) -> int:
 
 def _weights(folder: Path, manifest: PolicyManifest) -> int:
     widened = 2 if manifest.precision == "fp16" else 1  # stored in halves, computed in float32
-    decoders = (NATIVE_GRAPH,) if manifest.native_here else (DECODER_GRAPH, PREFILL_GRAPH)
-    graphs = (path for name in (*decoders, VISION_GRAPH) for path in folder.glob(f"{name}*"))
+    native, others = (NATIVE_DECODER_GRAPH, NATIVE_VISION_GRAPH), (DECODER_GRAPH, PREFILL_GRAPH, VISION_GRAPH)
+    graphs = (path for name in (native if manifest.native_here else others) for path in folder.glob(f"{name}*"))
     return widened * sum(path.stat().st_size for path in graphs)
 
 

@@ -3,9 +3,11 @@ from dataclasses import replace
 import pytest
 from built_engines import build, toy  # noqa: F401
 from little_fixtures import little_pack_folder, tiny_encoder, tiny_encoder_folder  # noqa: F401
+from tiny_policy import native_policies  # noqa: F401
 
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
 from gog_edge.config import RemoteConfig
+from gog_edge.engines import native
 from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
 from gog_edge.engines.choice import EngineChoice
 from gog_edge.errors import InputError, NotEnoughMemory
@@ -34,6 +36,27 @@ def test_the_plan_counts_what_lies_there(atlas):
     assert kv_bytes(spec) == 2 * spec.layers * spec.kv_heads * spec.head_dim * 4
     assert plan.total == sum((plan.weights, plan.conversations, plan.pictures, plan.prefill, plan.index, plan.switch,
                               plan.program))
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"no library: {native.why_none()}")
+def test_native_graphs_take_their_own_weights_and_halves(atlas, native_policies):  # noqa: F811
+    folder = native_policies[True]
+    plan = plan_memory(replace(atlas, policy=folder))
+    assert plan.weights == sum((folder / name).stat().st_size for name in ("native_decoder.onnx", "native_vision.onnx"))
+    manifest = read_manifest(folder)
+    tokens = (1 + atlas.limits.concurrent) * manifest.max_context
+    assert plan.conversations == tokens * kv_bytes(manifest.text) / 2
+
+
+def test_where_no_library_is_there_the_plain_graphs_are_counted(atlas, native_policies, tmp_path, monkeypatch):  # noqa: F811
+    folder = native_policies[True]
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    native.library.cache_clear()
+    plan = plan_memory(replace(atlas, policy=folder))
+    native.library.cache_clear()
+    assert plan.weights == sum((folder / name).stat().st_size for name in ("decoder.onnx", "vision.onnx"))
+    manifest = read_manifest(folder)
+    assert plan.conversations == (1 + atlas.limits.concurrent) * manifest.max_context * kv_bytes(manifest.text)
 
 
 def test_more_questions_at_a_time_take_more(atlas):

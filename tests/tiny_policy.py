@@ -42,8 +42,11 @@ def write_tokenizer(folder: Path):
     return tokenizer
 
 
-def write_checkpoint(folder: Path, *, tied: bool, qwen3: bool = False) -> Path:
-    """A random model with grouped queries, and everything an export reads; windows, or features for first layers."""
+def write_checkpoint(folder: Path, *, tied: bool, qwen3: bool = False, wide: bool = False) -> Path:
+    """A random model with grouped queries, and everything an export reads; windows, or features for first layers.
+
+    `wide`: its heads are 64 wide, as the native operators take them.
+    """
     from gog_edge.exporting.torchvision_operators import import_torchvision
 
     import_torchvision()
@@ -56,7 +59,7 @@ def write_checkpoint(folder: Path, *, tied: bool, qwen3: bool = False) -> Path:
     tokenizer = write_tokenizer(folder)
     ids = {name: tokenizer.token_to_id(name) for name in SPECIALS}
     torch.manual_seed(7)
-    config = (qwen3_config if qwen3 else qwen25_config)(tied, tokenizer.get_vocab_size() + 3, ids)
+    config = (qwen3_config if qwen3 else qwen25_config)(tied, tokenizer.get_vocab_size() + 3, ids, wide)
     model = (Qwen3VLForConditionalGeneration if qwen3 else Qwen2_5_VLForConditionalGeneration)(config).eval()
     with torch.no_grad():  # wide enough that attention and positions matter
         for name, weight in model.named_parameters():
@@ -74,33 +77,36 @@ def write_checkpoint(folder: Path, *, tied: bool, qwen3: bool = False) -> Path:
     return folder
 
 
-def qwen25_config(tied: bool, vocab: int, ids: dict[str, int]):
+def qwen25_config(tied: bool, vocab: int, ids: dict[str, int], wide: bool):
     from transformers import Qwen2_5_VLConfig
 
-    hidden = 96 if tied else 64
+    hidden = 192 if wide else 96 if tied else 64
+    heads = {"num_attention_heads": hidden // (64 if wide else 16), "num_key_value_heads": 1 if wide else 2}
+    sections = [8, 12, 12] if wide else [2, 2, 4] if tied else [2, 3, 3]
     return Qwen2_5_VLConfig(
         vision_config={"depth": 3, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96,
                        "out_hidden_size": hidden, "window_size": 112, "fullatt_block_indexes": [1]},
         text_config={"hidden_size": hidden, "intermediate_size": 80, "num_hidden_layers": 2 + tied,
-                     "num_attention_heads": hidden // 16, "num_key_value_heads": 2, "vocab_size": vocab,
-                     "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "bos_token_id": None,
-                     "eos_token_id": ids["<|im_end|>"],
-                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
-                                         "mrope_section": [2, 2, 4] if tied else [2, 3, 3]}},
+                     **heads, "vocab_size": vocab, "max_position_embeddings": 1024, "rms_norm_eps": 1e-6,
+                     "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
+                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}},
         tie_word_embeddings=tied, **image_ids(ids),
     )
 
 
-def qwen3_config(tied: bool, vocab: int, ids: dict[str, int]):
+def qwen3_config(tied: bool, vocab: int, ids: dict[str, int], wide: bool):
     from transformers import Qwen3VLConfig
 
+    head_dim, fed, sections = (64, 96, [12, 10, 10]) if wide else (32, 80, [6, 5, 5])
+    vocab += -vocab % 64 if wide else 0  # all weights fill blocks and panels then; not so Qwen2.5-VL's
     return Qwen3VLConfig(
         vision_config={"depth": 4, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96, "out_hidden_size": 64,
                        "patch_size": 16, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]},
-        text_config={"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
-                     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": vocab, "max_position_embeddings": 1024,
-                     "rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
-                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5],
+        text_config={"hidden_size": 64, "intermediate_size": fed, "num_hidden_layers": 3, "num_attention_heads": 4,
+                     "num_key_value_heads": 2, "head_dim": head_dim, "vocab_size": vocab,
+                     "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "bos_token_id": None,
+                     "eos_token_id": ids["<|im_end|>"],
+                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections,
                                          "mrope_interleaved": True}},
         tie_word_embeddings=tied, **image_ids(ids),
     )
@@ -140,6 +146,22 @@ def _qwen3_policy(base: Path) -> Path:
 
 
 @cache
+def _wide(base: Path) -> dict[bool, Path]:
+    return {qwen3: write_checkpoint(base / "wide" / f"qwen3-{qwen3}", tied=qwen3, qwen3=qwen3, wide=True)
+            for qwen3 in (False, True)}  # fmt: skip
+
+
+@cache
+def _native_policies(base: Path) -> dict[bool, Path]:
+    from gog_edge.exporting.policy_export import export_policy
+
+    out = {qwen3: base / "policies" / f"native-{qwen3}" for qwen3 in (False, True)}
+    for qwen3, checkpoint in _wide(base).items():
+        export_policy(checkpoint, out[qwen3], precision="int4", block=32, context=512)
+    return out
+
+
+@cache
 def _model(folder: Path):
     from gog_edge.policy.model import PolicyModel
 
@@ -171,6 +193,18 @@ def qwen3_checkpoints(tmp_path_factory) -> dict[bool, Path]:
 def qwen3_policy(tmp_path_factory) -> Path:
     """An exported Qwen3-VL policy folder; read only."""
     return _qwen3_policy(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def wide_checkpoints(tmp_path_factory) -> dict[bool, Path]:
+    """With heads 64 wide: Qwen2.5-VL's, in groups of three, and Qwen3-VL's, in pairs; by whether it is Qwen3-VL."""
+    return _wide(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def native_policies(tmp_path_factory) -> dict[bool, Path]:
+    """The same exported in int4, with a decoder for the native operators; read only."""
+    return _native_policies(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

@@ -166,9 +166,11 @@ class OrtGraph(SessionGraph):
 
     def __init__(
         self, path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU, optimised: bool = False,
-        spinning: bool = True,
+        spinning: bool = True, operators: Path | None = None,
     ) -> None:
-        session = open_session(path, threads=threads, providers=providers, optimised=optimised, spinning=spinning)
+        session = open_session(
+            path, threads=threads, providers=providers, optimised=optimised, spinning=spinning, operators=operators
+        )
         super().__init__(session, on_device=tuple(providers) != CPU)
 
 

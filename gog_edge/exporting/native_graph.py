@@ -13,7 +13,7 @@ import numpy as np
 from gog_edge.engines.base import Array
 from gog_edge.engines.native import DOMAIN, PANEL, WIDEST
 from gog_edge.exporting.decoder_graph import DecoderWriter, Weights
-from gog_edge.exporting.graph import UINT16, GraphBuilder, Progress, silent
+from gog_edge.exporting.graph import UINT16, Form, GraphBuilder, Progress, silent
 from gog_edge.exporting.quantise import Packed, quantise
 from gog_edge.policy.manifest import Blocks, TextSpec
 
@@ -24,20 +24,17 @@ def fits_native(spec: TextSpec) -> bool:
 
 
 class NativeBuilder(GraphBuilder):
-    """Writes weights in blocks as `BlockProduct` takes them, where they fill panels."""
+    """Writes weights in blocks as `BlockProduct` takes them."""
 
     def _blocked(self, value: str, weight: Array, bias: Array | None, name: str, blocks: Blocks) -> str:
         columns, rows = weight.shape
-        size = blocks.size or rows
-        if columns % PANEL or rows % size:
-            return super()._blocked(value, weight, bias, name, blocks)
         packed, scales = quantise(weight, blocks)
         inputs = [value, self.weight(panels(packed, blocks.bits).reshape(-1), name)]
         inputs.append(self.weight(panels_of_scales(scales).reshape(-1), f"{name}_scales"))
         if bias is not None:
             inputs.append(self.weight(bias, f"{name}_bias"))
         return self.op(
-            "BlockProduct", *inputs, domain=DOMAIN, K=rows, N=columns, bits=blocks.bits, block_size=size
+            "BlockProduct", *inputs, domain=DOMAIN, K=rows, N=columns, bits=blocks.bits, block_size=blocks.size
         )
 
 
@@ -75,22 +72,28 @@ def panels(packed: Packed, bits: int) -> Packed:
     See engines/native/product.h: a vector has four rows of the weights for many columns; of four bits, the next four
     rows stand in the upper halves.
     """
-    columns, blocks, _ = packed.shape
+    filled = _filled(packed)
+    columns, blocks, _ = filled.shape
     if bits == 4:
-        numbers = np.stack([packed & 15, packed >> 4], axis=-1).reshape(columns, blocks, -1, 2, 4)
-        packed = numbers[..., 0, :] | numbers[..., 1, :] << 4  # rows 8 i to 8 i + 3 below 8 i + 4 to 8 i + 7
-    fours = packed.reshape(columns // PANEL, PANEL, blocks, -1, 4)
+        numbers = np.stack([filled & 15, filled >> 4], axis=-1).reshape(columns, blocks, -1, 2, 4)
+        filled = numbers[..., 0, :] | numbers[..., 1, :] << 4  # rows 8 i to 8 i + 3 below 8 i + 4 to 8 i + 7
+    fours = filled.reshape(columns // PANEL, PANEL, blocks, -1, 4)
     return np.ascontiguousarray(fours.transpose(0, 2, 3, 1, 4))
 
 
 def panels_of_scales(scales: Array) -> Array:
-    """[columns, blocks] -> [columns / PANEL, blocks, PANEL]."""
-    columns, blocks = scales.shape
-    return np.ascontiguousarray(scales.reshape(columns // PANEL, PANEL, blocks).transpose(0, 2, 1))
+    """[columns, blocks] -> [columns / PANEL, blocks, PANEL], filled up."""
+    filled = _filled(scales)
+    return np.ascontiguousarray(filled.reshape(-1, PANEL, filled.shape[1]).transpose(0, 2, 1))
+
+
+def _filled(columns: Array) -> Array:
+    """With zeros, to whole panels."""
+    return np.pad(columns, [(0, -len(columns) % PANEL), *[(0, 0)] * (columns.ndim - 1)])
 
 
 def write_native(
-    path: Path, spec: TextSpec, weights: Weights, form: Blocks, head: Blocks, progress: Progress = silent
+    path: Path, spec: TextSpec, weights: Weights, form: Form, head: Form, progress: Progress = silent
 ) -> None:
     """Write the graph, its weights stored as `form`, the head's as `head`."""
     NativeWriter(path, spec, weights, form=form, head=head, progress=progress).write()

@@ -278,8 +278,11 @@ def measure_parity(folder: Path, checkpoint: Checkpoint, episodes: Sequence[Pari
     filled = _compare_states(held, reference) if manifest.weights.prefill else 1.0
     native = None
     if manifest.precision != "fp32":
+        if manifest.native_here:
+            reference.round(manifest.precision, manifest.weights.native())
+            native = _compare(held, reference, reader).difference()
+            reference = Reference(checkpoint, manifest)
         reference.round(manifest.precision, manifest.weights)
-        native = _compare(held, reference, reader).difference() if manifest.native_here else None
         second = manifest.native_here or manifest.weights.prefill is not None
         plain = _hold_all(folder, episodes, threads, second=False)[0] if second else held
         graphs = _compare(plain, reference, reader).difference()

@@ -16,7 +16,7 @@ from gog_edge.exporting.chat_format import extract_chat_format
 from gog_edge.exporting.checkpoint import Checkpoint
 from gog_edge.exporting.decoder_graph import write_decoder
 from gog_edge.exporting.graph import Form, Progress, silent
-from gog_edge.exporting.native_graph import fits_native, write_native
+from gog_edge.exporting.native_graph import NativeBuilder, fits_native, write_native
 from gog_edge.exporting.parity import ParityEpisode, check_passed, measure_parity
 from gog_edge.exporting.quantise import ROWS, quantise
 from gog_edge.exporting.replacing import replacing
@@ -31,7 +31,8 @@ from gog_edge.policy.manifest import (
     EMBEDDING_SCALES,
     EMBEDDINGS,
     MANIFEST,
-    NATIVE_GRAPH,
+    NATIVE_DECODER_GRAPH,
+    NATIVE_VISION_GRAPH,
     PREFILL_GRAPH,
     TOKENIZER,
     VISION_GRAPH,
@@ -199,8 +200,14 @@ def _write_weights(
         write_decoder(
             folder / PREFILL_GRAPH, checkpoint.text, decoder, prefill=True, form=forms.prefill, progress=progress
         )
-    if second == NATIVE and forms.decoder is not None and forms.head is not None:
-        write_native(folder / NATIVE_GRAPH, checkpoint.text, decoder, forms.decoder, forms.head, progress)
+    if second == NATIVE:
+        own = forms.native()
+        write_vision(
+            folder / NATIVE_VISION_GRAPH, checkpoint.vision, tower, own.vision or plain, progress, NativeBuilder
+        )
+        write_native(
+            folder / NATIVE_DECODER_GRAPH, checkpoint.text, decoder, own.decoder or plain, own.head or plain, progress
+        )
     _write_embeddings(folder, decoder("embed_tokens.weight"), forms.embeddings or plain)
     if checkpoint.adapter is not None:
         checkpoint.adapter.check_used()

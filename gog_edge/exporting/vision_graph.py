@@ -21,12 +21,13 @@ class VisionWriter(ABC):
     """Writes patches [M, patch_dim] -> tokens [M / merge², out_hidden]."""
 
     def __init__(
-        self, path: Path, spec: VisionSpec, weights: Weights, form: Form = "fp32", progress: Progress = silent
+        self, path: Path, spec: VisionSpec, weights: Weights, form: Form = "fp32", progress: Progress = silent,
+        builder: type[GraphBuilder] = GraphBuilder,
     ) -> None:
         self.spec = spec
         self.weights = weights
         self._progress = progress
-        self.graph = GraphBuilder("vision", path, form)
+        self.graph = builder("vision", path, form)
 
     def write(self) -> None:
         """Write the whole tower."""
@@ -182,8 +183,9 @@ class Qwen3Vision(VisionWriter):
 
 
 def write_vision(
-    path: Path, spec: VisionSpec, weights: Weights, form: Form = "fp32", progress: Progress = silent
+    path: Path, spec: VisionSpec, weights: Weights, form: Form = "fp32", progress: Progress = silent,
+    builder: type[GraphBuilder] = GraphBuilder,
 ) -> None:
-    """Write the vision graph, its weights stored as `form`."""
+    """Write the vision graph, its weights stored as `form`; `builder` says for whose operators."""
     writer = Qwen25Vision if spec.window else Qwen3Vision
-    writer(path, spec, weights, form, progress).write()
+    writer(path, spec, weights, form, progress, builder).write()

@@ -21,7 +21,8 @@ from gog_edge.errors import BackendError
 from gog_edge.policy.embeddings import EmbeddingTable
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
-    NATIVE_GRAPH,
+    NATIVE_DECODER_GRAPH,
+    NATIVE_VISION_GRAPH,
     PREFILL_GRAPH,
     TOKENIZER,
     PolicyManifest,
@@ -92,7 +93,9 @@ class OwnGraphs:
     second: bool
 
     def open_graph(self, name: str) -> GraphEngine:
-        """The vision tower."""
+        """The vision tower in its quickest form here."""
+        if self.second and self.manifest.native_here:
+            return OrtGraph(self.folder / NATIVE_VISION_GRAPH, threads=self.threads, operators=native.library())
         path, optimised = self._form_here(f"{name}.onnx")
         return OrtGraph(path, threads=self.threads, optimised=optimised)
 
@@ -115,7 +118,7 @@ class OwnGraphs:
         return self.folder / CACHE / cache_key(self.manifest.files)
 
     def _open_native(self, context: int, threads: int) -> OrtDecoder:
-        graph = self.folder / NATIVE_GRAPH
+        graph = self.folder / NATIVE_DECODER_GRAPH
         if graph_bytes(graph) >= WORTH_BYTES:  # its weights are mapped as they are, but a prompt is worth keeping
             with suppress(OSError):
                 self.cache().mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,8 @@ import shutil
 import numpy as np
 import pytest
 
+from gog_edge.engines.native import library, why_none
+from gog_edge.engines.native.tiled import bfloat16, widened
 from gog_edge.engines.ort import OrtGraph
 from gog_edge.engines.packed import cache_key, packed_graph
 from gog_edge.errors import BackendError
@@ -74,13 +76,44 @@ def test_a_large_policy_keeps_its_weights_and_its_prompt(large, monkeypatch):
     first = speak(large)
     files = kept(large)
     key = cache_key(read_manifest(large).files)
-    assert {f"{key}/grouped.onnx", f"{key}/vision.onnx"} <= set(files)
+    assert {f"{key}/{name}.onnx" for name in ("decoder", "prefill", "vision")} <= set(files)
     assert sum("prompt-" in name for name in files) == 3 and not any(".part" in name for name in files)
     model = PolicyModel.open(large, threads=1)
     steps = []
     monkeypatch.setattr(model.decoder.engine, "step", lambda *args, **more: steps.append(args))
     assert LocalPolicy.open(large, threads=1).model.cache == model.cache
     assert speak(large) == first and kept(large) == files
+
+
+@pytest.mark.skipif(library() is None, reason=f"no library: {why_none()}")
+@pytest.mark.parametrize("qwen3", [False, True])
+def test_a_large_native_policy_keeps_its_prompt_alone(native_policies, tmp_path, monkeypatch, qwen3):
+    """Its weights are mapped as they are."""
+    monkeypatch.setattr("gog_edge.policy.model.WORTH_BYTES", 0)
+    folder = shutil.copytree(native_policies[qwen3], tmp_path / "policy")
+    first, key = speak(folder), cache_key(read_manifest(folder).files)
+    files = kept(folder)
+    assert sum(name.startswith(f"{key}/prompt-") for name in files) == 3
+    assert not any(name.endswith(".onnx") for name in files)
+    states = np.load(next((folder / "cache").rglob("states.npy")))
+    assert states.dtype == np.float32 and np.array_equal(widened(bfloat16(states)), states) and states.any()
+    computed = LocalPolicy.open(shutil.copytree(native_policies[qwen3], tmp_path / "other"), threads=1)._prefix
+    mapped = LocalPolicy.open(folder, threads=1)._prefix
+    assert mapped.prefilled == 0 < computed.prefilled and speak(folder) == first and kept(folder) == files
+    said = []
+    for session in (mapped, computed):
+        session.append_text("And now?")
+        said.append(session.prefill().copy())
+    assert np.array_equal(*said)
+
+
+def test_a_native_policy_in_a_folder_that_cannot_be_written_answers(native_policies, tmp_path, monkeypatch):
+    monkeypatch.setattr("gog_edge.policy.model.WORTH_BYTES", 0)
+    folder = shutil.copytree(native_policies[True], tmp_path / "policy")
+    expected = speak(folder)
+    shutil.rmtree(folder / "cache")
+    (folder / "cache").write_text("in the way")
+    assert speak(folder) == expected
 
 
 def test_a_kept_prompt_goes_on_as_a_computed_one(large):
@@ -104,7 +137,7 @@ def test_a_broken_kept_prompt_is_computed_again(large, caplog):
 
 def test_broken_kept_weights_are_an_error_that_says_what_to_remove(large):
     speak(large)
-    graph = next((large / "cache").rglob("grouped.onnx"))
+    graph = next((large / "cache").rglob("decoder.onnx"))
     graph.write_bytes(graph.read_bytes()[:200])
     with pytest.raises(BackendError, match=f"remove the folder '{graph.parent}'"):
         speak(large)

@@ -2,22 +2,36 @@ import json
 import resource
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from export import check_parity
 from export import export_policy as export_command
+from gog_edge.engines import native
 from gog_edge.errors import ArtifactError, BackendError, CheckpointError
 from gog_edge.exporting.chat_format import extract_chat_format
 from gog_edge.exporting.checkpoint import Checkpoint
-from gog_edge.exporting.parity import ParityEpisode, measure_parity
+from gog_edge.exporting.parity import GATES, ParityEpisode, check_passed, measure_parity
 from gog_edge.exporting.policy_export import export_policy, weight_forms
+from gog_edge.files import describe_files, write_json
 from gog_edge.policy import session
-from gog_edge.policy.manifest import read_manifest
+from gog_edge.policy.manifest import (
+    DECODER_GRAPH,
+    NATIVE_DECODER_GRAPH,
+    NATIVE_VISION_GRAPH,
+    PREFILL_GRAPH,
+    VISION_GRAPH,
+    read_manifest,
+)
 from gog_edge.policy.model import PolicyModel
+
+OWN_GRAPHS, NATIVE_GRAPHS = {DECODER_GRAPH, VISION_GRAPH}, {NATIVE_DECODER_GRAPH, NATIVE_VISION_GRAPH}
+needs_library = pytest.mark.skipif(native.library() is None, reason=f"no library: {native.why_none()}")
 
 
 def altered(checkpoint, folder, name="config.json", **changes):
@@ -81,7 +95,7 @@ def test_rounded_weights_say_what_transformers_says_with_them(checkpoints, qwen3
 
 def test_the_graph_for_many_tokens_leaves_the_same_cache(qwen3_checkpoints, tmp_path):
     export_policy(qwen3_checkpoints[True], tmp_path / "out", precision="int4", block=32, context=512, parity=False)
-    with_graph, without = (PolicyModel.open(tmp_path / "out", threads=1, prefill=use) for use in (True, False))
+    with_graph, without = (PolicyModel.open(tmp_path / "out", threads=1, second=use) for use in (True, False))
     pixels = np.random.default_rng(5).integers(0, 256, (160, 192, 3), np.uint8)
     states, logits = [], []
     for model in (with_graph, without):
@@ -234,12 +248,82 @@ def test_a_full_disk_leaves_the_older_policy(checkpoints, policies, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
-def test_what_will_run_as_an_engine_has_no_graph_for_the_processor_alone(checkpoints, tmp_path):
-    kept = {}
+@pytest.mark.parametrize("wide, second", [(False, {PREFILL_GRAPH}), (True, NATIVE_GRAPHS)])
+def test_what_will_run_as_an_engine_has_no_graph_for_the_processor_alone(checkpoints, wide_checkpoints, tmp_path, wide,
+                                                                         second):
+    source, kept = (wide_checkpoints if wide else checkpoints)[True], {}
     for engine in ("ort", "tensorrt-rtx"):
-        export_policy(checkpoints[True], tmp_path / engine, engine=engine, precision="int4", block=32, parity=False)
+        export_policy(source, tmp_path / engine, engine=engine, precision="int4", block=32, parity=False)
         kept[engine] = {path.name for path in (tmp_path / engine).iterdir()}
-    assert kept["ort"] - kept["tensorrt-rtx"] == {"prefill.onnx", "grouped.onnx"}
+    assert kept["ort"] - kept["tensorrt-rtx"] == second and kept["tensorrt-rtx"] < kept["ort"]
+
+
+@pytest.mark.parametrize("second, graphs", [(None, NATIVE_GRAPHS), ("native", NATIVE_GRAPHS),
+                                            ("prefill", {PREFILL_GRAPH}), ("none", set())])
+@pytest.mark.parametrize("qwen3", [False, True])
+def test_the_decoder_has_the_second_form_that_was_asked_for(wide_checkpoints, tmp_path, second, graphs, qwen3):
+    manifest = export_policy(wide_checkpoints[qwen3], tmp_path / "out", precision="int4", block=32, second=second,
+                             parity=False)  # fmt: skip
+    there = {path.name for path in (tmp_path / "out").glob("*.onnx")}
+    assert there == OWN_GRAPHS | graphs
+    assert manifest.native == (graphs == NATIVE_GRAPHS)
+    assert manifest.weights == weight_forms("int4", 32, prefill=graphs == {PREFILL_GRAPH})
+    assert read_manifest(tmp_path / "out", full=True) == manifest
+    assert PolicyModel.open(tmp_path / "out", threads=1).decoder.engine.capacity == 1024
+
+
+def test_heads_that_no_native_operator_takes_have_another_second_form(checkpoints, qwen3_checkpoints, tmp_path):
+    for source, width in ((checkpoints[True], 16), (qwen3_checkpoints[True], 32)):
+        with pytest.raises(CheckpointError, match=f"heads are {width} wide, .* take 64.*--second prefill"):
+            export_policy(source, tmp_path / "out", precision="int4", second="native", parity=False)
+    assert not (tmp_path / "out").exists()
+    export_policy(checkpoints[True], tmp_path / "out", precision="int4", block=32, second="none", parity=False)
+    assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == OWN_GRAPHS
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_only_int4_has_a_second_form(wide_checkpoints, tmp_path, precision):
+    export_policy(wide_checkpoints[True], tmp_path / "out", precision=precision, second="native", parity=False)
+    assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == OWN_GRAPHS
+
+
+@needs_library
+@pytest.mark.parametrize("qwen3", [False, True])
+def test_native_graphs_say_what_transformers_says(native_policies, qwen3):
+    parity = read_manifest(native_policies[qwen3], full=True).parity
+    graphs, ours, rounding = (parity[side] for side in ("graphs", "native", "rounding"))
+    assert parity["passed"] and parity["prefill_min_cosine"] == 1 and ours != graphs
+    assert min(ours["logits_min_cosine"], graphs["logits_min_cosine"]) > 0.99 > rounding["logits_min_cosine"]
+    assert min(ours["vision_min_cosine"], graphs["vision_min_cosine"]) > 0.999
+    assert ours["greedy_differ"] < 0.2 * parity["greedy_tokens"]
+
+
+@needs_library
+@pytest.mark.parametrize("name", [NATIVE_DECODER_GRAPH, NATIVE_VISION_GRAPH])
+def test_native_graphs_with_other_scales_fail_the_gate(native_policies, wide_checkpoints, tmp_path, name):
+    folder = shutil.copytree(native_policies[True], tmp_path / "policy")
+    graph = onnx.load(folder / name)
+    scales = next(item for item in graph.graph.initializer if "_scales_" in item.name)
+    scales.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(scales), scales.name))
+    onnx.save(graph, folder / name)
+    value = json.loads((folder / "manifest.json").read_text())
+    value["files"] = [asdict(entry) for entry in describe_files(folder, [entry["path"] for entry in value["files"]])]
+    write_json(folder / "manifest.json", value)
+    report = measure_parity(folder, Checkpoint.open(wide_checkpoints[True]), threads=1)
+    assert not report.passed and GATES["int4"].passes(report.graphs) and not GATES["int4"].passes(report.native)
+    with pytest.raises(CheckpointError, match="differ from transformers"):
+        check_passed(report)
+
+
+def test_where_no_native_graphs_run_the_plain_ones_are_measured(wide_checkpoints, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    native.library.cache_clear()
+    try:
+        manifest = export_policy(wide_checkpoints[True], tmp_path / "out", precision="int4", block=32, context=512)
+    finally:
+        native.library.cache_clear()
+    assert manifest.native and manifest.parity["passed"] and manifest.parity["native"] is None
+    assert "get a C++ compiler" in caplog.text
 
 
 def test_an_engine_or_precision_not_to_be_had_is_refused(checkpoints, tmp_path):
@@ -247,6 +331,8 @@ def test_an_engine_or_precision_not_to_be_had_is_refused(checkpoints, tmp_path):
         export_policy(checkpoints[True], tmp_path / "out", engine="openvino")
     with pytest.raises(BackendError, match="int2"):
         export_policy(checkpoints[True], tmp_path / "out", precision="int2")
+    with pytest.raises(BackendError, match="no second form 'grouped'; available: native, prefill, none"):
+        export_policy(checkpoints[True], tmp_path / "out", second="grouped")
     with pytest.raises(CheckpointError, match="blocks of 48"):
         export_policy(checkpoints[True], tmp_path / "out", precision="int4", block=48)
 

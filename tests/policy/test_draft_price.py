@@ -119,7 +119,7 @@ def test_it_is_measured_once_for_each_device_and_each_length_of_the_cache(large)
     model = PolicyModel.open(large, threads=1)
     drafts_here(model)
     drafts_here(model)
-    assert len(files(large)) == 1 and model.runs_on == "1 threads"
+    assert len(files(large)) == 1 and model.runs_on == "1 threads, ort"
     drafts_here(replace(model, runs_on="NVIDIA GeForce RTX 4070"))
     drafts_here(PolicyModel.open(large, threads=1, context=400))
     assert len(files(large)) == 3

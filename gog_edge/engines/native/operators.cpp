@@ -137,7 +137,7 @@ struct CachedAttention {
   gog::Attention shape{};
 };
 
-// left [..., rows], weights [bytes], scales [columns * rows / block], bias [columns] -> [..., columns]
+// left [..., K], weights [bytes], scales [numbers / block_size], bias [N] -> [..., N]
 struct BlockProduct {
   static constexpr const char* NAME = "BlockProduct";
   static constexpr size_t INPUTS = 4, OUTPUTS = 1;
@@ -161,9 +161,8 @@ struct BlockProduct {
     product.scales = call.input<float>(2, &scales);
     product.bias = call.input<float>(3);
     if (call.failed) return;
-    const int64_t numbers = static_cast<int64_t>(product.rows) * product.columns;
-    if (given.last(0) != product.rows || bytes.last(0) != numbers * product.bits / 8 ||
-        scales.last(0) != numbers / product.block)
+    if (given.last(0) != product.rows || bytes.last(0) != product.numbers() * product.bits / 8 ||
+        scales.last(0) != product.numbers() / product.block)
       return call.refuse("BlockProduct: factors of other shapes");
     int64_t count = 1;
     for (size_t i = 0; i + 1 < given.count; ++i) count *= given.at[i];

@@ -9,13 +9,13 @@
 namespace gog {
 namespace {
 
-constexpr int BIGGEST = 256;  // block
 constexpr int WIDE = COLUMNS * LANES;
+constexpr int BLOCK = 96;  // rows of the left side whose sums stay in the nearest cache
 constexpr int FEW = 3 * ROWS;  // rows for which halves of bytes are taken apart as they are multiplied
 
 // Rows rounded to 8 bits, by blocks.
 struct Rounded {
-  std::vector<int8_t> values;  // [count, rows]
+  std::vector<int8_t> values;  // [count, blocks * block]
   std::vector<float> scales;   // [count, blocks]
   std::vector<int32_t> sums;   // [count, blocks] of the values, times the weights' zero
 
@@ -127,30 +127,34 @@ void multiply_block(int count, int block, const Left& left, Weights weights, con
     }
 }
 
-void multiply_panel(const Product& product, size_t panel, const Rounded& left, int count, float* out) {
-  static thread_local std::vector<float> kept;
+// `count` rows of the left side from `first` on with a panel's columns.
+void multiply_panel(const Product& product, size_t panel, const Rounded& left, size_t first, int count, float* out) {
+  alignas(64) static thread_local float sums[BLOCK * PANEL];
   alignas(64) static thread_local uint8_t bytes[BIGGEST * PANEL];
-  kept.assign(static_cast<size_t>(count) * PANEL, 0.0f);
-  const int blocks = product.rows / product.block, stride = product.block * PANEL * product.bits / 8;
+  std::fill(sums, sums + count * PANEL, 0.0f);
+  const int blocks = product.blocks(), stride = product.block * PANEL * product.bits / 8;
   const uint8_t* weights = product.weights + panel * blocks * stride;
   const float* scales = product.scales + panel * blocks * PANEL;
   for (int block = 0; block < blocks; ++block, weights += stride, scales += PANEL) {
     if (block + 1 < blocks) fetch(weights + stride, stride);
-    const Left part{left.values.data() + block * product.block, left.scales.data() + block, left.sums.data() + block,
-                    product.rows, blocks};
+    const size_t at = first * blocks + block;
+    const Left part{left.values.data() + at * product.block, left.scales.data() + at, left.sums.data() + at,
+                    blocks * product.block, blocks};
     if (product.bits == 8) {
-      multiply_block<8>(count, product.block, part, Bytes{weights}, scales, kept.data());
+      multiply_block<8>(count, product.block, part, Bytes{weights}, scales, sums);
     } else if (count <= FEW) {
-      multiply_block<4>(count, product.block, part, Nibbles{weights}, scales, kept.data());
+      multiply_block<4>(count, product.block, part, Nibbles{weights}, scales, sums);
     } else {
       unpack(Nibbles{weights}, product.block, bytes);
-      multiply_block<4>(count, product.block, part, Bytes{bytes}, scales, kept.data());
+      multiply_block<4>(count, product.block, part, Bytes{bytes}, scales, sums);
     }
   }
-  const float* bias = product.bias ? product.bias + panel * PANEL : nullptr;
+  const size_t start = panel * PANEL;
+  const int columns = std::min(PANEL, product.columns - static_cast<int>(start));
+  const float* bias = product.bias ? product.bias + start : nullptr;
   for (int row = 0; row < count; ++row) {
-    float* to = out + static_cast<size_t>(row) * product.columns + panel * PANEL;
-    for (int i = 0; i < PANEL; ++i) to[i] = kept[row * PANEL + i] + (bias ? bias[i] : 0);
+    float* to = out + (first + row) * product.columns + start;
+    for (int i = 0; i < columns; ++i) to[i] = sums[row * PANEL + i] + (bias ? bias[i] : 0);
   }
 }
 
@@ -159,12 +163,18 @@ void multiply_panel(const Product& product, size_t panel, const Rounded& left, i
 void Product::run(const float* left, int count, float* out, const Parallel& parallel) const {
   static thread_local Rounded kept;
   Rounded& rounded = kept;  // of this thread, whichever works with it
-  const int blocks = rows / block, zero = 1 << (bits - 1);
-  rounded.fit(count, rows, blocks);
+  const int all = blocks(), zero = 1 << (bits - 1);
+  rounded.fit(count, static_cast<size_t>(all) * block, all);
   const auto round_row = [&](size_t row) {
-    for (int i = 0; i < blocks; ++i) {
-      const size_t at = row * blocks + i;
-      round_block(left + at * block, block, zero, &rounded.values[at * block], &rounded.scales[at], &rounded.sums[at]);
+    alignas(64) float filled[BIGGEST] = {};
+    for (int i = 0; i < all; ++i) {
+      const size_t at = row * all + i;
+      const float* from = left + row * rows + i * block;
+      if ((i + 1) * block > rows) {
+        std::copy(from, left + (row + 1) * rows, filled);
+        from = filled;
+      }
+      round_block(from, block, zero, &rounded.values[at * block], &rounded.scales[at], &rounded.sums[at]);
     }
   };
   if (count < 8) {
@@ -172,7 +182,10 @@ void Product::run(const float* left, int count, float* out, const Parallel& para
   } else {
     parallel(count, round_row);
   }
-  parallel(columns / PANEL, [&](size_t panel) { multiply_panel(*this, panel, rounded, count, out); });
+  parallel(panels(), [&](size_t panel) {
+    for (int first = 0; first < count; first += BLOCK)  // the panel stays in the cache
+      multiply_panel(*this, panel, rounded, first, std::min(count - first, BLOCK), out);
+  });
 }
 
 }  // namespace gog

@@ -5,8 +5,8 @@
 //   8 bits  [columns / PANEL, rows / block, block / 4, PANEL, 4]
 //   4 bits  [columns / PANEL, rows / block, block / 8, PANEL, 4], four more rows in the upper halves
 //   scales  [columns / PANEL, rows / block, PANEL]
-// They have no sign: half of what fits is their zero. What they are multiplied with is rounded to 8 bits, a scale for
-// each block of each row.
+// They have no sign: half of what fits is their zero. What is wanting of the last panel and of the last block is filled
+// up. What they are multiplied with is rounded to 8 bits, a scale for each block of each row.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,7 @@
 namespace gog {
 
 constexpr int PANEL = 64;
+constexpr int BIGGEST = 256;  // block
 
 struct Product {
   int rows, columns, block, bits;  // of the weights; rows that share a scale
@@ -23,15 +24,18 @@ struct Product {
   const float* scales;
   const float* bias;  // [columns], or null
 
+  int blocks() const { return (rows + block - 1) / block; }
+  int panels() const { return (columns + PANEL - 1) / PANEL; }
+  int64_t numbers() const { return static_cast<int64_t>(panels()) * PANEL * blocks() * block; }  // with what is filled up
+
   // left [count, rows] * weights -> out [count, columns]
   void run(const float* left, int count, float* out, const Parallel& parallel) const;
 };
 
 // Whether there is a kernel for weights of this shape.
 inline bool fits(const Product& product) {
-  return (product.bits == 4 || product.bits == 8) && product.block >= 32 && product.block <= 256 &&
-         product.block % 32 == 0 && product.rows > 0 && product.rows % product.block == 0 && product.columns > 0 &&
-         product.columns % PANEL == 0;
+  return (product.bits == 4 || product.bits == 8) && product.block >= 32 && product.block <= BIGGEST &&
+         product.block % 32 == 0 && product.rows > 0 && product.columns > 0;
 }
 
 }  // namespace gog
