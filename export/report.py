@@ -13,13 +13,15 @@ from gog_edge.exporting.parity import ParityReport
 
 def print_parity(report: ParityReport, title: str) -> int:
     """Print the report; the exit status is 0 when it is within the limit."""
-    table = Table("measure", "graphs", "with rounding", title=title)
-    whole, graphs, rounding = report.to_json(), asdict(report.graphs), asdict(report.rounding)
-    for key in graphs:
-        table.add_row(key, f"{graphs[key]:.4g}", f"{rounding[key]:.4g}")
+    parts = {"graphs": report.graphs, "for our operators": report.native, "with rounding": report.rounding}
+    held = {name: asdict(part) for name, part in parts.items() if part is not None}
+    table = Table("measure", *held, title=title)
+    for key in held["graphs"]:
+        table.add_row(key, *(f"{part[key]:.4g}" for part in held.values()))
     table.add_section()
-    for key in whole.keys() - {"graphs", "rounding"}:
+    whole = report.to_json()
+    for key in whole.keys() - {"graphs", "native", "rounding"}:
         table.add_row(key, str(whole[key]))
     Console().print(table)
-    print(json.dumps(report.to_json()))
+    print(json.dumps(whole))
     return 0 if report.passed else 1

@@ -188,6 +188,7 @@ class OrtCache(TokenCache):
         }
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._numbers.items()}
         self._logits: Floats = np.empty((1, decoder.vocab), np.float32)
+        self.session = decoder.session
         self._binding = self._bind(decoder.session, decoder)
         self.binding_ahead = self._bind(decoder.prefill, decoder) if decoder.prefill else None
 
@@ -243,7 +244,7 @@ class OrtDecoder:
             raise BackendError(
                 f"'{path}' is not a decoder that this version exported for ONNX Runtime; export with --engine ort"
             )
-        self._tiled = operators is not None
+        self._tiled = inputs[f"past_{self.states[0]}"].type == "tensor(uint16)"
         self.hidden: int = inputs["inputs_embeds"].shape[2]
         self.rotary: int = inputs["cos"].shape[1]
         _, self.kv_heads, fixed, _ = inputs[f"past_{self.states[0]}"].shape
@@ -272,7 +273,7 @@ class OrtDecoder:
         by the cache's next step. BackendError when the cache is too small, or the memory.
         """
         count = len(embeds)
-        if not isinstance(cache, OrtCache):
+        if not isinstance(cache, OrtCache) or cache.session is not self.session:
             raise BackendError("this cache is of another engine; use the decoder's own new_cache()")
         if past + count > cache.capacity:
             raise BackendError(f"{past} + {count} tokens do not fit a cache of {cache.capacity}; open a larger one")

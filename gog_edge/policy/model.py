@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,8 +119,10 @@ class OwnGraphs:
     def _open_native(self, context: int, threads: int) -> OrtDecoder:
         graph = self.folder / NATIVE_DECODER_GRAPH
         if graph_bytes(graph) >= WORTH_BYTES:  # its weights are mapped as they are, but a prompt is worth keeping
-            with suppress(OSError):
+            try:
                 self.cache().mkdir(parents=True, exist_ok=True)
+            except OSError as exc:
+                _log.warning("the prompt cannot be kept in '%s' (%s): every start computes it", self.cache(), exc)
         return OrtDecoder(graph, capacity=context, threads=threads, operators=native.library())
 
     def _open_prefill(self, threads: int) -> InferenceSession:

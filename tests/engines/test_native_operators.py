@@ -84,16 +84,17 @@ def norms(width):
     return np.random.default_rng(width).uniform(0.5, 1.5, (2, width)).astype(np.float32)
 
 
-def attention(flavour, shape, **more):
+def attention(flavour, shape, *, table=None, norm=None, **more):
+    """`table`, `norm`: widths, where they are others than the heads want."""
     width, free = shape.width, [1, shape.kv_heads, "capacity", shape.width]
     inputs = {
         "qkv": (TensorProto.FLOAT, [1, "tokens", shape.all * width]),
         "past_key": (TensorProto.UINT16, free), "past_value": (TensorProto.UINT16, free),
         "total": (TensorProto.INT32, []),
-        "cos": (TensorProto.FLOAT, ["places", width // 2]), "sin": (TensorProto.FLOAT, ["places", width // 2]),
+        **{name: (TensorProto.FLOAT, ["places", table or width // 2]) for name in ("cos", "sin")},
     }  # fmt: skip
     if shape.norms:
-        inputs |= {name: (TensorProto.FLOAT, [width]) for name in ("q_norm", "k_norm")}
+        inputs |= {name: (TensorProto.FLOAT, [norm or width]) for name in ("q_norm", "k_norm")}
     outputs = {"out": (TensorProto.FLOAT, [1, "tokens", shape.heads * width]),
                "key": (TensorProto.UINT16, free), "value": (TensorProto.UINT16, free)}  # fmt: skip
     attributes = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads, "scale": width**-0.5, "epsilon": EPSILON}
@@ -224,11 +225,15 @@ def test_a_key_that_stands_out_gets_all_the_attention(flavour, count):
     np.testing.assert_allclose(out, np.repeat(values[wanted], 2, axis=1), rtol=1e-5, atol=1e-5)
 
 
-def refused(session, shape, *, total=3, capacity=64, places=64, shared=True):
+def refused(session, shape, *, total=3, capacity=64, places=64, half=None, norm=None, shared=True):
     """What a step of three tokens is refused with."""
     binding = session.io_binding()
-    qkv, table = np.zeros((1, 3, shape.all * shape.width), np.float32), np.ones((places, shape.width // 2), np.float32)
-    for name, array in {"qkv": qkv, "total": np.array(total, np.int32), "cos": table, "sin": table}.items():
+    qkv = np.zeros((1, 3, shape.all * shape.width), np.float32)
+    table = np.ones((places, half or shape.width // 2), np.float32)
+    feeds = {"qkv": qkv, "total": np.array(total, np.int32), "cos": table, "sin": table}
+    if norm:
+        feeds |= dict.fromkeys(("q_norm", "k_norm"), np.ones(norm, np.float32))
+    for name, array in feeds.items():
         binding.bind_cpu_input(name, array)
     empty = np.zeros((1, shape.kv_heads, capacity, shape.width), np.uint16)
     caches = [ort.OrtValue.ortvalue_from_numpy(empty.copy()) for _ in range(4)]
@@ -252,6 +257,10 @@ def test_steps_that_attention_cannot_take_are_refused(flavour):
     for width in (32, 320):
         narrow = Heads(4, 2, width, False)
         assert "a multiple of 64 wide, 256 at the most" in refused(attention(flavour, narrow), narrow)
+    half = attention(flavour, shape, table="half")
+    assert "the rotary tables are not half as wide as a head" in refused(half, shape, half=16)
+    normed = Heads(4, 2, 64, True)
+    assert "a norm is not as wide as a head" in refused(attention(flavour, normed, norm="norm"), normed, norm=32)
     other = attention(flavour, shape, num_heads=6)
     assert "the cache has other heads than the projections" in refused(other, shape)
 
@@ -274,7 +283,7 @@ def product(flavour, rows=ROWS, columns=COLUMNS, bits=4, block_size=32, *, bias=
     inputs = {"left": (TensorProto.FLOAT, [*left, "rows"]), "weights": (TensorProto.UINT8, ["bytes"]),
               "scales": (TensorProto.FLOAT, ["blocks"])}  # fmt: skip
     if bias:
-        inputs["bias"] = (TensorProto.FLOAT, [columns])
+        inputs["bias"] = (TensorProto.FLOAT, ["columns"])
     attributes = {"K": rows, "N": columns, "bits": bits, "block_size": block_size} | more
     attributes = {name: value for name, value in attributes.items() if value is not None}
     outputs = {"out": (TensorProto.FLOAT, [*left, columns])}
@@ -421,8 +430,8 @@ def test_what_is_multiplied_has_any_shape_of_up_to_four_dimensions(flavour):
 @needs_library
 def test_factors_of_other_shapes_are_refused(flavour):
     taken, _ = weights_of(4, 32)
-    session, left = product(flavour, left=("n", "m")), np.zeros((1, 2, ROWS), np.float32)
-    given = {"left": left} | taken
+    session = product(flavour, left=("n", "m"), bias=True)
+    given = {"left": np.zeros((1, 2, ROWS), np.float32), "bias": np.zeros(COLUMNS, np.float32)} | taken
     for name, array in given.items():
         with pytest.raises(REFUSED, match="BlockProduct: factors of other shapes"):
             session.run(None, given | {name: array[..., 1:]})

@@ -15,7 +15,7 @@ SOURCES = ("operators.cpp", "attention.cpp", "product.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 # No option that changes what a sum comes to but for fused products: results are the same on every processor of a kind.
 OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast",
-           "-static-libstdc++", "-static-libgcc")  # fmt: skip
+           "-static-libstdc++", "-static-libgcc", "-s")  # fmt: skip
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512_vnni"})
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
 

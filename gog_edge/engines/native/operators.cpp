@@ -1,5 +1,7 @@
 // The operators of the domain "gog_edge", for ONNX Runtime: `CachedAttention` and `BlockProduct`.
 
+#include <algorithm>
+#include <initializer_list>
 #include <memory>
 #include <new>
 
@@ -16,6 +18,7 @@ struct Shape {
   size_t count;
 
   int64_t last(size_t from_end) const { return count > from_end ? at[count - 1 - from_end] : 1; }
+  bool is(std::initializer_list<int64_t> other) const { return std::equal(at, at + count, other.begin(), other.end()); }
 };
 
 // A step's inputs and outputs. The first failure is kept; after it everything is null.
@@ -105,25 +108,31 @@ struct CachedAttention {
 
   void run(Call& call) const {
     gog::Attention attention = shape;
-    Shape given{}, cache{}, rotary{};
+    Shape given{}, cache{}, values{}, rotary{}, sines{}, norms[2]{};
     const auto* qkv = call.input<float>(0, &given);
     const auto* past_key = call.input<uint16_t>(1, &cache);
-    const auto* past_value = call.input<uint16_t>(2);
+    const auto* past_value = call.input<uint16_t>(2, &values);
     const auto* total = call.input<int32_t>(3);
     const auto* cos = call.input<float>(4, &rotary);
-    const auto* sin = call.input<float>(5);
-    attention.q_norm = call.input<float>(6);
-    attention.k_norm = call.input<float>(7);
+    const auto* sin = call.input<float>(5, &sines);
+    attention.q_norm = call.input<float>(6, &norms[0]);
+    attention.k_norm = call.input<float>(7, &norms[1]);
     if (call.failed) return;
     const int64_t tokens = given.last(1), width = cache.last(0), capacity = cache.last(1);
-    if (width % gog::KEYS || width > gog::WIDEST)
+    const int64_t heads = attention.heads, kv_heads = attention.kv_heads;
+    if (width < 1 || width % gog::KEYS || width > gog::WIDEST)
       return call.refuse("CachedAttention: heads must be a multiple of 64 wide, 256 at the most");
     if (capacity % gog::KEYS) return call.refuse("CachedAttention: a cache's capacity must be a multiple of 64");
-    if (cache.last(2) != attention.kv_heads || given.last(0) != (attention.heads + 2 * attention.kv_heads) * width)
+    if (!cache.is({1, kv_heads, capacity, width}) || !values.is({1, kv_heads, capacity, width}) ||
+        !given.is({1, tokens, (heads + 2 * kv_heads) * width}))
       return call.refuse("CachedAttention: the cache has other heads than the projections");
+    if (!rotary.is({rotary.last(1), width / 2}) || !sines.is({rotary.last(1), width / 2}))
+      return call.refuse("CachedAttention: the rotary tables are not half as wide as a head");
+    if ((attention.q_norm && !norms[0].is({width})) || (attention.k_norm && !norms[1].is({width})))
+      return call.refuse("CachedAttention: a norm is not as wide as a head");
     if (*total < tokens || *total > capacity || *total > rotary.last(1))
       return call.refuse("CachedAttention: the tokens do not fit the cache");
-    auto* out = call.output<float>(0, {{1, tokens, attention.heads * width}, 3});
+    auto* out = call.output<float>(0, {{1, tokens, heads * width}, 3});
     auto* key = call.output<uint16_t>(1, cache);
     auto* value = call.output<uint16_t>(2, cache);
     if (call.failed) return;
@@ -155,14 +164,15 @@ struct BlockProduct {
 
   void run(Call& call) const {
     gog::Product product = shape;
-    Shape given{}, bytes{}, scales{};
+    Shape given{}, bytes{}, scales{}, bias{};
     const auto* left = call.input<float>(0, &given);
     product.weights = call.input<uint8_t>(1, &bytes);
     product.scales = call.input<float>(2, &scales);
-    product.bias = call.input<float>(3);
+    product.bias = call.input<float>(3, &bias);
     if (call.failed) return;
-    if (given.last(0) != product.rows || bytes.last(0) != product.numbers() * product.bits / 8 ||
-        scales.last(0) != product.numbers() / product.block)
+    const int64_t numbers = product.numbers();
+    if (!given.count || given.last(0) != product.rows || !bytes.is({numbers * product.bits / 8}) ||
+        !scales.is({numbers / product.block}) || (product.bias && !bias.is({product.columns})))
       return call.refuse("BlockProduct: factors of other shapes");
     int64_t count = 1;
     for (size_t i = 0; i + 1 < given.count; ++i) count *= given.at[i];
