@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gog_edge.engines.base import Array
-from gog_edge.engines.native import DOMAIN, PANEL, WIDEST
+from gog_edge.engines.native import DOMAIN, PANEL, WIDEST, WIDTHS
 from gog_edge.exporting.decoder_graph import DecoderWriter, Weights
 from gog_edge.exporting.graph import UINT16, Form, GraphBuilder, Progress, silent
 from gog_edge.exporting.quantise import Packed, quantise
@@ -20,7 +20,7 @@ from gog_edge.policy.manifest import Blocks, TextSpec
 
 def fits_native(spec: TextSpec) -> bool:
     """Whether there is a kernel for such heads."""
-    return spec.head_dim % PANEL == 0 and spec.head_dim <= WIDEST
+    return spec.head_dim % WIDTHS == 0 and spec.head_dim <= WIDEST
 
 
 class NativeBuilder(GraphBuilder):

@@ -11,6 +11,7 @@ import numpy as np
 
 from gog_edge.engines.base import Array
 from gog_edge.engines.built import ENGINES, ORT
+from gog_edge.engines.native import WIDEST, WIDTHS
 from gog_edge.errors import BackendError, CheckpointError
 from gog_edge.exporting.chat_format import extract_chat_format
 from gog_edge.exporting.checkpoint import Checkpoint
@@ -170,8 +171,8 @@ def check_second(second: str | None) -> None:
 def _second_form(wanted: str | None, spec: TextSpec) -> str:
     if wanted == NATIVE and not fits_native(spec):
         raise CheckpointError(
-            f"the decoder's heads are {spec.head_dim} wide, the native operators take 64, 128, 192 or 256; export with "
-            f"--second {PREFILL}"
+            f"the decoder's heads are {spec.head_dim} wide, the native operators take multiples of {WIDTHS} up to "
+            f"{WIDEST}; export with --second {PREFILL}"
         )
     return wanted or (NATIVE if fits_native(spec) else PREFILL)
 

@@ -67,7 +67,7 @@ class Heads:
 
 
 SHAPES = (Heads(16, 8, 128, True), Heads(28, 4, 128, False), Heads(16, 2, 128, False), Heads(4, 2, 64, True),
-          Heads(8, 1, 256, False))  # fmt: skip
+          Heads(8, 1, 256, False), Heads(6, 2, 32, False), Heads(2, 1, 96, True))  # fmt: skip
 TALK = (37, 1, 1, 300, 5, 17, 129, 2)  # tokens of steps: across tiles, blocks of rows and splits of the cache
 CAPACITY = 576
 EPSILON = 0.05  # large enough to be seen in what is attended
@@ -254,9 +254,9 @@ def test_steps_that_attention_cannot_take_are_refused(flavour):
         assert "the tokens do not fit the cache" in refused(session, shape, **wrong)
     assert "capacity must be a multiple of 64" in refused(session, shape, capacity=80)
     assert "bind each cache as input and as output" in refused(session, shape, shared=False)
-    for width in (32, 320):
+    for width in (48, 288):
         narrow = Heads(4, 2, width, False)
-        assert "a multiple of 64 wide, 256 at the most" in refused(attention(flavour, narrow), narrow)
+        assert "a multiple of 32 wide, 256 at the most" in refused(attention(flavour, narrow), narrow)
     half = attention(flavour, shape, table="half")
     assert "the rotary tables are not half as wide as a head" in refused(half, shape, half=16)
     normed = Heads(4, 2, 64, True)

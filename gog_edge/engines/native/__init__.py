@@ -19,7 +19,7 @@ DOMAIN = "gog_edge"
 TILE, PAIR = 16, 2  # tokens whose keys stand together, numbers that are multiplied together (attention.h)
 KEYS = 64  # a cache's capacity is a multiple of it (attention.h)
 PANEL = 64  # columns of weights that stand together (product.h)
-WIDEST = 256  # of a head (attention.h)
+WIDTHS, WIDEST = 32, 256  # of heads: multiples of the one up to the other (attention.h)
 FOLDER = Path(__file__).parent
 
 
@@ -33,5 +33,6 @@ def library() -> Path | None:
 def why_none() -> str:
     """Why there is no library, and what to do about it."""
     if platform.system() != "Linux" or not runnable(processor_flags()):
-        return f"they are for Linux on x86-64 with {' '.join(sorted(FLAVOURS[-1].needs))}"
+        return (f"they are for Linux on x86-64 with {' '.join(sorted(FLAVOURS[-1].needs))}; for this box, export with "
+                "--second prefill")
     return "they were not compiled at installation; get a C++ compiler (apt install g++) and install gog_edge again"

@@ -31,52 +31,59 @@ struct Values {
   Values from(int column) const { return {pairs + 2 * column, width}; }
 };
 
-template <int COUNT, class Right>
+template <int COUNT, int WIDE, class Right>
 void multiply_rows(int steps, const Pair* left, int left_row, Right right, float* sums, int sums_row) {
-  Floats kept[COUNT][COLUMNS];
+  Floats kept[COUNT][WIDE];
 #pragma GCC unroll 8
   for (int row = 0; row < COUNT; ++row)
 #pragma GCC unroll 8
-    for (int column = 0; column < COLUMNS; ++column)
+    for (int column = 0; column < WIDE; ++column)
       kept[row][column] = load<Floats>(sums + row * sums_row + column * LANES);
   for (int step = 0; step < steps; ++step) {
-    Ints factors[COLUMNS];
+    Ints factors[WIDE];
 #pragma GCC unroll 8
-    for (int column = 0; column < COLUMNS; ++column) factors[column] = right.at(step, column);
+    for (int column = 0; column < WIDE; ++column) factors[column] = right.at(step, column);
 #pragma GCC unroll 8
     for (int row = 0; row < COUNT; ++row)
 #pragma GCC unroll 8
-      for (int column = 0; column < COLUMNS; ++column)
+      for (int column = 0; column < WIDE; ++column)
         kept[row][column] = add_product(kept[row][column], left[row * left_row + step], factors[column]);
   }
 #pragma GCC unroll 8
   for (int row = 0; row < COUNT; ++row)
 #pragma GCC unroll 8
-    for (int column = 0; column < COLUMNS; ++column)
+    for (int column = 0; column < WIDE; ++column)
       store(sums + row * sums_row + column * LANES, kept[row][column]);
+}
+
+// WIDE vectors of columns of `multiply`.
+template <int WIDE, class Right>
+void multiply_columns(int rows, int columns, int steps, const Pair* left, int left_row, Right right, float* sums) {
+  for (int row = 0; row < rows; row += ROWS) {
+    const Pair* from = left + row * left_row;
+    float* to = sums + row * columns;
+    switch (std::min(rows - row, ROWS)) {
+#if defined(__AVX512F__)
+      case 6: multiply_rows<6, WIDE>(steps, from, left_row, right, to, columns); break;
+      case 5: multiply_rows<5, WIDE>(steps, from, left_row, right, to, columns); break;
+#endif
+      case 4: multiply_rows<4, WIDE>(steps, from, left_row, right, to, columns); break;
+      case 3: multiply_rows<3, WIDE>(steps, from, left_row, right, to, columns); break;
+      case 2: multiply_rows<2, WIDE>(steps, from, left_row, right, to, columns); break;
+      default: multiply_rows<1, WIDE>(steps, from, left_row, right, to, columns);
+    }
+  }
 }
 
 // sums [rows, columns] += left [rows, steps] of pairs * right [steps, columns] of pairs
 template <class Right>
 void multiply(int rows, int columns, int steps, const Pair* left, int left_row, Right right, float* sums) {
-  for (int column = 0; column < columns; column += COLUMNS * LANES) {
-    const Right part = right.from(column);
-    for (int row = 0; row < rows;) {
-      const Pair* from = left + row * left_row;
-      float* to = sums + row * columns + column;
-      switch (std::min(rows - row, ROWS)) {
-#if defined(__AVX512F__)
-        case 6: multiply_rows<6>(steps, from, left_row, part, to, columns); break;
-        case 5: multiply_rows<5>(steps, from, left_row, part, to, columns); break;
-#endif
-        case 4: multiply_rows<4>(steps, from, left_row, part, to, columns); break;
-        case 3: multiply_rows<3>(steps, from, left_row, part, to, columns); break;
-        case 2: multiply_rows<2>(steps, from, left_row, part, to, columns); break;
-        default: multiply_rows<1>(steps, from, left_row, part, to, columns);
-      }
-      row += std::min(rows - row, ROWS);
-    }
-  }
+  constexpr int WIDE = COLUMNS * LANES;
+  int column = 0;
+  for (; column + WIDE <= columns; column += WIDE)
+    multiply_columns<COLUMNS>(rows, columns, steps, left, left_row, right.from(column), sums + column);
+  if (column < columns)  // half as many, as widths are multiples of 32
+    multiply_columns<COLUMNS / 2>(rows, columns, steps, left, left_row, right.from(column), sums + column);
 }
 
 // What a block of rows has gathered on its way over the cache: sums of values by e^(score - most), and of these.

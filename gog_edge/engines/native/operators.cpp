@@ -120,8 +120,8 @@ struct CachedAttention {
     if (call.failed) return;
     const int64_t tokens = given.last(1), width = cache.last(0), capacity = cache.last(1);
     const int64_t heads = attention.heads, kv_heads = attention.kv_heads;
-    if (width < 1 || width % gog::KEYS || width > gog::WIDEST)
-      return call.refuse("CachedAttention: heads must be a multiple of 64 wide, 256 at the most");
+    if (width < 1 || width % gog::WIDTHS || width > gog::WIDEST)
+      return call.refuse("CachedAttention: heads must be a multiple of 32 wide, 256 at the most");
     if (capacity % gog::KEYS) return call.refuse("CachedAttention: a cache's capacity must be a multiple of 64");
     if (!cache.is({1, kv_heads, capacity, width}) || !values.is({1, kv_heads, capacity, width}) ||
         !given.is({1, tokens, (heads + 2 * kv_heads) * width}))
