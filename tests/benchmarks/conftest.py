@@ -1,1 +1,1 @@
-from tiny_policy import checkpoints, policies, tiny_model  # noqa: F401
+from tiny_policy import checkpoints, policies, tiny_model, wide_checkpoints  # noqa: F401
