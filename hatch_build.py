@@ -11,7 +11,9 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,14 +25,15 @@ PLATFORM = "linux-x86_64"  # whose instructions the sources name
 SWITCH, OFF, REQUIRE = "GOG_EDGE_NATIVE", "off", "require"
 LINES = 5  # of what a compiler said that are shown
 NO_COMPILER = "there is no C++ compiler; get one (apt install g++) and install again"
-TOO_OLD = "get a newer compiler (apt install g++), or name one in the environment's CXX, and install again"
+OTHER = ("try a newer compiler (apt install g++; on Fedora and its like libstdc++-static, too), or name one in the "
+         "environment's CXX, and install again")
 
 
 class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]  # of any builder's settings
     """Puts the libraries beside their sources, and into a wheel, which then is for this platform alone."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile what is missing or older than its sources, for editable installations, too."""
+        """Compile what is missing or of other sources, for editable installations, too."""
         switch = os.environ.get(SWITCH, "")
         if switch not in ("", OFF, REQUIRE):
             self.app.abort(f"{SWITCH}='{switch}'; known are '{OFF}' and '{REQUIRE}'")
@@ -61,28 +64,34 @@ def load_flavours(folder: Path) -> ModuleType:
 
 def compile_all(folder: Path, flavours: ModuleType) -> tuple[list[str], list[str]]:
     """Names of the libraries that are there now, and what to say of the others."""
-    sources = [path for path in folder.iterdir() if path.suffix in (".cpp", ".h") or path.name == "flavours.py"]
-    newest = max(path.stat().st_mtime_ns for path in sources)
     files = [flavour.file for flavour in flavours.FLAVOURS]
-    stale = [flavour for flavour in flavours.FLAVOURS if not is_newer(folder / flavour.file, newest)]
+    digests = {flavour: flavours.digest(flavour, folder) for flavour in flavours.FLAVOURS}
+    stale = [flavour for flavour, digest in digests.items() if not is_of(folder / flavour.file, digest)]
     compiler = flavours.find_compiler()
-    if stale and compiler is None:
-        troubles = {flavour.file: NO_COMPILER for flavour in stale}
-    else:
+    if compiler:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             said = threads.map(lambda flavour: compile_one(flavours, compiler, flavour, folder), stale)
             troubles = {flavour.file: trouble for flavour, trouble in zip(stale, said, strict=True) if trouble}
-    for file in troubles:
-        (folder / file).unlink(missing_ok=True)  # of other sources than those that are there now
+    else:
+        troubles = {flavour.file: NO_COMPILER for flavour in stale}
+    for file in troubles:  # of other sources than those that are there now
+        with suppress(OSError):
+            (folder / file).unlink()
     return [file for file in files if file not in troubles], list(dict.fromkeys(troubles.values()))
 
 
-def is_newer(library: Path, newest: int) -> bool:
-    """Whether a library is there that was compiled after the newest source was written."""
-    return library.is_file() and library.stat().st_mtime_ns > newest
+def stamp_of(library: Path) -> Path:
+    """The file beside a library that says what it was made from."""
+    return library.with_name(f"{library.name}.sha256")
 
 
-def compile_one(flavours: ModuleType, compiler: str, flavour: Any, folder: Path) -> str:
+def is_of(library: Path, digest: str) -> bool:
+    """Whether a library is there that was made from just this."""
+    stamp = stamp_of(library)
+    return library.is_file() and stamp.is_file() and stamp.read_text() == digest
+
+
+def compile_one(flavours: ModuleType, compiler: Sequence[str], flavour: Any, folder: Path) -> str:
     """Compile one library, beside its place and then moved there; what went wrong, "" where nothing did."""
     library = folder / flavour.file
     part = library.with_name(f"{library.name}.{os.getpid()}.part")
@@ -91,10 +100,12 @@ def compile_one(flavours: ModuleType, compiler: str, flavour: Any, folder: Path)
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode == 0:
             part.replace(library)
+            stamp_of(library).write_text(flavours.digest(flavour, folder))
             return ""
         said = "\n".join(done.stderr.splitlines()[-LINES:]) or f"exit code {done.returncode}"
     except OSError as exc:
         said = str(exc)
     finally:
-        part.unlink(missing_ok=True)
-    return f"'{compiler}' does not compile {flavour.name}:\n{said}\n{TOO_OLD}"
+        with suppress(OSError):
+            part.unlink()
+    return f"'{' '.join(compiler)}' does not compile {flavour.name}:\n{said}\n{OTHER}"

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from benchmarks.machine import machine_card
 from benchmarks.race import make_checkpoint, make_policy
+from gog_edge.engines.native import why_none
 from gog_edge.errors import BackendError, GogEdgeError
 from gog_edge.files import write_json
 from gog_edge.picture import Picture
@@ -47,6 +48,8 @@ def start(policy: Path, side: int, form: str) -> dict[str, float]:
     """When each stage of this process was over, tokens computed, and the most MiB resident."""
     stages = [time.time()]
     model = PolicyModel.open(policy, second=form == OURS)
+    if form == OURS and not model.manifest.native_here:
+        raise BackendError(f"'{policy}' has no graphs for operators of our own, or they do not run here: {why_none()}")
     sampling = Sampling(**asdict(model.manifest.generation))
     opened = LocalPolicy(model, load_dialect(policy / DIALECT), sampling, drafts=drafts_here(model))
     stages.append(time.time())

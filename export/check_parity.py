@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from export.report import print_parity
+from gog_edge.engines.native import why_none
 from gog_edge.errors import CheckpointError, GogEdgeError
 from gog_edge.exporting.checkpoint import Checkpoint
 from gog_edge.exporting.parity import measure_parity, random_episodes
@@ -33,12 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = Checkpoint.open(args.checkpoint, args.adapter)
         if checkpoint.sha256 != model.manifest.source_sha256:
             raise CheckpointError(f"'{args.policy}' was not exported from '{args.checkpoint}' as it is now")
-        episodes = random_episodes(model, args.episodes, seed=args.seed)
+        episodes, manifest = random_episodes(model, args.episodes, seed=args.seed), model.manifest
         del model
         report = measure_parity(args.policy, checkpoint, episodes)
     except GogEdgeError as exc:
         sys.stderr.write(f"error: {exc}\n")
         return 1
+    if manifest.native and report.native is None:
+        sys.stderr.write(f"not compared: the graphs for our own operators, which do not run here: {why_none()}\n")
     return print_parity(report, f"{args.policy} against {args.checkpoint}")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gog_edge.engines.native.flavours import FLAVOURS, SOURCES, find_compiler, runnable
+from gog_edge.engines.native.flavours import FLAVOURS, SOURCES, digest, find_compiler, runnable
 from gog_edge.engines.processor import processor_flags
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ onnxruntime.SessionOptions().register_custom_ops_library(str(library()))
 """
 
 for_linux = pytest.mark.skipif(sysconfig.get_platform() != "linux-x86_64", reason="they are for Linux on x86-64")
-with_compiler = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
+with_compiler = pytest.mark.skipif(not find_compiler(), reason="there is no C++ compiler")
 
 
 def lay_tree(root):
@@ -52,7 +52,7 @@ def build(root, target="wheel", **environment):
 
 
 def libraries(root):
-    return {path.name for path in (root / NATIVE).iterdir() if path.suffix not in (".py", ".cpp", ".h", "")}
+    return {path.name for path in (root / NATIVE).iterdir() if path.suffix not in (".py", ".cpp", ".h", ".sha256", "")}
 
 
 def libraries_in(wheel):
@@ -60,9 +60,10 @@ def libraries_in(wheel):
 
 
 def fill(root):
-    """Put something in the place of all libraries, newer than their sources."""
-    for name in FILES:
-        (root / NATIVE / name).write_bytes(b"kept")
+    """Put something in the place of all libraries, as if it were made from their sources."""
+    for flavour in FLAVOURS:
+        (root / NATIVE / flavour.file).write_bytes(b"kept")
+        (root / NATIVE / f"{flavour.file}.sha256").write_text(digest(flavour, root / NATIVE))
     return root
 
 
@@ -78,7 +79,7 @@ def compiler(tmp_path):
     def make(pattern):
         path = tmp_path / "old-c++"
         path.write_text(f'#!/bin/sh\ncase "$*" in {pattern}) echo "unrecognized option" >&2; exit 1 ;; esac\n'
-                        f'exec {find_compiler()} "$@" -O0\n')  # fmt: skip
+                        f'exec {" ".join(find_compiler())} "$@" -O0\n')  # fmt: skip
         path.chmod(0o755)
         return str(path)
 
@@ -129,7 +130,7 @@ def test_the_best_library_of_an_installed_wheel_is_found_and_loads(compiled, tmp
 def test_an_older_compiler_leaves_out_what_it_does_not_know(tree, compiler):
     done, wheel = build(tree, CXX=compiler("*-mavxvnni*"))
     known = FILES - {"operators-avx2-vnni.so"}
-    assert done.returncode == 0 and "unrecognized option" in done.stderr and "get a newer compiler" in done.stderr
+    assert done.returncode == 0 and "unrecognized option" in done.stderr and "try a newer compiler" in done.stderr
     assert "avx2-vnni" in done.stderr and "avx512" not in done.stderr
     assert libraries(tree) == known == libraries_in(wheel) and wheel.name == TAGGED
 
@@ -138,7 +139,7 @@ def test_an_older_compiler_leaves_out_what_it_does_not_know(tree, compiler):
 
 
 @for_linux
-def test_what_is_newer_than_its_sources_is_not_compiled_again(tree, compiler):
+def test_what_was_made_from_these_sources_is_not_compiled_again(tree, compiler):
     done, wheel = build(fill(tree), CXX=compiler("*"), GOG_EDGE_NATIVE="require")
     assert done.returncode == 0, done.stderr
     assert libraries_in(wheel) == FILES and (tree / NATIVE / FLAVOURS[0].file).read_bytes() == b"kept"
@@ -146,12 +147,31 @@ def test_what_is_newer_than_its_sources_is_not_compiled_again(tree, compiler):
 
 @for_linux
 @pytest.mark.parametrize("name", ["simd.h", "product.cpp", "flavours.py"])
-def test_libraries_of_older_sources_do_not_stay(tree, compiler, name):
-    """Not even where they cannot be compiled again."""
-    newer = (fill(tree) / NATIVE / FLAVOURS[0].file).stat().st_mtime_ns + 10**9
-    os.utime(tree / NATIVE / name, ns=(newer, newer))
+def test_libraries_of_other_sources_do_not_stay(tree, compiler, name):
+    """Not even where they cannot be compiled again, nor where the sources are older files."""
+    path = fill(tree) / NATIVE / name
+    path.write_text(path.read_text().replace('"-O3"', '"-O2"') if name.endswith(".py") else path.read_text() + "\n")
+    os.utime(path, (0, 0))
     done, wheel = build(tree, CXX=compiler("*"))
     assert done.returncode == 0 and libraries(tree) == set() and wheel.name == PURE
+
+
+@for_linux
+@pytest.mark.parametrize("said", ["no-such-compiler", "no-such-cache c++"])
+def test_a_compiler_that_was_named_is_not_replaced(tree, said):
+    done, wheel = build(tree, CXX=said)
+    assert done.returncode == 0 and wheel.name == PURE and said.split()[0] in done.stderr
+
+
+@for_linux
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_told_and_no_error(tree):
+    (tree / NATIVE).chmod(0o555)
+    try:
+        done, wheel = build(tree)
+    finally:
+        (tree / NATIVE).chmod(0o755)
+    assert done.returncode == 0 and wheel.name == PURE and "does not compile" in done.stderr
 
 
 @for_linux

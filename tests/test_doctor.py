@@ -1,7 +1,8 @@
 import importlib.util
+import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.doctor.box import look_at_box
 from gog_edge.doctor.examine import examine
 from gog_edge.doctor.finding import State
+from gog_edge.doctor.hardware import BROKEN_KERNELS
 from gog_edge.doctor.jetson import PowerMode, package_version, parse_release, read_jetson
 from gog_edge.doctor.nvidia import Gpus, list_gpus
 from gog_edge.doctor.probe import KERNELS, probe
@@ -44,6 +46,7 @@ from gog_edge.engines.built import (
 from gog_edge.engines.native import library, why_none
 from gog_edge.errors import BackendError, InputError
 from gog_edge.files import describe_files, read_json, write_json
+from gog_edge.policy.manifest import NATIVE_DECODER_GRAPH
 
 SOURCES = {"decoder": "policy/decoder.onnx", "vision": "policy/vision.onnx", "image": "encoder/image.onnx",
            "text": "encoder/text.onnx"}  # fmt: skip
@@ -297,14 +300,32 @@ def test_this_machines_rtx_provider_is_looked_at_in_a_process_of_its_own():
 @pytest.mark.parametrize(("kernels", "state", "said", "remedy"), [
     ({"version": "avx512-bf16"}, State.OK, "avx512-bf16", ""),
     ({"trouble": "no compiler was there; get one"}, State.MISSING, "no compiler was there", "get one"),
-    ({"trouble": "they are for Linux"}, State.MISSING, "they are for Linux", ""),
-    ({"version": "avx2", "trouble": "file too short"}, State.WRONG, "file too short", "install gog_edge again"),
+    ({"trouble": "ended by signal 11"}, State.MISSING, "ended by signal 11", BROKEN_KERNELS),
+    ({"version": "avx2", "trouble": "file too short"}, State.WRONG, "file too short", BROKEN_KERNELS),
+    ({"version": "avx2", "better": "avx512"}, State.WRONG,
+     "avx2; this processor runs avx512, which could not be compiled",
+     "get a newer compiler and install gog_edge again"),
 ])  # fmt: skip
 def test_own_kernels_are_told_and_a_box_serves_without_them(tmp_path, kernels, state, said, remedy):
     box = replace(box_of(pc(tmp_path), NO_DRIVER, {**CPU, KERNELS: kernels}), machine="x86_64")
     report = examine(DEFAULT_BUNDLE, box=box)
     one = found(report, "own kernels", "software")
     assert (one.state, one.said, one.remedy) == (state, said, remedy) and report.serves
+
+
+def test_kernels_that_do_not_load_keep_a_policy_for_them_from_opening(tmp_path):
+    bundle = shutil.copytree(DEFAULT_BUNDLE, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
+    path = bundle / "policy" / "manifest.json"
+    value = json.loads(path.read_text())
+    (bundle / "policy" / NATIVE_DECODER_GRAPH).write_bytes(b"a graph")
+    value["files"] += [asdict(entry) for entry in describe_files(bundle / "policy", [NATIVE_DECODER_GRAPH])]
+    path.write_text(json.dumps(value))
+    for kernels, serves in (({"version": "avx2", "trouble": "file too short"}, False), ({"version": "avx2"}, True),
+                            ({"trouble": "none was compiled; get a compiler"}, True)):  # fmt: skip
+        box = replace(box_of(pc(tmp_path / str(kernels)), NO_DRIVER, {**CPU, KERNELS: kernels}), machine="x86_64")
+        report = examine(bundle, "ort", box=box)
+        assert report.serves is serves
+    assert examine(DEFAULT_BUNDLE, "ort", box=box).serves
 
 
 def test_own_kernels_are_nothing_to_other_processors_nor_without_onnx_runtime(tmp_path):
@@ -322,7 +343,7 @@ def test_this_machines_own_kernels_are_loaded_in_a_process_of_its_own():
     if path is None:
         assert looked == {"trouble": why_none()}
     else:
-        assert path.name == f"operators-{looked['version']}.so" and not looked["trouble"]
+        assert path.name == f"operators-{looked['version']}.so" and not looked["trouble"] and not looked["better"]
 
 
 def test_a_jetson_serves_with_jetpacks_tensorrt(tmp_path):

@@ -11,7 +11,7 @@ from gog_edge.engines.base import Floats
 from gog_edge.engines.ort import OrtDecoder
 from gog_edge.policy.decode import Unconstrained
 from gog_edge.policy.draft_price import drafts_here
-from gog_edge.policy.manifest import DECODER_GRAPH
+from gog_edge.policy.manifest import DECODER_GRAPH, NATIVE_DECODER_GRAPH
 from gog_edge.policy.model import PolicyModel
 
 TYPE_BYTES = {"tensor(float)": 4, "tensor(float16)": 2, "tensor(uint16)": 2, "tensor(int8)": 1, "tensor(uint8)": 1}
@@ -91,7 +91,8 @@ class Ours:
 
 def bytes_a_token(folder: Path, model: PolicyModel, context: int) -> int:
     """What decoding one token must read: the decoder's weights and the keys and values of `context` tokens."""
-    weights = sum(path.stat().st_size for path in folder.glob(f"{DECODER_GRAPH}*"))
+    graph = NATIVE_DECODER_GRAPH if model.manifest.native_here else DECODER_GRAPH
+    weights = sum(path.stat().st_size for path in folder.glob(f"{graph}*"))
     text, engine = model.manifest.text, model.decoder.engine
     size = 4
     if isinstance(engine, OrtDecoder):

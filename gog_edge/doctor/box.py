@@ -32,6 +32,7 @@ class Library:
     version: str = ""  # "": not to be had; of our kernels: the processors they were compiled for
     trouble: str = ""  # what is wrong with it; of ONNX Runtime: with its providers for GPUs
     providers: tuple[str, ...] = ()  # of ONNX Runtime
+    better: str = ""  # of our kernels: those that this processor runs, where they are not these
     gpu: bool = False  # faiss: built for GPUs
     gpus: int = 0  # faiss, ONNX Runtime's RTX provider: that it sees
     sms: tuple[int, ...] = ()  # TensorRT for RTX: compute capabilities that it builds for

@@ -31,6 +31,7 @@ JETPACK = "sudo apt install nvidia-jetpack"
 FLASH = ("flash JetPack 7.2 with NVIDIA's SDK Manager, or serve on the processor: bash jetson/install.sh --cpu "
          "--python FILE; see jetson/README.md")  # fmt: skip
 NOT_RTX = "ask for --engine ort-cuda"
+BROKEN_KERNELS = "remove gog_edge/engines/native/*.so where gog_edge is installed, and install it again"
 NOT_RTX_JETSON = "ask for --engine tensorrt on a Jetson"
 OTHER_SEARCH = f"ask for --search {TENSORRT} with TensorRT's engines, or for --search {CPU_SEARCH}"
 
@@ -143,9 +144,12 @@ def _kernels(box: Box) -> Iterator[Finding]:
         return
     if not library.version:
         said, _, remedy = library.trouble.partition("; ")
-        yield Finding("software", what, MISSING, said, remedy)
+        yield Finding("software", what, MISSING, said, remedy or BROKEN_KERNELS)
     elif library.trouble:
-        yield Finding("software", what, WRONG, library.trouble, "install gog_edge again")
+        yield Finding("software", what, WRONG, library.trouble, BROKEN_KERNELS)
+    elif library.better:
+        yield Finding("software", what, WRONG, f"{library.version}; this processor runs {library.better}, which could "
+                      "not be compiled", "get a newer compiler and install gog_edge again")  # fmt: skip
     else:
         yield Finding("software", what, OK, library.version)
 

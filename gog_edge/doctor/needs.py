@@ -9,7 +9,8 @@ from pathlib import Path
 from gog_edge.bundle import Bundle, open_bundle
 from gog_edge.doctor.box import ONNXRUNTIME, Box
 from gog_edge.doctor.finding import Finding, State
-from gog_edge.doctor.hardware import NOT_RTX, NOT_RTX_JETSON, rtx_trouble
+from gog_edge.doctor.hardware import BROKEN_KERNELS, NOT_RTX, NOT_RTX_JETSON, rtx_trouble
+from gog_edge.doctor.probe import KERNELS
 from gog_edge.engines.built import (
     BUILT_ENGINES,
     ENGINES,
@@ -58,6 +59,7 @@ def judge_bundle(folder: Path, box: Box, choice: EngineChoice, search: str = CPU
         yield from _told(look.__name__.strip("_"), look(bundle))
     searches = {engine: search if _has(engine, search) else CPU_SEARCH for engine in ENGINES}
     yield from _told("ONNX Runtime", _opset(bundle, box))
+    yield from _told("own kernels", _kernels(bundle, box), (ORT,))
     yield from _told("memory", _memory(bundle, None, box, searches[ORT]))
     yield from _without(tuple(engine for engine in ENGINES if searches[engine] != search), search, box)
     for engine in BUILT_ENGINES:
@@ -110,6 +112,13 @@ def _opset(bundle: Bundle, box: Box) -> Iterator[Finding]:
         remedy = newer(box.python) if box.jetson is None else NOT_RTX_JETSON
         users = tuple(engine for engine in ENGINES if engine not in TENSORRT_ENGINES)
         yield Finding("bundle", "policy on ONNX Runtime", WRONG, trouble, remedy, users)
+
+
+def _kernels(bundle: Bundle, box: Box) -> Iterator[Finding]:
+    """A policy whose graphs want our kernels does not open with kernels that do not load; without any it does."""
+    library = box.libraries[KERNELS]
+    if library.version and library.trouble and isinstance(bundle.policy, Path) and _manifest(bundle.policy).native:
+        yield Finding("bundle", "policy on own kernels", WRONG, library.trouble, BROKEN_KERNELS, (ORT,))
 
 
 def _encoder(bundle: Bundle) -> Iterator[Finding]:

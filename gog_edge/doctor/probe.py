@@ -96,7 +96,8 @@ def _look_at_rtx_plugin() -> dict[str, Any]:
 def _look_at_kernels() -> dict[str, Any]:
     """Which library of ours ONNX Runtime takes, or why there is none."""
     from gog_edge.engines.native import library, why_none
-    from gog_edge.engines.native.flavours import FLAVOURS
+    from gog_edge.engines.native.flavours import runnable
+    from gog_edge.engines.processor import processor_flags
 
     path = library()
     if path is None:
@@ -110,7 +111,9 @@ def _look_at_kernels() -> dict[str, Any]:
         ort.SessionOptions().register_custom_ops_library(str(path))
     except RUN_ERRORS as exc:
         trouble = str(exc)
-    return {"version": next(one.name for one in FLAVOURS if one.file == path.name), "trouble": trouble}
+    best, *others = runnable(processor_flags())
+    taken = next(one for one in (best, *others) if one.file == path.name)
+    return {"version": taken.name, "trouble": trouble, "better": best.name if taken != best else ""}
 
 
 LOOKS: Mapping[str, Callable[[], dict[str, Any]]] = {

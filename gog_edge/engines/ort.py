@@ -113,7 +113,7 @@ def _register(options: ort.SessionOptions, operators: Path) -> None:
         options.register_custom_ops_library(str(operators))
     except RUN_ERRORS as exc:
         raise BackendError(
-            f"ONNX Runtime {ort.__version__} cannot load '{operators}': {exc}; install gog_edge again"
+            f"ONNX Runtime {ort.__version__} cannot load '{operators}': {exc}; remove it and install gog_edge again"
         ) from exc
 
 

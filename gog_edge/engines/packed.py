@@ -55,7 +55,7 @@ def packed_graph(graph: Path, cache: Path, size: int) -> Path:
         cache.mkdir(exist_ok=True)
         for path in sorted(part.iterdir(), reverse=True):  # the weights before the graph that names them
             path.replace(cache / path.name)
-        _forget_others(cache)
+        forget_others(cache)
     except (OSError, *LOAD_ERRORS) as exc:
         _log.warning("the weights of '%s' cannot be kept for this processor (%s): every start takes longer", graph, exc)
         return graph
@@ -83,7 +83,7 @@ def _pack(graph: Path, packed: Path, size: int) -> None:
         raise OSError("ONNX Runtime wrote them where they cannot be mapped")
 
 
-def _forget_others(cache: Path) -> None:
+def forget_others(cache: Path) -> None:
     """What was kept for another version or processor is of no use here."""
     for other in cache.parent.iterdir():
         if other.is_dir() and other != cache and not other.name.endswith(".part"):

@@ -11,7 +11,7 @@ import numpy as np
 
 from gog_edge.engines.base import Array
 from gog_edge.engines.built import ENGINES, ORT
-from gog_edge.engines.native import WIDEST, WIDTHS
+from gog_edge.engines.native import WIDEST, WIDTHS, library, why_none
 from gog_edge.errors import BackendError, CheckpointError
 from gog_edge.exporting.chat_format import extract_chat_format
 from gog_edge.exporting.checkpoint import Checkpoint
@@ -78,8 +78,8 @@ def export_policy(
 
     `adapter`: a PEFT folder of LoRA weights to merge. `engine`: what the policy will run on; the graphs are ONNX
     Runtime's whatever it is, engines for others are built from them (`export.build_engines`). `block`: weights that
-    share a scale in int4; `second`: one of `SECOND_FORMS`, which the decoder gets in int4 besides; None: NATIVE where
-    there are kernels for its heads, else PREFILL.
+    share a scale in int4; `second`: one of `SECOND_FORMS`, which int4 gets besides for ONNX Runtime on the processor;
+    None: NATIVE where there are kernels for the decoder's heads, and to prove it on this processor, else PREFILL.
     `context`: tokens of one conversation, at most what the checkpoint was made for. `dialect`: a file, or the name of
     one of the package's; by default the checkpoint's own dialect.toml, else 'gog'. `episodes`: conversations for the
     parity check; random ones by default.
@@ -88,11 +88,11 @@ def export_policy(
     when all went well.
     """
     check_available(engine, precision)
-    check_second(second)
+    check_second(second, precision, engine)
     if context < 1:
         raise CheckpointError(f"a conversation of {context} tokens holds nothing; give --context at least 1")
     checkpoint = Checkpoint.open(source, adapter)
-    form = _second_form(second, checkpoint.text) if precision == "int4" and engine == ORT else NO_SECOND
+    form = _second_form(second, checkpoint.text, parity) if _has_second(precision, engine) else NO_SECOND
     forms = weight_forms(precision, block, prefill=form == PREFILL)
     with replacing(out, "policy") as part:
         _check_room(checkpoint, part, precision)
@@ -162,19 +162,34 @@ def check_available(engine: str, precision: str) -> None:
             raise BackendError(f"policies cannot be exported for {what} '{given}'; available: {', '.join(known)}")
 
 
-def check_second(second: str | None) -> None:
-    """BackendError, naming what there is, for a second form of the decoder that there is not."""
+def check_second(second: str | None, precision: str, engine: str) -> None:
+    """BackendError, naming what there is, for a second form of the weights that there is not."""
     if second is not None and second not in SECOND_FORMS:
         raise BackendError(f"there is no second form '{second}'; available: {', '.join(SECOND_FORMS)}")
+    if second not in (None, NO_SECOND) and not _has_second(precision, engine):
+        raise BackendError(
+            f"a second form of the weights is for int4 and engine '{ORT}', not for {precision} and '{engine}'; leave "
+            f"out --second {second}"
+        )
 
 
-def _second_form(wanted: str | None, spec: TextSpec) -> str:
+def _has_second(precision: str, engine: str) -> bool:
+    return precision == "int4" and engine == ORT
+
+
+def _second_form(wanted: str | None, spec: TextSpec, parity: bool) -> str:
+    proved = library() is not None or not parity
+    if wanted == NATIVE and not proved:
+        raise CheckpointError(
+            f"graphs for our own operators cannot be compared with transformers here: {why_none()}; or export with "
+            "--no-parity and run export.check_parity where they run"
+        )
     if wanted == NATIVE and not fits_native(spec):
         raise CheckpointError(
             f"the decoder's heads are {spec.head_dim} wide, the native operators take multiples of {WIDTHS} up to "
             f"{WIDEST}; export with --second {PREFILL}"
         )
-    return wanted or (NATIVE if fits_native(spec) else PREFILL)
+    return wanted or (NATIVE if fits_native(spec) and proved else PREFILL)
 
 
 def _write_texts(checkpoint: Checkpoint, folder: Path, dialect: str | Path | None) -> tuple[ChatFormat, Dialect]:

@@ -19,14 +19,14 @@ _ARRAYS = tuple(field.name for field in fields(Snapshot))
 _log = logging.getLogger(__name__)
 
 
-def prefill_kept(session: Session, cache: Path) -> None:
+def prefill_kept(session: Session, cache: Path, form: str) -> None:
     """Compute what waits in a new session, or take what an earlier start computed of the same tokens.
 
     `cache` belongs to this model on this processor; where it is not there (the model is small, or its folder cannot
     be written), everything is computed.
     """
     tokens = np.asarray(session.tokens, np.int64)
-    folder = cache / f"prompt-{hashlib.sha256(tokens.tobytes()).hexdigest()[:16]}"
+    folder = cache / f"prompt-{hashlib.sha256(form.encode() + tokens.tobytes()).hexdigest()[:16]}"
     if folder.is_dir():
         try:
             session.adopt(Snapshot(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}))

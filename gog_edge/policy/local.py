@@ -149,7 +149,7 @@ class LocalPolicy:
         self._prefix.append_text(dialect.system_prompt)
         self._prefix.append_markup(chat.system_close)
         self._prefix.append_markup(chat.user_open)
-        prefill_kept(self._prefix, model.cache)
+        prefill_kept(self._prefix, model.cache, model.form)
 
     @classmethod
     def open(cls, folder: Path, threads: int | None = None, *, context: int | None = None,

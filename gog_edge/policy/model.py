@@ -15,7 +15,7 @@ from gog_edge.engines.base import DecoderEngine, GraphEngine
 from gog_edge.engines.built import ORT, VISION
 from gog_edge.engines.choice import EngineSet
 from gog_edge.engines.ort import OrtDecoder, OrtGraph, open_session, physical_cores
-from gog_edge.engines.packed import CACHE, WORTH_BYTES, cache_key, packed_graph
+from gog_edge.engines.packed import CACHE, WORTH_BYTES, cache_key, forget_others, packed_graph
 from gog_edge.errors import BackendError
 from gog_edge.policy.embeddings import EmbeddingTable
 from gog_edge.policy.manifest import (
@@ -43,6 +43,7 @@ class PolicyModel:
     vision: VisionEncoder
     decoder: Decoder
     cache: Path  # folder for what was worked out for this model on this machine; need not be there
+    form: str  # of its weights that runs: what is kept in `cache` of keys and values is of one form
     runs_on: str  # what, beside all that `cache` is for, the time of a step depends on
 
     @classmethod
@@ -69,7 +70,9 @@ class PolicyModel:
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
             decoder = Decoder(engine, manifest, EmbeddingTable.open(folder, manifest), tokenizer, context=capacity)
             vision = VisionEncoder(tower.result(), manifest.vision)
-            return cls(manifest, vision, decoder, parts.cache(), _runs_on(folder, manifest, threads, engines))
+            form = "engines" if engines else _form(manifest, second)
+            runs_on = _gpu() if engines else f"{_decoder_threads(folder, threads)} threads, {form}"
+            return cls(manifest, vision, decoder, parts.cache(), form, runs_on)
 
     @property
     def small(self) -> bool:
@@ -121,6 +124,7 @@ class OwnGraphs:
         if graph_bytes(graph) >= WORTH_BYTES:  # its weights are mapped as they are, but a prompt is worth keeping
             try:
                 self.cache().mkdir(parents=True, exist_ok=True)
+                forget_others(self.cache())
             except OSError as exc:
                 _log.warning("the prompt cannot be kept in '%s' (%s): every start computes it", self.cache(), exc)
         return OrtDecoder(graph, capacity=context, threads=threads, operators=native.library())
@@ -142,11 +146,13 @@ def graph_bytes(graph: Path) -> int:
     return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
 
 
-def _runs_on(folder: Path, manifest: PolicyManifest, threads: int | None, engines: EngineSet | None) -> str:
-    """The number of threads and whose operators, or the GPU."""
-    if engines is None:
-        operators = library.stem if manifest.native and (library := native.library()) else "ort"
-        return f"{_decoder_threads(folder, threads)} threads, {operators}"
+def _form(manifest: PolicyManifest, second: bool) -> str:
+    """Whose operators run a policy's own graphs."""
+    library = native.library() if second and manifest.native else None
+    return library.stem if library else "ort"
+
+
+def _gpu() -> str:
     from gog_edge.engines.cuda import device_properties  # a box that serves on the CPU loads no part of another runtime
 
     try:

@@ -210,7 +210,7 @@ def test_a_graph_without_its_operators_cannot_be_loaded(native_policies, tmp_pat
     with pytest.raises(BackendError, match=f"cannot load .*{DOMAIN}"):
         open_native(native_policies[True], operators=None)
     (tmp_path / "operators.so").write_bytes(b"no library")
-    with pytest.raises(BackendError, match=r"cannot load '.*operators\.so'.*; install gog_edge again"):
+    with pytest.raises(BackendError, match=r"cannot load '.*operators\.so'.*; remove it and install gog_edge again"):
         open_native(native_policies[True], operators=tmp_path / "operators.so")
 
 
@@ -247,6 +247,7 @@ def nowhere(monkeypatch, tmp_path):
 def test_a_policy_runs_on_our_operators_unless_told_otherwise(folder, pixels, caplog):
     model, plain = PolicyModel.open(folder, threads=1), PolicyModel.open(folder, threads=1, second=False)
     assert model.manifest.native_here and model.runs_on == f"1 threads, {library().stem}"
+    assert plain.runs_on == "1 threads, ort" and model.form != plain.form
     kinds = [isinstance(each.decoder.engine.new_cache().states[0], TiledTensor) for each in (model, plain)]
     assert kinds == [True, False] and not caplog.records
     said, theirs = say(model, pixels)[0], say(plain, pixels)[0]

@@ -275,7 +275,8 @@ def test_heads_that_do_not_divide_are_refused_at_once(flavour):
 # --- products --------------------------------------------------------------------------------------
 
 ROWS, COLUMNS = 512, 3 * PANEL
-COUNTS = (1, 2, 3, 4, 5, 6, 7, 13, 19, 40)  # rows that are multiplied: all kernels, with halves of bytes or unpacked
+# Rows that are multiplied: all kernels, with halves of bytes or unpacked, in one block of rows or several.
+COUNTS = (1, 2, 3, 4, 5, 6, 7, 13, 19, 40, 97, 200)
 EXTREMES = (-127, 0, 127)
 
 
@@ -425,6 +426,22 @@ def test_what_is_multiplied_has_any_shape_of_up_to_four_dimensions(flavour):
         assert np.abs(said - left @ weight.T).max(initial=0) < 0.05 * np.abs(left @ weight.T).max(initial=1)
     with pytest.raises(REFUSED, match="an input has many dimensions"):
         multiply(product(flavour, left=(1, 1, 1, 3)), np.zeros((1, 1, 1, 3, ROWS), np.float32), taken)
+
+
+@needs_library
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_stays_none(flavour, bits, wrong):
+    """In its own row alone: a policy that went wrong must not speak on as if nothing were."""
+    taken, _ = weights_of(bits, 32)
+    session, left = product(flavour, bits=bits), np.random.default_rng(3).normal(size=(9, ROWS)).astype(np.float32)
+    clean = multiply(session, left, taken)
+    for place in (0, 5, 17, ROWS - 1):
+        spoiled = left.copy()
+        spoiled[4, place] = wrong
+        said = multiply(session, spoiled, taken)
+        assert not np.isfinite(said[4]).any()
+        assert np.array_equal(np.delete(said, 4, axis=0), np.delete(clean, 4, axis=0))
 
 
 @needs_library

@@ -80,7 +80,8 @@ def test_features_left_out_of_the_first_layers_fail_the_gate(qwen3_checkpoints, 
 def test_rounded_weights_say_what_transformers_says_with_them(checkpoints, qwen3_checkpoints, tmp_path, precision,
                                                               bytes_a_weight, qwen3):
     source = (qwen3_checkpoints if qwen3 else checkpoints)[True]
-    manifest = export_policy(source, tmp_path / "out", precision=precision, block=32, context=512)
+    second = "prefill" if precision == "int4" else None
+    manifest = export_policy(source, tmp_path / "out", precision=precision, block=32, context=512, second=second)
     graphs, rounding = manifest.parity["graphs"], manifest.parity["rounding"]
     assert manifest.parity["passed"] and manifest.precision == precision
     assert graphs["logits_min_cosine"] > rounding["logits_min_cosine"]
@@ -94,7 +95,8 @@ def test_rounded_weights_say_what_transformers_says_with_them(checkpoints, qwen3
 
 
 def test_the_graph_for_many_tokens_leaves_the_same_cache(qwen3_checkpoints, tmp_path):
-    export_policy(qwen3_checkpoints[True], tmp_path / "out", precision="int4", block=32, context=512, parity=False)
+    export_policy(qwen3_checkpoints[True], tmp_path / "out", precision="int4", block=32, context=512, second="prefill",
+                  parity=False)  # fmt: skip
     with_graph, without = (PolicyModel.open(tmp_path / "out", threads=1, second=use) for use in (True, False))
     pixels = np.random.default_rng(5).integers(0, 256, (160, 192, 3), np.uint8)
     states, logits = [], []
@@ -272,18 +274,20 @@ def test_the_decoder_has_the_second_form_that_was_asked_for(wide_checkpoints, tm
     assert PolicyModel.open(tmp_path / "out", threads=1).decoder.engine.capacity == 1024
 
 
-def test_heads_that_no_native_operator_takes_have_another_second_form(checkpoints, qwen3_checkpoints, tmp_path):
-    for source, width in ((checkpoints[True], 16), (qwen3_checkpoints[True], 32)):
-        with pytest.raises(CheckpointError, match=f"heads are {width} wide, .* take 64.*--second prefill"):
-            export_policy(source, tmp_path / "out", precision="int4", second="native", parity=False)
+def test_heads_that_no_native_operator_takes_have_another_second_form(checkpoints, tmp_path):
+    with pytest.raises(CheckpointError, match="heads are 16 wide, .* multiples of 32 up to 256; .*--second prefill"):
+        export_policy(checkpoints[True], tmp_path / "out", precision="int4", second="native", parity=False)
     assert not (tmp_path / "out").exists()
     export_policy(checkpoints[True], tmp_path / "out", precision="int4", block=32, second="none", parity=False)
     assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == OWN_GRAPHS
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_only_int4_has_a_second_form(wide_checkpoints, tmp_path, precision):
-    export_policy(wide_checkpoints[True], tmp_path / "out", precision=precision, second="native", parity=False)
+@pytest.mark.parametrize("other", [{"precision": "fp32"}, {"precision": "fp16"},
+                                   {"precision": "int4", "engine": "ort-cuda"}], ids=str)  # fmt: skip
+def test_only_int4_on_the_processor_has_a_second_form(wide_checkpoints, tmp_path, other):
+    with pytest.raises(BackendError, match="is for int4 and engine 'ort', not for .*; leave out --second native"):
+        export_policy(wide_checkpoints[True], tmp_path / "out", second="native", parity=False, **other)
+    export_policy(wide_checkpoints[True], tmp_path / "out", parity=False, **other)
     assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == OWN_GRAPHS
 
 
@@ -315,15 +319,21 @@ def test_native_graphs_with_other_scales_fail_the_gate(native_policies, wide_che
         check_passed(report)
 
 
-def test_where_no_native_graphs_run_the_plain_ones_are_measured(wide_checkpoints, tmp_path, monkeypatch, caplog):
+def test_what_cannot_be_proved_here_is_not_written_unasked(wide_checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     native.library.cache_clear()
+    given = {"precision": "int4", "block": 32, "context": 512}
     try:
-        manifest = export_policy(wide_checkpoints[True], tmp_path / "out", precision="int4", block=32, context=512)
+        manifest = export_policy(wide_checkpoints[True], tmp_path / "prefill", **given)
+        assert not manifest.native and manifest.parity["passed"] and manifest.weights.prefill
+        with pytest.raises(CheckpointError, match=r"cannot be compared .*get a C\+\+ compiler.*--no-parity"):
+            export_policy(wide_checkpoints[True], tmp_path / "out", second="native", **given)
+        assert not (tmp_path / "out").exists()
+        assert export_policy(wide_checkpoints[True], tmp_path / "out", parity=False, **given).native
+        report = measure_parity(tmp_path / "out", Checkpoint.open(wide_checkpoints[True]), threads=1)
+        assert report.passed and report.native is None
     finally:
         native.library.cache_clear()
-    assert manifest.native and manifest.parity["passed"] and manifest.parity["native"] is None
-    assert "get a C++ compiler" in caplog.text
 
 
 def test_an_engine_or_precision_not_to_be_had_is_refused(checkpoints, tmp_path):

@@ -12,6 +12,7 @@ namespace {
 constexpr int BLOCK = 96;    // rows of the query that pass over the cache together
 constexpr int SPLIT = 256;   // tokens of the cache that one thread passes over, where there is one block
 constexpr float LOWEST = -1e30f;
+constexpr float HEADROOM = 8;  // by which a score may pass the base of its row: e^8 is no trouble to a float
 
 // Where the vectors of a step stand that are multiplied with a pair of the left side.
 struct Keys {
@@ -86,10 +87,13 @@ void multiply(int rows, int columns, int steps, const Pair* left, int left_row, 
     multiply_columns<COLUMNS / 2>(rows, columns, steps, left, left_row, right.from(column), sums + column);
 }
 
-// What a block of rows has gathered on its way over the cache: sums of values by e^(score - most), and of these.
+// What a block of rows has gathered on its way over the cache: sums of values by e^(score - base), and of these.
 struct Gathered {
   alignas(64) float sums[BLOCK * WIDEST];
-  float most[BLOCK], total[BLOCK];
+  alignas(64) float totals[BLOCK * LANES];
+  float base[BLOCK];
+
+  float total(int row) const { return sum_of(load<Floats>(totals + row * LANES)); }
 };
 
 // One conversation's step.
@@ -162,26 +166,26 @@ void Step::prepare(int head, int token) const {
   }
 }
 
-// Scores [KEYS] of a row, of which the first `visible` count, become weights; what was gathered is scaled to fit.
+// Scores [KEYS] of a row, of which the first `visible` count, become weights. Where scores rise far above the base it
+// becomes the greatest of them, and what was gathered is scaled to fit: seldom, as is finding the greatest.
 void Step::weigh(float* scores, int visible, int row, Gathered& gathered) const {
   for (int key = std::max(visible, 0); key < KEYS; ++key) scores[key] = LOWEST;
   Floats most = load<Floats>(scores);
   for (int key = LANES; key < KEYS; key += LANES) most = greater(most, load<Floats>(scores + key));
-  const float top = most_of(most);
-  if (top > gathered.most[row]) {
-    const float factor = std::exp(gathered.most[row] - top);
-    gathered.most[row] = top;
-    gathered.total[row] *= factor;
-    float* sums = gathered.sums + row * width();
+  float *sums = gathered.sums + row * width(), *totals = gathered.totals + row * LANES;
+  Floats total = load<Floats>(totals);
+  if (any_greater(most, gathered.base[row] + HEADROOM)) {
+    const float top = most_of(most), factor = std::exp(gathered.base[row] - top);
+    gathered.base[row] = top;
+    total *= factor;
     for (int i = 0; i < width(); i += LANES) store(sums + i, load<Floats>(sums + i) * factor);
   }
-  Floats total = {};
   for (int key = 0; key < KEYS; key += LANES) {
-    const Floats weight = exponential(load<Floats>(scores + key) - gathered.most[row]);
+    const Floats weight = exponential(load<Floats>(scores + key) - gathered.base[row]);
     store(scores + key, weight);
     total += weight;
   }
-  gathered.total[row] += sum_of(total);
+  store(totals, total);
 }
 
 // `count` rows from `first` on pass over the tokens from `begin` to `end` of the cache.
@@ -189,8 +193,8 @@ void Step::look(int head, int first, int count, int begin, int end, Gathered& ga
   alignas(64) static thread_local float scores[BLOCK * KEYS];
   alignas(64) static thread_local Pair weights[BLOCK * KEYS / 2];
   std::fill(gathered.sums, gathered.sums + count * width(), 0.0f);
-  std::fill(gathered.most, gathered.most + count, LOWEST);
-  std::fill(gathered.total, gathered.total + count, 0.0f);
+  std::fill(gathered.totals, gathered.totals + count * LANES, 0.0f);
+  std::fill(gathered.base, gathered.base + count, LOWEST);
   const Pair* query = queries + (static_cast<size_t>(head) * rows() + first) * (width() / 2);
   const int bytes = KEYS * width() * 2;
   for (int at = begin; at < end; at += KEYS) {
@@ -213,15 +217,15 @@ void Step::attend(int head, int block, int split) const {
   const int begin = split * SPLIT, end = splits == 1 ? visible : std::min(visible, begin + SPLIT);
   look(head, first, count, begin, end, gathered);
   for (int row = 0; row < count; ++row) {
-    const float* sums = gathered.sums + row * width();
+    const float *sums = gathered.sums + row * width(), total = gathered.total(row);
     if (splits == 1) {
       float* to = out_of(head, first + row);
-      for (int i = 0; i < width(); ++i) to[i] = sums[i] / gathered.total[row];
+      for (int i = 0; i < width(); ++i) to[i] = sums[i] / total;
     } else {
       float* to = part_of(head, split, row);
       std::copy(sums, sums + width(), to);
-      to[width()] = gathered.most[row];
-      to[width() + 1] = gathered.total[row];
+      to[width()] = gathered.base[row];
+      to[width() + 1] = total;
     }
   }
 }
@@ -229,13 +233,13 @@ void Step::attend(int head, int block, int split) const {
 // What the splits have gathered, brought to one scale.
 void Step::merge(int head) const {
   for (int row = 0; row < rows(); ++row) {
-    float most = LOWEST, total = 0;
-    for (int split = 0; split < splits; ++split) most = std::max(most, part_of(head, split, row)[width()]);
+    float base = LOWEST, total = 0;
+    for (int split = 0; split < splits; ++split) base = std::max(base, part_of(head, split, row)[width()]);
     float* to = out_of(head, row);
     std::fill(to, to + width(), 0.0f);
     for (int split = 0; split < splits; ++split) {
       const float* part = part_of(head, split, row);
-      const float factor = std::exp(part[width()] - most);
+      const float factor = std::exp(part[width()] - base);
       total += factor * part[width() + 1];
       for (int i = 0; i < width(); ++i) to[i] += factor * part[i];
     }

@@ -5,7 +5,9 @@ Read at installation, too, before anything else of the package can be imported: 
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shlex
 import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -16,8 +18,8 @@ COMPILERS = ("c++", "g++", "clang++")
 # No option that changes what a sum comes to but for fused products: results are the same on every processor of a kind.
 OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast",
            "-static-libstdc++", "-static-libgcc", "-s")  # fmt: skip
-_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512_vnni"})
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512_vnni"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,20 @@ def runnable(flags: Collection[str]) -> tuple[Flavour, ...]:
     return tuple(flavour for flavour in FLAVOURS if flavour.needs.issubset(flags))
 
 
-def find_compiler() -> str | None:
-    """The C++ compiler: what the environment's CXX says, else the first that is there."""
-    return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
+def find_compiler() -> list[str]:
+    """The C++ compiler, as a command: what the environment's CXX says, else the first that is there; else empty."""
+    if said := os.environ.get("CXX"):
+        return shlex.split(said)
+    return [found for found in map(shutil.which, COMPILERS) if found][:1]
 
 
-def compile_command(compiler: str, flavour: Flavour, folder: Path, out: Path) -> Sequence[str]:
+def compile_command(compiler: Sequence[str], flavour: Flavour, folder: Path, out: Path) -> Sequence[str]:
     """What compiles the sources in `folder` to a library."""
-    return [compiler, *OPTIONS, *flavour.options, "-o", str(out), *(str(folder / source) for source in SOURCES)]
+    return [*compiler, *OPTIONS, *flavour.options, "-o", str(out), *(str(folder / source) for source in SOURCES)]
+
+
+def digest(flavour: Flavour, folder: Path) -> str:
+    """Of all that a library is made from, in hexadecimal; it is kept beside the library."""
+    sources = (path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".cpp", ".h"))
+    options = " ".join([*OPTIONS, *flavour.options]).encode()
+    return hashlib.sha256(b"\0".join([options, *sources])).hexdigest()

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <memory>
+#include <mutex>
 #include <new>
 
 #include "attention.h"
@@ -220,6 +221,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   static const Described<CachedAttention> attention;
   static const Described<BlockProduct> product;
   static ort::Domain* domain = nullptr;  // outlives every session
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> guard(one_at_a_time);
   table = base->table(ort::VERSION);
   if (!domain) {
     ort::Domain* made = nullptr;

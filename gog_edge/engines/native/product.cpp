@@ -27,10 +27,14 @@ struct Rounded {
 };
 
 void round_block(const float* from, int block, int zero, int8_t* values, float* scale, int32_t* sum) {
-  Floats most = {};
-  for (int i = 0; i < block; i += LANES) most = greater(most, magnitude(load<Floats>(from + i)));
+  Floats most = {}, nothing = {};
+  for (int i = 0; i < block; i += LANES) {
+    const Floats some = load<Floats>(from + i);
+    most = greater(magnitude(some), most);
+    nothing += 0 * some;  // but for what is no number
+  }
   const float top = most_of(most), factor = top > 0 ? 127 / top : 0;
-  *scale = top / 127;
+  *scale = top / 127 + sum_of(nothing);
   for (int i = 0; i < block; i += LANES) narrow(load<Floats>(from + i) * factor, values + i);
   int32_t total = 0;
   for (int i = 0; i < block; ++i) total += values[i];

@@ -48,14 +48,33 @@ inline float most_of(Floats a) {
   return most;
 }
 
-// e^x for x <= 0, to 2e-6 of itself: a power of two by its bits, the rest by the series of 2^f.
+// Whether any number of `a` is greater than `b`.
+inline bool any_greater(Floats a, float b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, _mm512_set1_ps(b), _CMP_GT_OQ);
+#else
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, _mm256_set1_ps(b), _CMP_GT_OQ));
+#endif
+}
+
+// e^x for x up to 80, to 2e-6 of itself: a power of two by its exponent, the rest by the series of 2^f.
 inline Floats exponential(Floats x) {
+#if defined(__AVX512F__)
+  x = x * 1.44269504f;
+  const Floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   x = greater(x, Floats{} - 87.0f) * 1.44269504f;
-  const Ints whole = __builtin_convertvector(x - 0.5f, Ints);
-  const Floats f = x - __builtin_convertvector(whole, Floats);
+  const Floats whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#endif
+  const Floats f = x - whole;
   Floats series = Floats{} + 1.3333558e-3f;
   for (float factor : {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f}) series = series * f + factor;
-  return series * load<Floats>(&(const Ints&)((whole + 127) << 23));
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(series, whole);
+#else
+  const Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
+  return series * load<Floats>(&exponent);
+#endif
 }
 
 // ---- Products of bfloat16, by pairs ----
