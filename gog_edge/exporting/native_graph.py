@@ -26,16 +26,28 @@ def fits_native(spec: TextSpec) -> bool:
 class NativeBuilder(GraphBuilder):
     """Writes weights in blocks as `BlockProduct` takes them."""
 
+    def swiglu(self, value: str, gate: tuple[Array, Array | None], up: tuple[Array, Array | None]) -> str:
+        """See `GraphBuilder`; in one operator."""
+        if not isinstance(self.form, Blocks):
+            return super().swiglu(value, gate, up)
+        bias = None if gate[1] is None or up[1] is None else in_turns(gate[1], up[1])
+        return self._product(value, in_turns(gate[0], up[0]), bias, "gate_up", self.form, len(gate[0]), gated=1)
+
     def _blocked(self, value: str, weight: Array, bias: Array | None, name: str, blocks: Blocks) -> str:
-        columns, rows = weight.shape
+        return self._product(value, weight, bias, name, blocks, len(weight), gated=0)
+
+    def _product(
+        self, value: str, weight: Array, bias: Array | None, name: str, blocks: Blocks, columns: int, *, gated: int
+    ) -> str:
         packed, scales = quantise(weight, blocks)
         inputs = [value, self.weight(panels(packed, blocks.bits).reshape(-1), name)]
         inputs.append(self.weight(panels_of_scales(scales).reshape(-1), f"{name}_scales"))
         if bias is not None:
-            inputs.append(self.weight(bias, f"{name}_bias"))
+            inputs.append(self.weight(filled(bias), f"{name}_bias"))
         return self.op(
-            "BlockProduct", *inputs, domain=DOMAIN, K=rows, N=columns, bits=blocks.bits, block_size=blocks.size
-        )
+            "BlockProduct", *inputs, domain=DOMAIN, K=weight.shape[1], N=columns, bits=blocks.bits,
+            block_size=blocks.size, gated=gated,
+        )  # fmt: skip
 
 
 class NativeWriter(DecoderWriter):
@@ -72,22 +84,28 @@ def panels(packed: Packed, bits: int) -> Packed:
     See engines/native/product.h: a vector has four rows of the weights for many columns; of four bits, the next four
     rows stand in the upper halves.
     """
-    filled = _filled(packed)
-    columns, blocks, _ = filled.shape
+    whole = filled(packed)
+    columns, blocks, _ = whole.shape
     if bits == 4:
-        numbers = np.stack([filled & 15, filled >> 4], axis=-1).reshape(columns, blocks, -1, 2, 4)
-        filled = numbers[..., 0, :] | numbers[..., 1, :] << 4  # rows 8 i to 8 i + 3 below 8 i + 4 to 8 i + 7
-    fours = filled.reshape(columns // PANEL, PANEL, blocks, -1, 4)
+        numbers = np.stack([whole & 15, whole >> 4], axis=-1).reshape(columns, blocks, -1, 2, 4)
+        whole = numbers[..., 0, :] | numbers[..., 1, :] << 4  # rows 8 i to 8 i + 3 below 8 i + 4 to 8 i + 7
+    fours = whole.reshape(columns // PANEL, PANEL, blocks, -1, 4)
     return np.ascontiguousarray(fours.transpose(0, 2, 3, 1, 4))
 
 
 def panels_of_scales(scales: Array) -> Array:
     """[columns, blocks] -> [columns / PANEL, blocks, PANEL], filled up."""
-    filled = _filled(scales)
-    return np.ascontiguousarray(filled.reshape(-1, PANEL, filled.shape[1]).transpose(0, 2, 1))
+    whole = filled(scales)
+    return np.ascontiguousarray(whole.reshape(-1, PANEL, whole.shape[1]).transpose(0, 2, 1))
 
 
-def _filled(columns: Array) -> Array:
+def in_turns(first: Array, second: Array) -> Array:
+    """Columns of both [columns, ...], a panel of one and a panel of the other."""
+    pair = [whole.reshape(-1, PANEL, *whole.shape[1:]) for whole in (filled(first), filled(second))]
+    return np.stack(pair, axis=1).reshape(-1, *first.shape[1:])
+
+
+def filled(columns: Array) -> Array:
     """With zeros, to whole panels."""
     return np.pad(columns, [(0, -len(columns) % PANEL), *[(0, 0)] * (columns.ndim - 1)])
 

@@ -15,7 +15,7 @@ from gog_edge.engines.native.flavours import runnable
 from gog_edge.engines.native.tiled import bfloat16, new_states, widened
 from gog_edge.engines.ort_device import RUN_ERRORS as REFUSED
 from gog_edge.engines.processor import processor_flags
-from gog_edge.exporting.native_graph import panels, panels_of_scales
+from gog_edge.exporting.native_graph import filled, in_turns, panels, panels_of_scales
 from gog_edge.exporting.quantise import dequantise, quantise
 from gog_edge.policy.manifest import Blocks
 
@@ -280,12 +280,13 @@ COUNTS = (1, 2, 3, 4, 5, 6, 7, 13, 19, 40, 97, 200)
 EXTREMES = (-127, 0, 127)
 
 
-def product(flavour, rows=ROWS, columns=COLUMNS, bits=4, block_size=32, *, bias=False, left=("n",), threads=2, **more):
+def product(flavour, rows=ROWS, columns=COLUMNS, bits=4, block_size=32, *, bias=False, gated=0, left=("n",), threads=2,
+            **more):  # fmt: skip
     inputs = {"left": (TensorProto.FLOAT, [*left, "rows"]), "weights": (TensorProto.UINT8, ["bytes"]),
               "scales": (TensorProto.FLOAT, ["blocks"])}  # fmt: skip
     if bias:
         inputs["bias"] = (TensorProto.FLOAT, ["columns"])
-    attributes = {"K": rows, "N": columns, "bits": bits, "block_size": block_size} | more
+    attributes = {"K": rows, "N": columns, "bits": bits, "block_size": block_size, "gated": gated} | more
     attributes = {name: value for name, value in attributes.items() if value is not None}
     outputs = {"out": (TensorProto.FLOAT, [*left, columns])}
     return session_of(flavour, "BlockProduct", inputs, outputs, threads=threads, **attributes)
@@ -293,7 +294,7 @@ def product(flavour, rows=ROWS, columns=COLUMNS, bits=4, block_size=32, *, bias=
 
 def multiply(session, left, weights, bias=None):
     feeds = {"left": left} | weights
-    return session.run(None, feeds | ({} if bias is None else {"bias": bias}))[0]
+    return session.run(None, feeds | ({} if bias is None else {"bias": filled(bias)}))[0]
 
 
 def stored(packed, scales, bits):
@@ -340,6 +341,27 @@ def test_products_of_rounded_rows_and_weights(flavour, bits, size, biased):
         left = random.normal(size=(count, ROWS)).astype(np.float32)
         expected = rounded(left, size) @ weight.T + (0 if bias is None else bias)
         assert np.abs(multiply(session, left, taken, bias) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@needs_library
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows, columns, biased", [(512, 192, False), (80, 100, True), (1, 65, True)])
+def test_gated_products(flavour, bits, rows, columns, biased):
+    random, blocks = np.random.default_rng(6), Blocks(bits, 64)
+    gate, other = random.normal(size=(2, columns, rows)).astype(np.float32)
+    packed, scales = quantise(in_turns(gate, other), blocks)
+    halves = dequantise(packed, scales, blocks, rows).reshape(-1, 2, PANEL, rows)
+    weights = [halves[:, side].reshape(-1, rows)[:columns] for side in (0, 1)]
+    biases = random.normal(size=(2, columns)).astype(np.float32) if biased else np.zeros((2, columns), np.float32)
+    session = product(flavour, rows, columns, bits, 64, bias=biased, gated=1)
+    for count in (1, 7, 40, 97):
+        left = random.normal(size=(count, rows)).astype(np.float32)
+        left[-1] *= 1e4  # gates that are wide open, and closed
+        first, second = (rounded(left, 64) @ weight.T + bias for weight, bias in zip(weights, biases, strict=True))
+        expected = first / (1 + np.exp(-np.clip(first, -700, None))) * second
+        said = multiply(session, left, stored(packed, scales, bits), in_turns(*biases) if biased else None)
+        for mine, right in ((said[:-1], expected[:-1]), (said[-1:], expected[-1:])):
+            assert np.abs(mine - right).max(initial=0) <= 2e-5 * np.abs(right).max(initial=0)
 
 
 @needs_library
@@ -466,7 +488,7 @@ def test_weights_without_a_kernel_are_refused_at_once(flavour, wrong):
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["K", "N", "bits", "block_size"])
+@pytest.mark.parametrize("name", ["K", "N", "bits", "block_size", "gated"])
 def test_an_attribute_left_out_is_named(flavour, name):
     with pytest.raises(REFUSED, match=name):
         product(flavour, **{name: None})

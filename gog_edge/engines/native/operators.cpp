@@ -147,7 +147,7 @@ struct CachedAttention {
   gog::Attention shape{};
 };
 
-// left [..., K], weights [bytes], scales [numbers / block_size], bias [N] -> [..., N]
+// left [..., K], weights [bytes], scales [numbers / block_size], bias [panels * 64] -> [..., N]
 struct BlockProduct {
   static constexpr const char* NAME = "BlockProduct";
   static constexpr size_t INPUTS = 4, OUTPUTS = 1;
@@ -160,6 +160,7 @@ struct BlockProduct {
     shape.columns = static_cast<int>(whole(info, "N", failed));
     shape.bits = static_cast<int>(whole(info, "bits", failed));
     shape.block = static_cast<int>(whole(info, "block_size", failed));
+    shape.gated = whole(info, "gated", failed) != 0;
     if (!*failed && !gog::fits(shape)) *failed = table->failure("BlockProduct: these weights are not to be had");
   }
 
@@ -173,7 +174,7 @@ struct BlockProduct {
     if (call.failed) return;
     const int64_t numbers = product.numbers();
     if (!given.count || given.last(0) != product.rows || !bytes.is({numbers * product.bits / 8}) ||
-        !scales.is({numbers / product.block}) || (product.bias && !bias.is({product.columns})))
+        !scales.is({numbers / product.block}) || (product.bias && !bias.is({product.panels() * gog::PANEL})))
       return call.refuse("BlockProduct: factors of other shapes");
     int64_t count = 1;
     for (size_t i = 0; i + 1 < given.count; ++i) count *= given.at[i];

@@ -131,11 +131,11 @@ void multiply_block(int count, int block, const Left& left, Weights weights, con
     }
 }
 
-// `count` rows of the left side from `first` on with a panel's columns.
-void multiply_panel(const Product& product, size_t panel, const Rounded& left, size_t first, int count, float* out) {
-  alignas(64) static thread_local float sums[BLOCK * PANEL];
+// sums [count, PANEL] of `count` rows of the left side from `first` on with a panel's columns.
+void multiply_panel(const Product& product, size_t panel, const Rounded& left, size_t first, int count, float* sums) {
   alignas(64) static thread_local uint8_t bytes[BIGGEST * PANEL];
-  std::fill(sums, sums + count * PANEL, 0.0f);
+  for (int row = 0; row < count; ++row)
+    for (int i = 0; i < PANEL; ++i) sums[row * PANEL + i] = product.bias ? product.bias[panel * PANEL + i] : 0;
   const int blocks = product.blocks(), stride = product.block * PANEL * product.bits / 8;
   const uint8_t* weights = product.weights + panel * blocks * stride;
   const float* scales = product.scales + panel * blocks * PANEL;
@@ -153,13 +153,23 @@ void multiply_panel(const Product& product, size_t panel, const Rounded& left, s
       multiply_block<4>(count, product.block, part, Bytes{bytes}, scales, sums);
     }
   }
+}
+
+// `count` rows of what comes out from `first` on, a panel's columns.
+void finish_panel(const Product& product, size_t panel, const Rounded& left, size_t first, int count, float* out) {
+  alignas(64) static thread_local float sums[BLOCK * PANEL], others[BLOCK * PANEL];
+  multiply_panel(product, product.gated ? 2 * panel : panel, left, first, count, sums);
+  if (product.gated) {
+    multiply_panel(product, 2 * panel + 1, left, first, count, others);
+    for (int i = 0; i < count * PANEL; i += LANES) {
+      const Floats gate = load<Floats>(sums + i);
+      store(sums + i, gate / (1.0f + exponential(-gate)) * load<Floats>(others + i));
+    }
+  }
   const size_t start = panel * PANEL;
   const int columns = std::min(PANEL, product.columns - static_cast<int>(start));
-  const float* bias = product.bias ? product.bias + start : nullptr;
-  for (int row = 0; row < count; ++row) {
-    float* to = out + (first + row) * product.columns + start;
-    for (int i = 0; i < columns; ++i) to[i] = sums[row * PANEL + i] + (bias ? bias[i] : 0);
-  }
+  for (int row = 0; row < count; ++row)
+    std::copy(sums + row * PANEL, sums + row * PANEL + columns, out + (first + row) * product.columns + start);
 }
 
 }  // namespace
@@ -186,9 +196,9 @@ void Product::run(const float* left, int count, float* out, const Parallel& para
   } else {
     parallel(count, round_row);
   }
-  parallel(panels(), [&](size_t panel) {
+  parallel(panels_out(), [&](size_t panel) {
     for (int first = 0; first < count; first += BLOCK)  // the panel stays in the cache
-      multiply_panel(*this, panel, rounded, first, std::min(count - first, BLOCK), out);
+      finish_panel(*this, panel, rounded, first, std::min(count - first, BLOCK), out);
   });
 }
 

@@ -7,6 +7,8 @@
 //   scales  [columns / PANEL, rows / block, PANEL]
 // They have no sign: half of what fits is their zero. What is wanting of the last panel and of the last block is filled
 // up. What they are multiplied with is rounded to 8 bits, a scale for each block of each row.
+//
+// A gated product has two panels for each that comes out, the gate's first: silu(left * gate) * (left * other).
 #pragma once
 
 #include <cstdint>
@@ -19,13 +21,15 @@ constexpr int PANEL = 64;
 constexpr int BIGGEST = 256;  // block
 
 struct Product {
-  int rows, columns, block, bits;  // of the weights; rows that share a scale
+  int rows, columns, block, bits;  // of the weights, as they come out; rows that share a scale
+  bool gated;
   const uint8_t* weights;
   const float* scales;
-  const float* bias;  // [columns], or null
+  const float* bias;  // [panels * PANEL], as the panels stand, or null
 
   int blocks() const { return (rows + block - 1) / block; }
-  int panels() const { return (columns + PANEL - 1) / PANEL; }
+  int panels_out() const { return (columns + PANEL - 1) / PANEL; }
+  int panels() const { return panels_out() * (gated ? 2 : 1); }
   int64_t numbers() const { return static_cast<int64_t>(panels()) * PANEL * blocks() * block; }  // with what is filled up
 
   // left [count, rows] * weights -> out [count, columns]

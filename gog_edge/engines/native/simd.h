@@ -57,13 +57,13 @@ inline bool any_greater(Floats a, float b) {
 #endif
 }
 
-// e^x for x up to 80, to 2e-6 of itself: a power of two by its exponent, the rest by the series of 2^f.
+// e^x, from -87 to 87 to 2e-6 of itself: a power of two by its exponent, the rest by the series of 2^f.
 inline Floats exponential(Floats x) {
 #if defined(__AVX512F__)
   x = x * 1.44269504f;
   const Floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = greater(x, Floats{} - 87.0f) * 1.44269504f;
+  x = -greater(-greater(x, Floats{} - 87.0f), Floats{} - 87.0f) * 1.44269504f;
   const Floats whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
   const Floats f = x - whole;
