@@ -40,6 +40,7 @@ from gog_edge.policy.manifest import DIALECT
 from gog_edge.policy.model import PolicyModel
 
 QUESTION = "Which building stands in the middle of this picture, who built it, and in which year was it opened?"
+MOST_SIDE = 8000  # pixels, as PictureLimits has it: a picture of 64 million
 OURS, THEIRS = FORMS = ("own operators", "ONNX Runtime's")
 STAGES = ("imported_s", "opened_s", "first_token_s")
 
@@ -100,22 +101,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--like", default="qwen2.5-vl-3b", help="shape, as export.random_checkpoint names it")
     parser.add_argument("--policy", type=Path, help="an exported policy folder (default: int4 of the shape, made once)")
-    parser.add_argument("--sides", default="224,448", help="of the pictures, in pixels")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sides", type=_sides, default="224,448", help="of the pictures, in pixels")
+    parser.add_argument("--repeats", type=int, choices=range(1, 101), default=5, metavar="N", help="1 to 100")
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="holds checkpoints and policies")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="JSON goes here")
     parser.add_argument("--start", choices=FORMS, help="be one start, and say its figures")
     args = parser.parse_args(argv)
-    sides = [int(side) for side in args.sides.split(",")]
     try:
         if args.start:
-            print(json.dumps(start(args.policy, sides[0], args.start)))
+            print(json.dumps(start(args.policy, args.sides[0], args.start)))
             return 0
-        _compare(args, sides)
+        _compare(args, args.sides)
     except GogEdgeError as exc:
         sys.stderr.write(f"error: {exc}\n")
         return 1
     return 0
+
+
+def _sides(text: str) -> list[int]:
+    found = [int(side) if side.isdecimal() else 0 for side in text.split(",")]
+    if not all(1 <= side <= MOST_SIDE for side in found):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of sides from 1 to {MOST_SIDE}; write it as 224,448")
+    return found
 
 
 def _compare(args: argparse.Namespace, sides: Sequence[int]) -> None:

@@ -33,7 +33,9 @@ def test_a_policy_that_cannot_be_opened_is_an_error(tmp_path, capsys):
     assert "a start with own operators failed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("form", ["ours", ""])
-def test_there_are_two_forms(form):
+@pytest.mark.parametrize("wrong", [("--start", "ours"), ("--sides", "a"), ("--sides", "0"), ("--sides", "224,900000"),
+                                   ("--repeats", "0")])  # fmt: skip
+def test_what_there_is_not_is_refused(wrong, capsys):
     with pytest.raises(SystemExit):
-        main(["--start", form])
+        main(wrong)
+    assert f"argument {wrong[0]}: " in capsys.readouterr().err

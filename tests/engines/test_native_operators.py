@@ -225,6 +225,18 @@ def test_a_key_that_stands_out_gets_all_the_attention(flavour, count):
     np.testing.assert_allclose(out, np.repeat(values[wanted], 2, axis=1), rtol=1e-5, atol=1e-5)
 
 
+@needs_library
+def test_what_is_left_in_a_cache_behind_the_tokens_is_of_no_account(flavour):
+    """A conversation that went wrong may have left what is no number."""
+    shape = SHAPES[3]
+    session, clean, spoiled = attention(flavour, shape), new_cache(shape), new_cache(shape)
+    for state in spoiled.values():
+        state.write(0, np.full((1, shape.kv_heads, CAPACITY, shape.width), np.nan, np.float32))
+    for past, qkv in steps_of(shape):
+        mine, other = (attend(session, shape, states, qkv, past) for states in (spoiled, clean))
+        assert np.array_equal(mine, other)
+
+
 def refused(session, shape, *, total=3, capacity=64, places=64, half=None, norm=None, shared=True):
     """What a step of three tokens is refused with."""
     binding = session.io_binding()

@@ -160,9 +160,11 @@ void Step::prepare(int head, int token) const {
   const float* value = row + (shape.heads + shape.kv_heads + head) * width();
   uint16_t* key_to = keys_of(head) + at / TILE * TILE * width() + at % TILE * 2;
   uint16_t* value_to = values_of(head) + at / 2 * 2 * width() + at % 2;
+  const bool alone = token == tokens - 1 && at % 2 == 0;  // the other of its pair is not yet said
   for (int i = 0; i < width(); ++i) {
     key_to[i / 2 * TILE * 2 + i % 2] = bfloat(turned[i]);
     value_to[i * 2] = bfloat(value[i]);
+    if (alone) value_to[i * 2 + 1] = 0;
   }
 }
 
@@ -198,7 +200,8 @@ void Step::look(int head, int first, int count, int begin, int end, Gathered& ga
   const Pair* query = queries + (static_cast<size_t>(head) * rows() + first) * (width() / 2);
   const int bytes = KEYS * width() * 2;
   for (int at = begin; at < end; at += KEYS) {
-    const uint16_t *key = keys_of(head) + static_cast<size_t>(at) * width(), *value = values_of(head) + static_cast<size_t>(at) * width();
+    const size_t place = static_cast<size_t>(at) * width();
+    const uint16_t *key = keys_of(head) + place, *value = values_of(head) + place;
     fetch(value, bytes);  // while scores are computed
     std::fill(scores, scores + count * KEYS, 0.0f);
     multiply(count, KEYS, width() / 2, query, width() / 2, Keys{key, width()}, scores);
@@ -206,7 +209,8 @@ void Step::look(int head, int first, int count, int begin, int end, Gathered& ga
     for (int row = 0; row < count; ++row)
       weigh(scores + row * KEYS, seen + (first + row) / group() + 1 - at, row, gathered);
     pairs_of(scores, count * KEYS, weights);
-    multiply(count, width(), KEYS / 2, weights, KEYS / 2, Values{value, width()}, gathered.sums);
+    const int pairs = (std::min(end - at, KEYS) + 1) / 2;  // what lies behind may be no number: nothing times it is none
+    multiply(count, width(), pairs, weights, KEYS / 2, Values{value, width()}, gathered.sums);
   }
 }
 
