@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -56,6 +57,8 @@ from gog_edge.types import ImageQuery, PackState, Query, SearchResult, TextQuery
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 PAGE = Path(__file__).parent / "kiosk" / "index.html"
 STATUS: dict[type[Exception], int] = {  # the nearest class in an error's ancestry decides
     TooLarge: 413,
@@ -67,6 +70,7 @@ STATUS: dict[type[Exception], int] = {  # the nearest class in an error's ancest
     BudgetExceeded: 504,
     GogEdgeError: 500,
 }
+FAULT = {"error": {"type": "InternalError", "message": "something went wrong inside; the server's log says what"}}
 PICTURES_HELD = 2  # of the largest size, decoded for one search
 RETRY_AFTER = "2"  # seconds; about one question
 CACHED = "private, max-age=3600"
@@ -308,8 +312,8 @@ async def refuse_route(request: Request, exc: Exception) -> Response:
 
 async def fail(request: Request, exc: Exception) -> Response:
     """A fault of ours: the log has it, the caller only learns that it happened."""
-    message = "something went wrong inside; the server's log says what"
-    return JSONResponse({"error": {"type": "InternalError", "message": message}}, status_code=500)
+    headers = {"Connection": "close"}  # as the server does after a fault; untold, the caller's next request is lost
+    return JSONResponse(FAULT, status_code=500, headers=headers)
 
 
 def _nearest(table: Mapping[type[Exception], T], exc: Exception) -> T:
@@ -346,6 +350,9 @@ async def _as_sse(first: Event | None, events: AsyncGenerator[Event, None]) -> A
                 yield sse(event.kind, event.to_json())
         except GogEdgeError as exc:
             yield sse("error", error_body(exc))
+        except Exception:  # the status is sent already: an event says what `fail` would
+            _log.exception("a question failed after its first event")
+            yield sse("error", FAULT)
 
 
 def _states(runtime: Runtime) -> Sequence[PackState]:

@@ -288,6 +288,7 @@ def test_fault_inside_is_not_told(start, make_runtime):
         assert response.status_code == 500
         assert response.json()["error"]["type"] == "InternalError"
         assert "secret" not in response.text and "Traceback" not in response.text
+        assert response.headers["connection"] == "close"  # or the next request meets a connection that ends
         assert 'outcome="failed"} 1' in client.get("/metrics").text
         assert ask_sample(client).status_code == 500  # the worker is free again
 
@@ -298,3 +299,12 @@ def test_error_after_the_first_event_ends_the_stream(start, make_runtime):
     (first, _), (kind, data) = read_events(httpx.post(url + "/v1/ask", json=body, headers=EVENTS, timeout=WAIT))
     assert [first, kind] == ["started", "error"]
     assert data == {"error": {"type": "BackendError", "message": "the engine is gone; restart"}}
+
+
+def test_fault_after_the_first_event_is_an_event_too(start, make_runtime, caplog):
+    body = {"sample": "three flags.png", "question": QUESTION}
+    url = start(make_runtime(Player(fault=RuntimeError("secret path"))))
+    (first, _), (kind, data) = read_events(httpx.post(url + "/v1/ask", json=body, headers=EVENTS, timeout=WAIT))
+    assert [first, kind, data["error"]["type"]] == ["started", "error", "InternalError"]
+    assert "secret" not in str(data) and "secret path" in caplog.text
+    assert 'outcome="failed"} 1' in httpx.get(url + "/metrics", timeout=WAIT).text
