@@ -1,7 +1,8 @@
-"""The decoder once more, for this package's own operators (`engines.native`): weights in panels, a tiled cache.
+"""A policy's graphs once more, for this package's own operators (`engines.native`): weights in panels, a tiled cache.
 
-One graph does for one token and for many: its products read four bits of a weight whatever they are multiplied with,
-where ONNX Runtime's want another form of the weights, of twice the size, to multiply many rows as quickly.
+One graph of the decoder does for one token and for many: its products read four bits of a weight whatever they are
+multiplied with, where ONNX Runtime's want another form of the weights, of twice the size, to multiply many rows as
+quickly.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from gog_edge.engines.native import DOMAIN, PANEL, WIDEST, WIDTHS
 from gog_edge.exporting.decoder_graph import DecoderWriter, Weights
 from gog_edge.exporting.graph import UINT16, Form, GraphBuilder, Progress, silent
 from gog_edge.exporting.quantise import Packed, quantise
-from gog_edge.policy.manifest import Blocks, TextSpec
+from gog_edge.exporting.vision_graph import Qwen3Vision, Qwen25Vision, VisionWriter, Windows
+from gog_edge.policy.manifest import Blocks, TextSpec, VisionSpec
 
 
-def fits_native(spec: TextSpec) -> bool:
-    """Whether there is a kernel for such heads."""
-    return spec.head_dim % WIDTHS == 0 and spec.head_dim <= WIDEST
+def fits_native(text: TextSpec, vision: VisionSpec) -> bool:
+    """Whether there are kernels for such heads."""
+    return text.head_dim % WIDTHS == 0 and max(text.head_dim, vision.head_dim) <= WIDEST
 
 
 class NativeBuilder(GraphBuilder):
@@ -78,6 +80,28 @@ class NativeWriter(DecoderWriter):
         return super()._rest(stream, attended, layer, following)
 
 
+class NativeTower(VisionWriter):
+    """By `PatchAttention`, which turns queries and keys and needs no windows cut out, and by `BlockProduct`."""
+
+    builder = NativeBuilder
+
+    def attend(self, qkv: str, windows: Windows | None) -> str:
+        """See `VisionWriter`."""
+        seen = [] if windows is None else [windows.slots, windows.mask]
+        return self.graph.op(
+            "PatchAttention", qkv, "cos", "sin", *seen, domain=DOMAIN, num_heads=self.spec.heads,
+            scale=self.spec.head_dim**-0.5,
+        )
+
+
+class NativeQwen25Vision(NativeTower, Qwen25Vision):
+    """See `Qwen25Vision`."""
+
+
+class NativeQwen3Vision(NativeTower, Qwen3Vision):
+    """See `Qwen3Vision`."""
+
+
 def panels(packed: Packed, bits: int) -> Packed:
     """[columns, blocks, size * bits / 8] as `quantise` gives them -> [columns / PANEL, blocks, groups, PANEL, 4].
 
@@ -113,5 +137,13 @@ def filled(columns: Array) -> Array:
 def write_native(
     path: Path, spec: TextSpec, weights: Weights, form: Form, head: Form, progress: Progress = silent
 ) -> None:
-    """Write the graph, its weights stored as `form`, the head's as `head`."""
+    """Write the decoder's graph, its weights stored as `form`, the head's as `head`."""
     NativeWriter(path, spec, weights, form=form, head=head, progress=progress).write()
+
+
+def write_native_vision(
+    path: Path, spec: VisionSpec, weights: Weights, form: Form, progress: Progress = silent
+) -> None:
+    """Write the vision graph, its weights stored as `form`."""
+    writer = NativeQwen25Vision if spec.window else NativeQwen3Vision
+    writer(path, spec, weights, form, progress).write()

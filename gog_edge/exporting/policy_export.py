@@ -17,7 +17,7 @@ from gog_edge.exporting.chat_format import extract_chat_format
 from gog_edge.exporting.checkpoint import Checkpoint
 from gog_edge.exporting.decoder_graph import write_decoder
 from gog_edge.exporting.graph import Form, Progress, silent
-from gog_edge.exporting.native_graph import NativeBuilder, fits_native, write_native
+from gog_edge.exporting.native_graph import fits_native, write_native, write_native_vision
 from gog_edge.exporting.parity import ParityEpisode, check_passed, measure_parity
 from gog_edge.exporting.quantise import ROWS, quantise
 from gog_edge.exporting.replacing import replacing
@@ -39,7 +39,6 @@ from gog_edge.policy.manifest import (
     VISION_GRAPH,
     Blocks,
     PolicyManifest,
-    TextSpec,
     WeightForms,
 )
 
@@ -92,7 +91,7 @@ def export_policy(
     if context < 1:
         raise CheckpointError(f"a conversation of {context} tokens holds nothing; give --context at least 1")
     checkpoint = Checkpoint.open(source, adapter)
-    form = _second_form(second, checkpoint.text, parity) if _has_second(precision, engine) else NO_SECOND
+    form = _second_form(second, checkpoint, parity) if _has_second(precision, engine) else NO_SECOND
     forms = weight_forms(precision, block, prefill=form == PREFILL)
     with replacing(out, "policy") as part:
         _check_room(checkpoint, part, precision)
@@ -177,19 +176,20 @@ def _has_second(precision: str, engine: str) -> bool:
     return precision == "int4" and engine == ORT
 
 
-def _second_form(wanted: str | None, spec: TextSpec, parity: bool) -> str:
-    proved = library() is not None or not parity
+def _second_form(wanted: str | None, checkpoint: Checkpoint, parity: bool) -> str:
+    text, vision = checkpoint.text, checkpoint.vision
+    fits, proved = fits_native(text, vision), library() is not None or not parity
     if wanted == NATIVE and not proved:
         raise CheckpointError(
             f"graphs for our own operators cannot be compared with transformers here: {why_none()}; or export with "
             "--no-parity and run export.check_parity where they run"
         )
-    if wanted == NATIVE and not fits_native(spec):
+    if wanted == NATIVE and not fits:
         raise CheckpointError(
-            f"the decoder's heads are {spec.head_dim} wide, the native operators take multiples of {WIDTHS} up to "
-            f"{WIDEST}; export with --second {PREFILL}"
+            f"the decoder's heads are {text.head_dim} wide, the tower's {vision.head_dim}; the native operators take "
+            f"multiples of {WIDTHS} in the decoder, and up to {WIDEST} in both; export with --second {PREFILL}"
         )
-    return wanted or (NATIVE if fits_native(spec) and proved else PREFILL)
+    return wanted or (NATIVE if fits and proved else PREFILL)
 
 
 def _write_texts(checkpoint: Checkpoint, folder: Path, dialect: str | Path | None) -> tuple[ChatFormat, Dialect]:
@@ -218,9 +218,7 @@ def _write_weights(
         )
     if second == NATIVE:
         own = forms.native()
-        write_vision(
-            folder / NATIVE_VISION_GRAPH, checkpoint.vision, tower, own.vision or plain, progress, NativeBuilder
-        )
+        write_native_vision(folder / NATIVE_VISION_GRAPH, checkpoint.vision, tower, own.vision or plain, progress)
         write_native(
             folder / NATIVE_DECODER_GRAPH, checkpoint.text, decoder, own.decoder or plain, own.head or plain, progress
         )

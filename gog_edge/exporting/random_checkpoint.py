@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.chat_format import CHATML
+from gog_edge.exporting.random_tokenizer import random_tokenizer
 from gog_edge.exporting.torchvision_operators import import_torchvision
 from gog_edge.files import write_json
 from gog_edge.policy.manifest import CHAT_TEMPLATE, TOKENIZER
@@ -142,19 +142,6 @@ def shape_of(name: str) -> Shape:
     return SHAPES[name]()
 
 
-def byte_tokenizer() -> Tokenizer:
-    """One token a byte, then tokens that no text holds, then the special ones at their true ids."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    first = min(SPECIAL.values())
-    vocabulary = {letter: index for index, letter in enumerate(alphabet)}
-    vocabulary |= {f"<unused {index}>": index for index in range(len(alphabet), first)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(sorted(SPECIAL, key=SPECIAL.__getitem__))
-    return tokenizer
-
-
 def write_random_checkpoint(
     shape: Shape,
     out: Path,
@@ -230,7 +217,7 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
 def _write_texts(folder: Path, shape: Shape) -> None:
     config = json.loads(shape.config.to_json_string(use_diff=False))
     write_json(folder / "config.json", config | {"architectures": [shape.architecture.__name__]})
-    byte_tokenizer().save(str(folder / TOKENIZER))
+    random_tokenizer(SPECIAL).save(str(folder / TOKENIZER))
     (folder / CHAT_TEMPLATE).write_text(CHATML, encoding="utf-8")
     write_json(folder / "preprocessor_config.json", shape.processor)
     write_json(folder / "generation_config.json", {"eos_token_id": [SPECIAL["<|im_end|>"], SPECIAL["<|endoftext|>"]]})

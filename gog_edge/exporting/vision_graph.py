@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from gog_edge.engines.base import Array
 from gog_edge.exporting.graph import BOOL, FLOAT, INT64, MICROSOFT, Form, GraphBuilder, Progress, silent
@@ -17,17 +18,26 @@ from gog_edge.policy.manifest import VisionSpec
 Weights = Callable[[str], Array]  # name within the tower, such as "blocks.0.norm1.weight" -> float32
 
 
+class Windows(NamedTuple):
+    """Inputs that say which patches see each other; see `policy.vision.window_feeds`."""
+
+    slots: str
+    places: str  # of each patch among all slots
+    mask: str
+
+
 class VisionWriter(ABC):
     """Writes patches [M, patch_dim] -> tokens [M / merge², out_hidden]."""
 
+    builder: type[GraphBuilder] = GraphBuilder
+
     def __init__(
-        self, path: Path, spec: VisionSpec, weights: Weights, form: Form = "fp32", progress: Progress = silent,
-        builder: type[GraphBuilder] = GraphBuilder,
+        self, path: Path, spec: VisionSpec, weights: Weights, form: Form = "fp32", progress: Progress = silent
     ) -> None:
         self.spec = spec
         self.weights = weights
         self._progress = progress
-        self.graph = builder("vision", path, form)
+        self.graph = self.builder("vision", path, form)
 
     def write(self) -> None:
         """Write the whole tower."""
@@ -69,13 +79,25 @@ class VisionWriter(ABC):
         """[1, M, hidden] -> features [M / merge², out_hidden] for the decoder's layer `place`."""
         raise NotImplementedError
 
-    def attend(self, query: str, key: str, value: str, block: int) -> str:
-        """Every patch sees every other; [1, M, hidden] each."""
-        # ONNX Runtime's own operator never holds all M² scores: less memory, and 1.4 times as fast as Attention.
-        return self.graph.op(
-            "MultiHeadAttention", query, key, value, domain=MICROSOFT, num_heads=self.spec.heads,
-            scale=self.spec.head_dim**-0.5,
-        )
+    def windows(self, block: int) -> Windows | None:
+        """What a block's patches see; None: each other."""
+        return None
+
+    def attend(self, qkv: str, windows: Windows | None) -> str:
+        """Projections [1, M, 3 * hidden] -> what is attended [1, M, hidden]."""
+        graph, heads, scale = self.graph, self.spec.heads, self.spec.head_dim**-0.5
+        *turned, value = graph.ops("Split", qkv, count=3, axis=-1, num_outputs=3)
+        query, key = (graph.op("RotaryEmbedding", part, "cos", "sin", num_heads=heads) for part in turned)
+        if windows is None:
+            # ONNX Runtime's own operator never holds all M² scores: less memory, and 1.4 times as fast as Attention.
+            return graph.op(
+                "MultiHeadAttention", query, key, value, domain=MICROSOFT, num_heads=heads, scale=scale
+            )
+        flat = [graph.op("Squeeze", part, graph.ints(0)) for part in (query, key, value)]
+        cut = [graph.op("Gather", part, windows.slots, axis=0) for part in flat]
+        attended = graph.op("Attention", *cut, windows.mask, q_num_heads=heads, kv_num_heads=heads, scale=scale)
+        joined = graph.op("Reshape", attended, graph.ints(-1, self.spec.hidden))
+        return graph.op("Unsqueeze", graph.op("Gather", joined, windows.places, axis=0), graph.ints(0))
 
     def linear(self, value: str, name: str) -> str:
         """The linear layer of that name, with its bias."""
@@ -90,10 +112,8 @@ class VisionWriter(ABC):
         return self.weights("patch_embed.proj.weight").reshape(self.spec.hidden, -1)
 
     def _attention(self, normed: str, block: int) -> str:
-        graph, name = self.graph, f"blocks.{block}.attn"
-        parts = graph.ops("Split", self.linear(normed, f"{name}.qkv"), count=3, axis=-1, num_outputs=3)
-        query, key = (graph.op("RotaryEmbedding", part, "cos", "sin", num_heads=self.spec.heads) for part in parts[:2])
-        return self.linear(self.attend(query, key, parts[2], block), f"{name}.proj")
+        name = f"blocks.{block}.attn"
+        return self.linear(self.attend(self.linear(normed, f"{name}.qkv"), self.windows(block)), f"{name}.proj")
 
 
 class Qwen25Vision(VisionWriter):
@@ -102,10 +122,12 @@ class Qwen25Vision(VisionWriter):
     def begin(self, patches: str) -> str:
         """Windows are cut out by slots: W windows of S places each, empty ones masked away."""
         graph = self.graph
-        self._slots = graph.input("window_slots", INT64, ["windows", "slots"])  # patch in each place
-        self._places = graph.input("patch_places", INT64, ["patches"])  # place of each patch among W * S
-        # Attention wants one row of the mask for each query.
-        self._mask = graph.input("window_mask", BOOL, ["windows", 1, "slots", "slots"])
+        self._windows = Windows(
+            graph.input("window_slots", INT64, ["windows", "slots"]),
+            graph.input("patch_places", INT64, ["patches"]),
+            # Attention wants one row of the mask for each query.
+            graph.input("window_mask", BOOL, ["windows", 1, "slots", "slots"]),
+        )
         return graph.linear(patches, self.kernel(), name="patch_embed")
 
     def norm(self, value: str, name: str) -> str:
@@ -122,20 +144,9 @@ class Qwen25Vision(VisionWriter):
         )
         return self.linear(self.graph.swiglu(normed, gate, up), f"{name}.down_proj")
 
-    def attend(self, query: str, key: str, value: str, block: int) -> str:
-        """Within windows, or over the whole picture."""
-        if block in self.spec.full_attention:
-            return super().attend(query, key, value, block)
-        graph, heads = self.graph, self.spec.heads
-        cut = [
-            graph.op("Gather", graph.op("Squeeze", part, graph.ints(0)), self._slots, axis=0)
-            for part in (query, key, value)
-        ]
-        attended = graph.op(
-            "Attention", *cut, self._mask, q_num_heads=heads, kv_num_heads=heads, scale=self.spec.head_dim**-0.5
-        )
-        flat = graph.op("Reshape", attended, graph.ints(-1, self.spec.hidden))
-        return graph.op("Unsqueeze", graph.op("Gather", flat, self._places, axis=0), graph.ints(0))
+    def windows(self, block: int) -> Windows | None:
+        """See `VisionWriter`."""
+        return None if block in self.spec.full_attention else self._windows
 
     def merge(self, stream: str) -> str:
         """Norm, join, two layers."""
@@ -183,9 +194,8 @@ class Qwen3Vision(VisionWriter):
 
 
 def write_vision(
-    path: Path, spec: VisionSpec, weights: Weights, form: Form = "fp32", progress: Progress = silent,
-    builder: type[GraphBuilder] = GraphBuilder,
+    path: Path, spec: VisionSpec, weights: Weights, form: Form = "fp32", progress: Progress = silent
 ) -> None:
-    """Write the vision graph, its weights stored as `form`; `builder` says for whose operators."""
+    """Write the vision graph, its weights stored as `form`."""
     writer = Qwen25Vision if spec.window else Qwen3Vision
-    writer(path, spec, weights, form, progress, builder).write()
+    writer(path, spec, weights, form, progress).write()

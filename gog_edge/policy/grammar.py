@@ -12,7 +12,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from tokenizers import Tokenizer
 
-from gog_edge.engines.base import Floats
+from gog_edge.engines.base import Array, Floats
 from gog_edge.errors import ArtifactError, DialectError
 from gog_edge.policy.action_syntax import Marks, Tags, Tool, ToolCalls
 from gog_edge.policy.decode import Constraint, TextStream
@@ -279,8 +279,8 @@ def load_vocabulary(tokenizer: Tokenizer, vocab: int, eos: Collection[int]) -> L
     if most >= vocab:
         raise ArtifactError(f"the tokenizer has a token {most}, the policy {vocab} logits; export the two together")
     tokens = [b""] * vocab
-    for text, token in ids.items():
-        tokens[token] = _bytes_of(text)
+    for spelled, token in zip(_bytes_of(list(ids)), ids.values(), strict=True):
+        tokens[token] = spelled
     told = b"".join(tokens[token] for token in tokenizer.encode(_SAMPLE, add_special_tokens=False).ids)
     if told != _SAMPLE.encode():
         raise ArtifactError(f"the tokenizer is not byte-level: {_SAMPLE!r} becomes {told!r}; open without a grammar")
@@ -305,19 +305,31 @@ class _Vocabulary:
         return list(self.tokenizer.encode(text.decode("utf-8"), add_special_tokens=False).ids)
 
 
-def _byte_letters() -> dict[str, int]:
-    """The letters that byte-level tokenizers write bytes as: printable Latin-1 as itself, the others from U+0100."""
+def _byte_letters() -> Array:
+    """[0x145] int16: the byte that each letter of a byte-level tokenizer stands for, -1 for what is no such letter.
+
+    Printable Latin-1 stands for itself, letters from U+0100 on for the other bytes.
+    """
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(own))
-    return {chr(byte): byte for byte in own} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    letters = np.full(0x100 + len(others) + 1, -1, np.int16)
+    letters[own] = own
+    letters[0x100:-1] = others
+    return letters
 
 
-_BYTES = _byte_letters()
+_LETTERS = _byte_letters()
 _SAMPLE = "Größe of it\n"
 
 
-def _bytes_of(token: str) -> bytes:
-    try:
-        return bytes(map(_BYTES.__getitem__, token))
-    except KeyError:  # an added token stands for its own text
-        return token.encode()
+def _bytes_of(tokens: Sequence[str]) -> list[bytes]:
+    """What each token stands for: all letters at once, as a start waits for it."""
+    letters = np.frombuffer("".join(tokens).encode("utf-32-le", "surrogatepass"), np.uint32)
+    found = _LETTERS[np.minimum(letters, len(_LETTERS) - 1)]
+    lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
+    ends = np.cumsum(lengths)
+    strange = np.append(0, np.cumsum(found < 0))  # letters that stand for no byte, before each place
+    foreign = strange[ends] > strange[ends - lengths]  # an added token stands for its own text
+    spelled = found.astype(np.uint8).tobytes()
+    parts = zip(tokens, (ends - lengths).tolist(), ends.tolist(), foreign.tolist(), strict=True)
+    return [token.encode() if own else spelled[start:end] for token, start, end, own in parts]

@@ -139,8 +139,6 @@ class LocalPolicy:
         self.dialect = dialect.after(model.manifest.chat.assistant_open)
         self.sampling = sampling
         self.drafts = drafts
-        # A real vocabulary takes most of a second: the prompt and the first picture are computed meanwhile.
-        self._grammar = _beside(self._read_grammar) if grammar else None
         self._idle: list[Session] = []
         self._lock = Lock()
         chat = model.manifest.chat
@@ -150,6 +148,9 @@ class LocalPolicy:
         self._prefix.append_markup(chat.system_close)
         self._prefix.append_markup(chat.user_open)
         prefill_kept(self._prefix, model.cache, model.form)
+        # A real vocabulary takes a third of a second, in which no other thread runs Python: the first picture is
+        # computed meanwhile.
+        self._grammar = _beside(self._read_grammar) if grammar else None
 
     @classmethod
     def open(cls, folder: Path, threads: int | None = None, *, context: int | None = None,

@@ -284,6 +284,127 @@ def test_heads_that_do_not_divide_are_refused_at_once(flavour):
             attention(flavour, Heads(4, 2, 64, False), num_heads=heads, kv_num_heads=kv_heads)
 
 
+# --- patches of a picture --------------------------------------------------------------------------
+
+PICTURES = ((1, 64), (7, 80), (64, 72), (200, 64), (333, 80), (96, 34), (130, 256))  # patches, width of a head
+
+
+def patch_attention(flavour, width, *, heads=3, threads=2, windows=False, **more):
+    inputs = {"qkv": (TensorProto.FLOAT, [1, "patches", "all"]),
+              **{name: (TensorProto.FLOAT, [1, "rotary", "half"]) for name in ("cos", "sin")}}  # fmt: skip
+    if windows:
+        inputs |= {"window_slots": (TensorProto.INT64, ["windows", "slots"]),
+                   "window_mask": (TensorProto.BOOL, ["windows", 1, "rows", "columns"])}  # fmt: skip
+    attributes = {"num_heads": heads, "scale": width**-0.5} | more
+    outputs = {"out": (TensorProto.FLOAT, [1, "patches", "hidden"])}
+    return session_of(flavour, "PatchAttention", inputs, outputs, threads=threads, **attributes)
+
+
+def patches_of(count, width, heads=3):
+    random = np.random.default_rng([count, width])
+    angles = random.uniform(0, 30, (1, count, width // 2))
+    feeds = {"qkv": random.normal(0, 2, (1, count, 3 * heads * width)), "cos": np.cos(angles), "sin": np.sin(angles)}
+    return {name: array.astype(np.float32) for name, array in feeds.items()}
+
+
+def windows_of(count, slots):
+    """Patches in any order, spread over windows of any number of slots, some of which are empty."""
+    random = np.random.default_rng([count, slots])
+    windows = -(-count // slots) + 2
+    held = np.zeros(windows * slots, bool)
+    held[random.permutation(windows * slots)[:count]] = True
+    places = np.zeros(windows * slots, np.int64)
+    places[held] = random.permutation(count)
+    mask = np.broadcast_to(held.reshape(windows, 1, 1, slots), (windows, 1, slots, slots))
+    return {"window_slots": places.reshape(windows, slots), "window_mask": np.ascontiguousarray(mask)}
+
+
+def seen_by_all(feeds, width, seen):
+    """In double precision; `seen` [patches, patches]: by the row's patch, the column's."""
+    parts = feeds["qkv"][0].astype(np.float64).reshape(len(seen), 3, -1, width)
+    cos, sin = (feeds[name][0][:, None].astype(np.float64) for name in ("cos", "sin"))
+    low, high = np.split(parts[:, :2], 2, axis=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    query, key = np.moveaxis(np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1), 1, 0)
+    scores = np.einsum("qhw,khw->hqk", query, key) * width**-0.5
+    weights = np.exp(np.where(seen, scores, -np.inf) - scores.max())
+    return np.einsum("hqk,khw->qhw", weights / weights.sum(-1, keepdims=True), parts[:, 2]).reshape(len(seen), -1)
+
+
+def off(mine, theirs):
+    return np.sqrt(np.square(mine - theirs).mean() / np.square(theirs).mean())
+
+
+@needs_library
+@pytest.mark.parametrize("count, width", PICTURES)
+def test_every_patch_sees_every_other(flavour, count, width):
+    feeds = patches_of(count, width)
+    said = patch_attention(flavour, width).run(None, feeds)[0][0]
+    assert off(said, seen_by_all(feeds, width, np.ones((count, count), bool))) < 1e-2
+    alone = patch_attention(flavour, width, threads=1).run(None, feeds)[0][0]
+    assert np.array_equal(said, alone)
+
+
+@needs_library
+@pytest.mark.parametrize("count, width", PICTURES)
+@pytest.mark.parametrize("slots", [16, 64, 100])
+def test_patches_see_their_window(flavour, count, width, slots):
+    feeds, windows = patches_of(count, width), windows_of(count, slots)
+    window = np.empty(count, np.int64)
+    held = windows["window_mask"][:, 0, 0]
+    window[windows["window_slots"][held]] = np.nonzero(held)[0]
+    session = patch_attention(flavour, width, windows=True)
+    said = session.run(None, feeds | windows)[0][0]
+    expected = seen_by_all(feeds, width, window[:, None] == window)
+    assert off(said, expected) < 1e-2
+    other = expected[np.roll(np.arange(count), 1)]
+    assert count == 1 or off(said, other) > 0.1
+    again = at_once([lambda: session.run(None, feeds | windows)[0][0] for _ in range(8)])
+    assert all(np.array_equal(said, each) for each in again)
+
+
+@needs_library
+def test_patches_of_towers_of_several_widths_do_not_meet(flavour):
+    """A thread's scratch is that of the tower before."""
+    sessions = [(patch_attention(flavour, width, threads=1), patches_of(count, width)) for count, width in PICTURES]
+    expected = [session.run(None, feeds)[0] for session, feeds in sessions]
+    wrong = patches_of(333, 80)
+    wrong["qkv"][:] = np.nan
+    for (session, feeds), theirs in zip(sessions[::-1], expected[::-1], strict=True):
+        assert np.isnan(sessions[4][0].run(None, wrong)[0]).all()
+        assert np.array_equal(session.run(None, feeds)[0], theirs)
+
+
+@needs_library
+def test_pictures_that_patch_attention_cannot_take_are_refused(flavour):
+    plain, windowed = (patch_attention(flavour, 64, windows=windows) for windows in (False, True))
+    feeds, windows = patches_of(20, 64), windows_of(20, 8)
+
+    def refused(session, **wrong):
+        with pytest.raises(REFUSED) as caught:
+            session.run(None, wrong)
+        return str(caught.value)
+
+    for width in (63, 258):
+        some = np.zeros((1, 20, 3 * 3 * width), np.float32)
+        assert "an even width, 256 at the most" in refused(plain, **feeds | {"qkv": some})
+    for name in ("cos", "sin"):
+        assert "rotary angles half as wide" in refused(patch_attention(flavour, 64), **patches_of(20, 64) | {
+            name: np.zeros((1, 20, 16), np.float32)})  # fmt: skip
+    narrow = windows["window_mask"][:, :, :4, :4]
+    assert "slots, and a mask of the same" in refused(windowed, **feeds | windows | {"window_mask": narrow})
+    held = windows["window_mask"][:, 0, 0]
+    for patch in (-1, 20, windows["window_slots"][held][-1]):
+        slots = windows["window_slots"].copy()
+        slots[tuple(np.argwhere(held)[0])] = patch
+        assert "a patch is in two windows, or is none" in refused(windowed, **feeds | windows | {"window_slots": slots})
+    missing = windows["window_mask"].copy()
+    missing[tuple(np.argwhere(held)[0])[0], :, :, np.argwhere(held)[0][1]] = False
+    assert "a patch is in no window" in refused(windowed, **feeds | windows | {"window_mask": missing})
+    with pytest.raises(REFUSED, match="there must be a head"):
+        patch_attention(flavour, 64, num_heads=0)
+
+
 # --- products --------------------------------------------------------------------------------------
 
 ROWS, COLUMNS = 512, 3 * PANEL

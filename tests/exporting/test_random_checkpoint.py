@@ -84,9 +84,11 @@ def test_the_exporter_takes_it_as_it_takes_a_release(written, tmp_path, name, ti
 def test_the_tokenizer_has_the_true_ids(written):
     tokenizer = Checkpoint.open(written / "qwen2.5-vl-7b").tokenizer
     assert {name: tokenizer.token_to_id(name) for name in SPECIAL} == SPECIAL
-    ids = tokenizer.encode("<|im_start|>Größe").ids
-    assert ids[0] == SPECIAL["<|im_start|>"] and len(ids) == 1 + len("Größe".encode())
-    assert tokenizer.decode(ids) == "Größe"
+    assert tokenizer.get_vocab_size() == 1 + max(SPECIAL.values())
+    text = "Which building is this? <answer>the tower</answer>\n"
+    first, *others = tokenizer.encode(f"<|im_start|>{text}Größe 日本").ids
+    assert first == SPECIAL["<|im_start|>"] and tokenizer.decode(others) == f"{text}Größe 日本"
+    assert len(tokenizer.encode(text).ids) < 0.5 * len(text)
 
 
 def test_a_seed_fixes_the_weights(written, tmp_path):

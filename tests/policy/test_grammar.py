@@ -37,15 +37,16 @@ def atlas_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def bytes_tokenizer() -> Tokenizer:
-    from gog_edge.exporting.random_checkpoint import byte_tokenizer
+def qwen_tokenizer() -> Tokenizer:
+    """Of Qwen's size: marks and words meet within tokens."""
+    from gog_edge.exporting.random_tokenizer import random_tokenizer
 
-    tokenizer = byte_tokenizer()
+    tokenizer = random_tokenizer({"<|endoftext|>": 151_643, "<|im_start|>": 151_644, "<|im_end|>": 151_645})
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
-TOKENIZERS = {"atlas": atlas_tokenizer(), "bytes": bytes_tokenizer()}
+TOKENIZERS = {"atlas": atlas_tokenizer(), "qwen": qwen_tokenizer()}
 EOS = {name: tokenizer.token_to_id("<|im_end|>") for name, tokenizer in TOKENIZERS.items()}
 VOCAB = {name: tokenizer.get_vocab_size() + 7 for name, tokenizer in TOKENIZERS.items()}  # some ids stand for nothing
 
@@ -62,7 +63,7 @@ def dialects():
 DIALECTS = dict(dialects())
 GRAMMARS = {(name, kind): Grammar(dialect, TOKENIZERS[kind], VOCAB[kind], (EOS[kind], 0))
             for name, dialect in DIALECTS.items() for kind in ("atlas",)}
-GRAMMARS |= {("atlas", "bytes"): Grammar(DIALECTS["atlas"], TOKENIZERS["bytes"], VOCAB["bytes"], [EOS["bytes"]])}
+GRAMMARS |= {("atlas", "qwen"): Grammar(DIALECTS["atlas"], TOKENIZERS["qwen"], VOCAB["qwen"], [EOS["qwen"]])}
 
 
 def encode(text, kind="atlas"):
@@ -268,6 +269,14 @@ def test_a_vocabulary_is_bytes_and_ends_where_it_should():
     assert vocabulary.vocab_size == VOCAB["atlas"] and vocabulary.eos_tokens == [0, 2]
     for text in ("Größe 日本 <answer>", "\x00\x7f\xad\t"):
         assert vocabulary.decode_bytes(encode(text)) == text.encode()
+
+
+def test_added_tokens_stand_for_their_own_text():
+    tokenizer = Tokenizer.from_str(TOKENIZERS["atlas"].to_str())
+    tokenizer.add_tokens(["two words", "日本"])
+    ids = [tokenizer.token_to_id(token) for token in ("two words", "日本")]
+    vocabulary = load_vocabulary(tokenizer, tokenizer.get_vocab_size(), [2])
+    assert vocabulary.decode_bytes([*ids, *encode("Größe")]) == "two words日本Größe".encode()
 
 
 def test_a_tokenizer_that_cannot_be_followed_is_refused():

@@ -96,6 +96,103 @@ struct Gathered {
   float total(int row) const { return sum_of(load<Floats>(totals + row * LANES)); }
 };
 
+// Turned by rotary angles, normalised where there is a norm.
+struct Turn {
+  int width;
+  float epsilon;
+
+  void operator()(const float* from, const float* norm, float factor, const float* cos, const float* sin,
+                  float* to) const {
+    const int half = width / 2;
+    if (norm) {
+      float squares = 0;
+      for (int i = 0; i < width; ++i) squares += from[i] * from[i];
+      factor /= std::sqrt(squares / width + epsilon);
+    }
+    for (int i = 0; i < half; ++i) {
+      const float a = from[i] * factor * (norm ? norm[i] : 1);
+      const float b = from[i + half] * factor * (norm ? norm[i + half] : 1);
+      to[i] = a * cos[i] - b * sin[i];
+      to[i + half] = b * cos[i] + a * sin[i];
+    }
+  }
+};
+
+int whole(int width) { return (width + WIDTHS - 1) / WIDTHS * WIDTHS; }
+
+// A head's keys and values, and rows of queries of `group` heads that share them, token after token.
+struct Head {
+  int width, group, seen;  // tokens that the first query sees beside its own
+  uint16_t *keys, *values;
+  Pair* queries;  // [rows, whole(width) / 2]
+
+  void ask(int row, const float* query) const {
+    pairs_of(query, whole(width), queries + row * static_cast<size_t>(whole(width)) / 2);
+  }
+  void keep(int at, const float* key, const float* value, bool alone) const;
+  void look(int first, int count, int begin, int end, Gathered& gathered) const;
+
+ private:
+  void weigh(float* scores, int visible, int row, Gathered& gathered) const;
+};
+
+// `alone`: the other of its pair is not yet said.
+void Head::keep(int at, const float* key, const float* value, bool alone) const {
+  alignas(64) uint16_t rounded[2][WIDEST];  // at once, and then to their places
+  for (int i = 0; i < width; ++i) rounded[0][i] = bfloat(key[i]);
+  for (int i = 0; i < width; ++i) rounded[1][i] = bfloat(value[i]);
+  uint16_t* key_to = keys + at / TILE * TILE * static_cast<size_t>(width) + at % TILE * 2;
+  uint16_t* value_to = values + at / 2 * 2 * static_cast<size_t>(whole(width)) + at % 2;
+  for (int i = 0; i < width; i += 2) store(key_to + i * TILE, load<uint32_t>(rounded[0] + i));
+  for (int i = 0; i < width; ++i) value_to[i * 2] = rounded[1][i];
+  for (int i = 0; alone && i < width; ++i) value_to[i * 2 + 1] = 0;
+}
+
+// Scores [KEYS] of a row, of which the first `visible` count, become weights. Where scores rise far above the base it
+// becomes the greatest of them, and what was gathered is scaled to fit: seldom, as is finding the greatest.
+void Head::weigh(float* scores, int visible, int row, Gathered& gathered) const {
+  for (int key = std::max(visible, 0); key < KEYS; ++key) scores[key] = LOWEST;
+  Floats most = load<Floats>(scores);
+  for (int key = LANES; key < KEYS; key += LANES) most = greater(most, load<Floats>(scores + key));
+  float *sums = gathered.sums + row * whole(width), *totals = gathered.totals + row * LANES;
+  Floats total = load<Floats>(totals);
+  if (any_greater(most, gathered.base[row] + HEADROOM)) {
+    const float top = most_of(most), factor = std::exp(gathered.base[row] - top);
+    gathered.base[row] = top;
+    total *= factor;
+    for (int i = 0; i < whole(width); i += LANES) store(sums + i, load<Floats>(sums + i) * factor);
+  }
+  for (int key = 0; key < KEYS; key += LANES) {
+    const Floats weight = exponential(load<Floats>(scores + key) - gathered.base[row]);
+    store(scores + key, weight);
+    total += weight;
+  }
+  store(totals, total);
+}
+
+// `count` rows from `first` on pass over the tokens from `begin` to `end` of the cache.
+void Head::look(int first, int count, int begin, int end, Gathered& gathered) const {
+  alignas(64) static thread_local float scores[BLOCK * KEYS];
+  alignas(64) static thread_local Pair weights[BLOCK * KEYS / 2];
+  const int columns = whole(width);
+  std::fill(gathered.sums, gathered.sums + count * columns, 0.0f);
+  std::fill(gathered.totals, gathered.totals + count * LANES, 0.0f);
+  std::fill(gathered.base, gathered.base + count, LOWEST);
+  const Pair* query = queries + first * static_cast<size_t>(columns) / 2;
+  for (int at = begin; at < end; at += KEYS) {
+    const uint16_t *key = keys + at * static_cast<size_t>(width), *value = values + at * static_cast<size_t>(columns);
+    fetch(value, KEYS * columns * 2);  // while scores are computed
+    std::fill(scores, scores + count * KEYS, 0.0f);
+    multiply(count, KEYS, width / 2, query, columns / 2, Keys{key, width}, scores);
+    if (at + KEYS < end) fetch(key + KEYS * width, KEYS * width * 2);
+    for (int row = 0; row < count; ++row)
+      weigh(scores + row * KEYS, seen + (first + row) / group + 1 - at, row, gathered);
+    pairs_of(scores, count * KEYS, weights);
+    const int pairs = (std::min(end - at, KEYS) + 1) / 2;  // what lies behind may be no number
+    multiply(count, columns, pairs, weights, KEYS / 2, Values{value, columns}, gathered.sums);
+  }
+}
+
 // One conversation's step.
 struct Step {
   const Attention& shape;
@@ -112,8 +209,10 @@ struct Step {
   int group() const { return shape.heads / shape.kv_heads; }
   int rows() const { return tokens * group(); }
   int blocks() const { return (rows() + BLOCK - 1) / BLOCK; }
-  uint16_t* keys_of(int head) const { return keys + head * capacity * width(); }
-  uint16_t* values_of(int head) const { return values + head * capacity * width(); }
+  Head head(int i) const {
+    const size_t cache = i * capacity * width(), asked = static_cast<size_t>(i) * rows() * width() / 2;
+    return {width(), group(), seen, keys + cache, values + cache, queries + asked};
+  }
   float* out_of(int head, int row) const {
     return out + ((row / group()) * shape.heads + head * group() + row % group()) * static_cast<size_t>(width());
   }
@@ -124,94 +223,22 @@ struct Step {
   void prepare(int head, int token) const;
   void attend(int head, int block, int split) const;
   void merge(int head) const;
-
- private:
-  void turn(const float* from, const float* norm, float factor, int token, float* to) const;
-  void look(int head, int first, int count, int begin, int end, Gathered& gathered) const;
-  void weigh(float* scores, int visible, int row, Gathered& gathered) const;
 };
 
-// A head of a token, normalised where there is a norm, and turned by its rotary angles.
-void Step::turn(const float* from, const float* norm, float factor, int token, float* to) const {
-  const int half = width() / 2;
-  const float *c = cos + static_cast<size_t>(token) * half, *s = sin + static_cast<size_t>(token) * half;
-  if (norm) {
-    float squares = 0;
-    for (int i = 0; i < width(); ++i) squares += from[i] * from[i];
-    factor /= std::sqrt(squares / width() + shape.epsilon);
-  }
-  for (int i = 0; i < half; ++i) {
-    const float a = from[i] * factor * (norm ? norm[i] : 1), b = from[i + half] * factor * (norm ? norm[i + half] : 1);
-    to[i] = a * c[i] - b * s[i];
-    to[i + half] = b * c[i] + a * s[i];
-  }
-}
-
-// Queries of a token as pairs; its key and value into the cache.
+// Queries of a token; its key and value into the cache.
 void Step::prepare(int head, int token) const {
+  const Head kept = this->head(head);
+  const Turn turn{width(), shape.epsilon};
   const float* row = qkv + token * static_cast<size_t>(shape.heads + 2 * shape.kv_heads) * width();
   const int at = seen + token;
+  const float *c = cos + static_cast<size_t>(at) * width() / 2, *s = sin + static_cast<size_t>(at) * width() / 2;
   alignas(64) float turned[WIDEST];
   for (int i = 0; i < group(); ++i) {
-    turn(row + (head * group() + i) * width(), shape.q_norm, shape.scale, at, turned);
-    pairs_of(turned, width(), queries + (static_cast<size_t>(head) * rows() + token * group() + i) * (width() / 2));
+    turn(row + (head * group() + i) * width(), shape.q_norm, shape.scale, c, s, turned);
+    kept.ask(token * group() + i, turned);
   }
-  turn(row + (shape.heads + head) * width(), shape.k_norm, 1, at, turned);
-  const float* value = row + (shape.heads + shape.kv_heads + head) * width();
-  uint16_t* key_to = keys_of(head) + at / TILE * TILE * width() + at % TILE * 2;
-  uint16_t* value_to = values_of(head) + at / 2 * 2 * width() + at % 2;
-  const bool alone = token == tokens - 1 && at % 2 == 0;  // the other of its pair is not yet said
-  for (int i = 0; i < width(); ++i) {
-    key_to[i / 2 * TILE * 2 + i % 2] = bfloat(turned[i]);
-    value_to[i * 2] = bfloat(value[i]);
-    if (alone) value_to[i * 2 + 1] = 0;
-  }
-}
-
-// Scores [KEYS] of a row, of which the first `visible` count, become weights. Where scores rise far above the base it
-// becomes the greatest of them, and what was gathered is scaled to fit: seldom, as is finding the greatest.
-void Step::weigh(float* scores, int visible, int row, Gathered& gathered) const {
-  for (int key = std::max(visible, 0); key < KEYS; ++key) scores[key] = LOWEST;
-  Floats most = load<Floats>(scores);
-  for (int key = LANES; key < KEYS; key += LANES) most = greater(most, load<Floats>(scores + key));
-  float *sums = gathered.sums + row * width(), *totals = gathered.totals + row * LANES;
-  Floats total = load<Floats>(totals);
-  if (any_greater(most, gathered.base[row] + HEADROOM)) {
-    const float top = most_of(most), factor = std::exp(gathered.base[row] - top);
-    gathered.base[row] = top;
-    total *= factor;
-    for (int i = 0; i < width(); i += LANES) store(sums + i, load<Floats>(sums + i) * factor);
-  }
-  for (int key = 0; key < KEYS; key += LANES) {
-    const Floats weight = exponential(load<Floats>(scores + key) - gathered.base[row]);
-    store(scores + key, weight);
-    total += weight;
-  }
-  store(totals, total);
-}
-
-// `count` rows from `first` on pass over the tokens from `begin` to `end` of the cache.
-void Step::look(int head, int first, int count, int begin, int end, Gathered& gathered) const {
-  alignas(64) static thread_local float scores[BLOCK * KEYS];
-  alignas(64) static thread_local Pair weights[BLOCK * KEYS / 2];
-  std::fill(gathered.sums, gathered.sums + count * width(), 0.0f);
-  std::fill(gathered.totals, gathered.totals + count * LANES, 0.0f);
-  std::fill(gathered.base, gathered.base + count, LOWEST);
-  const Pair* query = queries + (static_cast<size_t>(head) * rows() + first) * (width() / 2);
-  const int bytes = KEYS * width() * 2;
-  for (int at = begin; at < end; at += KEYS) {
-    const size_t place = static_cast<size_t>(at) * width();
-    const uint16_t *key = keys_of(head) + place, *value = values_of(head) + place;
-    fetch(value, bytes);  // while scores are computed
-    std::fill(scores, scores + count * KEYS, 0.0f);
-    multiply(count, KEYS, width() / 2, query, width() / 2, Keys{key, width()}, scores);
-    if (at + KEYS < end) fetch(key + KEYS * width(), bytes);
-    for (int row = 0; row < count; ++row)
-      weigh(scores + row * KEYS, seen + (first + row) / group() + 1 - at, row, gathered);
-    pairs_of(scores, count * KEYS, weights);
-    const int pairs = (std::min(end - at, KEYS) + 1) / 2;  // what lies behind may be no number: nothing times it is none
-    multiply(count, width(), pairs, weights, KEYS / 2, Values{value, width()}, gathered.sums);
-  }
+  turn(row + (shape.heads + head) * width(), shape.k_norm, 1, c, s, turned);
+  kept.keep(at, turned, row + (shape.heads + shape.kv_heads + head) * width(), token == tokens - 1 && at % 2 == 0);
 }
 
 void Step::attend(int head, int block, int split) const {
@@ -219,7 +246,7 @@ void Step::attend(int head, int block, int split) const {
   const int first = block * BLOCK, count = std::min(rows() - first, BLOCK);
   const int visible = seen + (first + count - 1) / group() + 1;  // to the last row
   const int begin = split * SPLIT, end = splits == 1 ? visible : std::min(visible, begin + SPLIT);
-  look(head, first, count, begin, end, gathered);
+  this->head(head).look(first, count, begin, end, gathered);
   for (int row = 0; row < count; ++row) {
     const float *sums = gathered.sums + row * width(), total = gathered.total(row);
     if (splits == 1) {
@@ -251,6 +278,41 @@ void Step::merge(int head) const {
   }
 }
 
+// A head of the patches of a window. All are seen by all, as if each query were of the last of them.
+void attend_window(const PatchAttention& shape, const float* qkv, const float* cos, const float* sin,
+                   const Window& window, int head, float* out) {
+  static thread_local std::vector<uint16_t> keys, values;
+  static thread_local std::vector<Pair> queries;
+  static thread_local Gathered gathered;
+  const int width = shape.width, columns = whole(width), count = static_cast<int>(window.size());
+  const size_t room = (count + KEYS - 1) / KEYS * KEYS, row = static_cast<size_t>(shape.heads) * width;
+  keys.resize(std::max(keys.size(), room * width));
+  values.assign(room * columns, 0);  // also between what is wide and what is multiplied
+  queries.resize(std::max(queries.size(), room * columns / 2));
+  const Head kept{width, count, count - 1, keys.data(), values.data(), queries.data()};
+  const Turn turn{width, 0};
+  alignas(64) float turned[WIDEST] = {};
+  const auto of_patch = [&](int i) { return qkv + window[i] * 3 * row + head * width; };
+  for (int i = 0; i < count; ++i) {
+    const float *from = of_patch(i), *soon = of_patch(std::min(i + 4, count - 1));  // rows lie far from each other
+    for (int part = 0; part < 3; ++part) fetch(soon + part * row, width * 4);
+    const float *c = cos + window[i] * width / 2, *s = sin + window[i] * width / 2;
+    turn(from, nullptr, shape.scale, c, s, turned);
+    kept.ask(i, turned);
+    turn(from + row, nullptr, 1, c, s, turned);
+    kept.keep(i, turned, from + 2 * row, false);
+  }
+  for (int first = 0; first < count; first += BLOCK) {
+    const int rows = std::min(count - first, BLOCK);
+    kept.look(first, rows, 0, count, gathered);
+    for (int i = 0; i < rows; ++i) {
+      const float *sums = gathered.sums + i * columns, total = gathered.total(i);
+      float* to = out + window[first + i] * row + head * width;
+      for (int j = 0; j < width; ++j) to[j] = sums[j] / total;
+    }
+  }
+}
+
 }  // namespace
 
 void Attention::run(const float* qkv, int tokens, int seen, const float* cos, const float* sin, uint16_t* keys,
@@ -276,6 +338,13 @@ void Attention::run(const float* qkv, int tokens, int seen, const float* cos, co
     step.attend(i / step.splits / blocks, i / step.splits % blocks, i % step.splits);
   });
   if (step.splits > 1) small(kv_heads, [&](size_t i) { step.merge(i); });
+}
+
+void PatchAttention::run(const float* qkv, const float* cos, const float* sin, const std::vector<Window>& windows,
+                         float* out, const Parallel& parallel) const {
+  parallel(windows.size() * heads, [&](size_t i) {
+    attend_window(*this, qkv, cos, sin, windows[i / heads], static_cast<int>(i % heads), out);
+  });
 }
 
 }  // namespace gog

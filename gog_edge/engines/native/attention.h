@@ -1,4 +1,5 @@
-// Attention of new tokens over a cache of keys and values, which they are added to first.
+// Attention of new tokens over a cache of keys and values, which they are added to first, and of a picture's patches
+// over each other.
 //
 // The cache holds bfloat16, as checkpoints are taught and run. Pairs stand together that are multiplied together:
 //   keys    [kv_heads, capacity / TILE, width / 2, TILE, 2]
@@ -10,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace gog {
 
@@ -31,6 +33,18 @@ struct Attention {
   // [tokens, heads * width]. `seen`: tokens in the cache before.
   void run(const float* qkv, int tokens, int seen, const float* cos, const float* sin, uint16_t* keys,
            uint16_t* values, int64_t capacity, float* out, const Parallel& parallel) const;
+};
+
+using Window = std::vector<int64_t>;  // patches that see each other, and no others
+
+struct PatchAttention {
+  int heads, width;  // any even width up to WIDEST
+  float scale;
+
+  // qkv [patches, 3 * heads * width], cos, sin [patches, width / 2] -> out [patches, heads * width], of each patch that
+  // is in a window.
+  void run(const float* qkv, const float* cos, const float* sin, const std::vector<Window>& windows, float* out,
+           const Parallel& parallel) const;
 };
 
 }  // namespace gog

@@ -1,4 +1,4 @@
-// The operators of the domain "gog_edge", for ONNX Runtime: `CachedAttention` and `BlockProduct`.
+// The operators of the domain "gog_edge", for ONNX Runtime: `CachedAttention`, `PatchAttention` and `BlockProduct`.
 
 #include <algorithm>
 #include <initializer_list>
@@ -147,6 +147,61 @@ struct CachedAttention {
   gog::Attention shape{};
 };
 
+// qkv [1, patches, 3 * heads * width], cos, sin [1, patches, width / 2], window_slots [windows, slots],
+// window_mask [windows, 1, slots, slots] -> attended [1, patches, heads * width]
+//
+// A slot holds a patch where the mask's rows let it be seen. Without windows every patch sees every other.
+struct PatchAttention {
+  static constexpr const char* NAME = "PatchAttention";
+  static constexpr size_t INPUTS = 5, OUTPUTS = 1;
+  static ort::Type input_type(size_t i) { return i == 3 ? ort::INT64 : i == 4 ? ort::BOOL : ort::FLOAT; }
+  static ort::Type output_type(size_t) { return ort::FLOAT; }
+  static ort::Presence presence(size_t i) { return i < 3 ? ort::REQUIRED : ort::OPTIONAL; }
+
+  PatchAttention(const ort::KernelInfo* info, ort::Status** failed) {
+    shape.heads = static_cast<int>(whole(info, "num_heads", failed));
+    shape.scale = real(info, "scale", failed);
+    if (!*failed && shape.heads < 1) *failed = table->failure("PatchAttention: there must be a head");
+  }
+
+  void run(Call& call) const {
+    gog::PatchAttention attention = shape;
+    Shape given{}, rotary{}, sines{}, slotted{}, masked{};
+    const auto* qkv = call.input<float>(0, &given);
+    const auto* cos = call.input<float>(1, &rotary);
+    const auto* sin = call.input<float>(2, &sines);
+    const auto* slots = call.input<int64_t>(3, &slotted);
+    const auto* mask = call.input<bool>(4, &masked);
+    if (call.failed) return;
+    const int64_t patches = given.last(1), heads = attention.heads, width = given.last(0) / 3 / heads;
+    if (width < 1 || width % 2 || width > gog::WIDEST || !given.is({1, patches, 3 * heads * width}))
+      return call.refuse("PatchAttention: heads must be of an even width, 256 at the most");
+    if (!rotary.is({1, patches, width / 2}) || !sines.is({1, patches, width / 2}))
+      return call.refuse("PatchAttention: each patch must have rotary angles half as wide as a head");
+    const int64_t windows = slotted.last(1), each = slotted.last(0);
+    if (!slots != !mask || (slots && (!slotted.is({windows, each}) || !masked.is({windows, 1, each, each}))))
+      return call.refuse("PatchAttention: windows must have slots, and a mask of the same");
+    std::vector<gog::Window> found(slots ? windows : 1);
+    std::vector<bool> seen(patches);
+    for (int64_t i = 0; slots && i < windows * each; ++i) {
+      const int64_t window = i / each, patch = slots[i];
+      if (!mask[window * each * each + i % each]) continue;
+      if (patch < 0 || patch >= patches || seen[patch])
+        return call.refuse("PatchAttention: a patch is in two windows, or is none");
+      seen[patch] = true;
+      found[window].push_back(patch);
+    }
+    for (int64_t patch = 0; !slots && patch < patches; ++patch) found[0].push_back(patch);
+    if (slots && !std::all_of(seen.begin(), seen.end(), [](bool one) { return one; }))
+      return call.refuse("PatchAttention: a patch is in no window");
+    auto* out = call.output<float>(0, {{1, patches, heads * width}, 3});
+    attention.width = static_cast<int>(width);
+    if (!call.failed) attention.run(qkv, cos, sin, found, out, call.parallel());
+  }
+
+  gog::PatchAttention shape{};
+};
+
 // left [..., K], weights [bytes], scales [numbers / block_size], bias [panels * 64] -> [..., N]
 struct BlockProduct {
   static constexpr const char* NAME = "BlockProduct";
@@ -220,6 +275,7 @@ struct Described : ort::Operator {
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
                                                                                  const ort::Base* base) {
   static const Described<CachedAttention> attention;
+  static const Described<PatchAttention> patches;
   static const Described<BlockProduct> product;
   static ort::Domain* domain = nullptr;  // outlives every session
   static std::mutex one_at_a_time;
@@ -228,7 +284,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   if (!domain) {
     ort::Domain* made = nullptr;
     if (ort::Status* failed = table->new_domain("gog_edge", &made)) return failed;
-    for (const ort::Operator* added : {static_cast<const ort::Operator*>(&attention), static_cast<const ort::Operator*>(&product)})
+    for (const ort::Operator* added : std::initializer_list<const ort::Operator*>{&attention, &patches, &product})
       if (ort::Status* failed = table->add_operator(made, added)) return failed;
     domain = made;
   }

@@ -56,7 +56,7 @@ struct Base {
   const char* (*release)() noexcept;
 };
 
-enum Type { FLOAT = 1, UINT8 = 2, UINT16 = 4, INT32 = 6 };
+enum Type { FLOAT = 1, UINT8 = 2, UINT16 = 4, INT32 = 6, INT64 = 7, BOOL = 9 };
 enum Presence { REQUIRED, OPTIONAL };
 
 // `OrtCustomOp`
