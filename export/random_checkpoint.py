@@ -2,7 +2,8 @@
 
     python -m export.random_checkpoint --like qwen2.5-vl-3b runs/random-3b
 
-The tokenizer has Qwen's special tokens at their true ids and one token a byte beside. The last line is a JSON object.
+The tokenizer has Qwen's special tokens at their true ids, and as many others of made-up merges. The last line is a JSON
+object.
 """
 
 from __future__ import annotations

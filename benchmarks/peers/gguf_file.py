@@ -1,7 +1,7 @@
 """A text-only checkpoint as GGUF in bfloat16, which llama.cpp's own quantiser takes from there.
 
-Written directly: llama.cpp's converter knows tokenizers by the hash of what they encode, and a byte tokenizer is not
-among them.
+Written directly: llama.cpp's converter knows tokenizers by the hash of what they encode, and a made-up one is not among
+them.
 """
 
 from __future__ import annotations
@@ -86,5 +86,5 @@ def _add_tokenizer(writer: GGUFWriter, path: Path, vocab: int, eos: int) -> None
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens])
-    writer.add_token_merges([f"{tokens[0]} {tokens[0]}"])  # llama.cpp refuses none at all
+    writer.add_token_merges([f"{tokens[0]} {tokens[0]}"])  # llama.cpp is told ids, no text, but refuses none at all
     writer.add_eos_token_id(eos)

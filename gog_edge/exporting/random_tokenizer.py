@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer of Qwen's true size with made-up merges.
 
-It takes as long to load as the real one, and text becomes about as few tokens: three letters each, where Qwen's have
-four or five. No corpus is needed, and it is the same everywhere.
+It takes as long to load as the real one. A text becomes more tokens, of two or three letters each. No corpus is needed,
+and it is the same everywhere.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def made_up_merges() -> list[tuple[str, str]]:
     """Letters to pairs, pairs to fours, and pairs and a letter to threes; frequent ones first, no result twice."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     letters = [byte_level.pre_tokenize_str(letter)[0][0] for letter in COMMON]
-    pairs = [left + right for left, right in products(letters, letters)]
     merges = {left + right: (left, right) for left, right in products(letters, letters)}
+    pairs = list(merges)
     for first, second, most in ((pairs, pairs, MERGES - TRIPLES), (pairs, letters, MERGES)):
         new = ((left + right, (left, right)) for left, right in products(first, second))
         merges |= islice(((token, parts) for token, parts in new if token not in merges), most - len(merges))

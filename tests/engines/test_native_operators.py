@@ -1,8 +1,11 @@
 """The native operators do what they say, in every form that this processor runs."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -289,12 +292,14 @@ def test_heads_that_do_not_divide_are_refused_at_once(flavour):
 PICTURES = ((1, 64), (7, 80), (64, 72), (200, 64), (333, 80), (96, 34), (130, 256))  # patches, width of a head
 
 
-def patch_attention(flavour, width, *, heads=3, threads=2, windows=False, **more):
+def patch_attention(flavour, width, *, heads=3, threads=2, windows=False, given=5, **more):
+    """`given`: how many of the inputs it has."""
     inputs = {"qkv": (TensorProto.FLOAT, [1, "patches", "all"]),
               **{name: (TensorProto.FLOAT, [1, "rotary", "half"]) for name in ("cos", "sin")}}  # fmt: skip
     if windows:
         inputs |= {"window_slots": (TensorProto.INT64, ["windows", "slots"]),
                    "window_mask": (TensorProto.BOOL, ["windows", 1, "rows", "columns"])}  # fmt: skip
+    inputs = dict(list(inputs.items())[:given])
     attributes = {"num_heads": heads, "scale": width**-0.5} | more
     outputs = {"out": (TensorProto.FLOAT, [1, "patches", "hidden"])}
     return session_of(flavour, "PatchAttention", inputs, outputs, threads=threads, **attributes)
@@ -391,6 +396,12 @@ def test_pictures_that_patch_attention_cannot_take_are_refused(flavour):
     for name in ("cos", "sin"):
         assert "rotary angles half as wide" in refused(patch_attention(flavour, 64), **patches_of(20, 64) | {
             name: np.zeros((1, 20, 16), np.float32)})  # fmt: skip
+    uneven = np.zeros((1, 20, 3 * 3 * 64 + 3), np.float32)
+    assert "an even width, 256 at the most" in refused(plain, **feeds | {"qkv": uneven})
+    for name in ("cos", "sin"):
+        assert "each patch must have rotary angles" in refused(plain, **feeds | {name: feeds[name][:, :19]})
+    empty = {"window_slots": np.zeros((0, 8), np.int64), "window_mask": np.zeros((0, 1, 8, 8), bool)}
+    assert "a patch is in no window" in refused(windowed, **feeds | empty)
     narrow = windows["window_mask"][:, :, :4, :4]
     assert "slots, and a mask of the same" in refused(windowed, **feeds | windows | {"window_mask": narrow})
     held = windows["window_mask"][:, 0, 0]
@@ -401,8 +412,65 @@ def test_pictures_that_patch_attention_cannot_take_are_refused(flavour):
     missing = windows["window_mask"].copy()
     missing[tuple(np.argwhere(held)[0])[0], :, :, np.argwhere(held)[0][1]] = False
     assert "a patch is in no window" in refused(windowed, **feeds | windows | {"window_mask": missing})
+    half = patch_attention(flavour, 64, windows=True, given=4)
+    assert "slots, and a mask of the same" in refused(half, **feeds, window_slots=windows["window_slots"])
     with pytest.raises(REFUSED, match="there must be a head"):
         patch_attention(flavour, 64, num_heads=0)
+    with pytest.raises(REFUSED, match="an attribute is far too large"):
+        patch_attention(flavour, 64, num_heads=2**32 + 3)
+
+
+STARVED = """
+import resource
+import numpy as np
+from test_native_operators import HERE, REFUSED, patch_attention
+
+count, width = 8000, 256
+session = patch_attention(HERE[0], width, heads=2, windows=True)
+feeds = {"qkv": np.zeros((1, count, 6 * width), np.float32)}
+feeds |= dict.fromkeys(("cos", "sin"), np.ones((1, count, width // 2), np.float32))
+
+
+def windows(each):
+    mask = np.ones((count // each, 1, each, each), bool)
+    return {"window_slots": np.arange(count).reshape(-1, each), "window_mask": mask}
+
+
+few, all = windows(80), windows(count)
+session.run(None, feeds | few)  # what comes out has its memory from now on
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))
+try:
+    session.run(None, feeds | all)
+except REFUSED as exc:
+    print(exc)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+session.run(None, feeds | few)
+print("goes on")
+"""
+
+
+@needs_library
+def test_a_step_without_memory_is_refused_and_the_next_one_runs():
+    """Scratch is had in ONNX Runtime's threads, through which no exception may pass."""
+    done = subprocess.run([sys.executable, "-c", STARVED], cwd=Path(__file__).parent, capture_output=True, text=True,
+                          timeout=120, check=True)  # fmt: skip
+    refused, then = done.stdout.splitlines()
+    assert "no memory for a step's scratch" in refused and then == "goes on"
+
+
+@needs_library
+@pytest.mark.parametrize("part", ["query", "key"])
+def test_a_patch_that_is_no_number_spoils_its_head_alone(flavour, part):
+    """Not least on the way through the powers of e."""
+    feeds, heads, width = patches_of(70, 64), 3, 64
+    session, expected = patch_attention(flavour, width), patch_attention(flavour, width).run(None, feeds)[0]
+    feeds["qkv"][0, 5, ("query", "key").index(part) * heads * width + width] = np.nan  # of the second head
+    said = session.run(None, feeds)[0][0].reshape(70, heads, width)
+    spoiled = np.zeros((70, heads), bool)
+    spoiled[5 if part == "query" else slice(None), 1] = True
+    assert np.array_equal(np.isnan(said).all(-1), spoiled) and np.array_equal(np.isnan(said).any(-1), spoiled)
+    assert np.array_equal(said[~spoiled], expected[0].reshape(70, heads, width)[~spoiled])
 
 
 # --- products --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from gog_edge.engines import native
 from gog_edge.errors import ArtifactError, BackendError, CheckpointError
 from gog_edge.exporting.chat_format import extract_chat_format
 from gog_edge.exporting.checkpoint import Checkpoint
+from gog_edge.exporting.native_graph import fits_native
 from gog_edge.exporting.parity import GATES, ParityEpisode, check_passed, measure_parity
 from gog_edge.exporting.policy_export import export_policy, weight_forms
 from gog_edge.files import describe_files, write_json
@@ -280,6 +281,13 @@ def test_heads_that_no_native_operator_takes_have_another_second_form(checkpoint
     assert not (tmp_path / "out").exists()
     export_policy(checkpoints[True], tmp_path / "out", precision="int4", block=32, second="none", parity=False)
     assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == OWN_GRAPHS
+
+
+def test_heads_of_a_tower_may_be_of_any_width_up_to_the_widest(wide_checkpoints):
+    checkpoint = Checkpoint.open(wide_checkpoints[True])
+    for width, fits in ((16, True), (72, True), (256, True), (260, False)):
+        vision = replace(checkpoint.vision, hidden=width * checkpoint.vision.heads)
+        assert vision.head_dim == width and fits_native(checkpoint.text, vision) == fits
 
 
 @pytest.mark.parametrize("other", [{"precision": "fp32"}, {"precision": "fp16"},

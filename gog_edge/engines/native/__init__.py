@@ -1,8 +1,9 @@
-"""Operators of our own for ONNX Runtime on x86-64: attention over a tiled cache, products with packed weights.
+"""Operators of our own for ONNX Runtime on x86-64: attention over a tiled cache and over a picture's patches, products
+with packed weights.
 
 ONNX Runtime's own reach about half of what the processor and its memory can do where heads share keys and values and
 where few rows are multiplied; the sources beside this file say how these do it. They are compiled when the package is
-installed, for several kinds of processors; where there was no compiler, or the processor is another, decoders run on
+installed, for several kinds of processors; where there was no compiler, or the processor is another, policies run on
 ONNX Runtime's operators.
 """
 
@@ -19,7 +20,7 @@ DOMAIN = "gog_edge"
 TILE, PAIR = 16, 2  # tokens whose keys stand together, numbers that are multiplied together (attention.h)
 KEYS = 64  # a cache's capacity is a multiple of it (attention.h)
 PANEL = 64  # columns of weights that stand together (product.h)
-WIDTHS, WIDEST = 32, 256  # of heads: multiples of the one up to the other (attention.h)
+WIDTHS, WIDEST = 32, 256  # of heads: a decoder's are multiples of the one, all are up to the other (attention.h)
 FOLDER = Path(__file__).parent
 
 

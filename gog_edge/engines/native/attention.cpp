@@ -122,7 +122,8 @@ int whole(int width) { return (width + WIDTHS - 1) / WIDTHS * WIDTHS; }
 
 // A head's keys and values, and rows of queries of `group` heads that share them, token after token.
 struct Head {
-  int width, group, seen;  // tokens that the first query sees beside its own
+  int width, group;
+  int seen;  // tokens that the first query sees beside its own
   uint16_t *keys, *values;
   Pair* queries;  // [rows, whole(width) / 2]
 

@@ -18,7 +18,7 @@ namespace gog {
 constexpr int TILE = 16;   // tokens whose keys stand together
 constexpr int KEYS = 64;   // tokens that are attended at a time; a cache's capacity is a multiple of it
 constexpr int WIDEST = 256;  // of a head
-constexpr int WIDTHS = 32;   // widths of heads are multiples of it
+constexpr int WIDTHS = 32;   // widths of the decoder's heads are multiples of it
 
 using Work = std::function<void(size_t)>;
 using Parallel = std::function<void(size_t count, const Work&)>;  // runs work(0) .. work(count - 1)

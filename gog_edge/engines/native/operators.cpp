@@ -1,6 +1,8 @@
 // The operators of the domain "gog_edge", for ONNX Runtime: `CachedAttention`, `PatchAttention` and `BlockProduct`.
 
 #include <algorithm>
+#include <atomic>
+#include <climits>
 #include <initializer_list>
 #include <memory>
 #include <mutex>
@@ -13,6 +15,7 @@
 namespace {
 
 const ort::Table* table;
+constexpr const char* STARVED = "no memory for a step's scratch";
 
 struct Shape {
   int64_t at[4];
@@ -53,10 +56,24 @@ class Call {
     return failed ? nullptr : static_cast<Number*>(data);
   }
 
+  // No exception may pass through ONNX Runtime's threads: what has no memory is refused when all have ended.
   gog::Parallel parallel() {
+    struct Guarded {
+      const gog::Work& work;
+      std::atomic<bool> starved{false};
+    };
     return [this](size_t count, const gog::Work& work) {
-      const auto one = [](void* data, size_t index) { (*static_cast<const gog::Work*>(data))(index); };
-      check(table->parallel(context_, one, count, const_cast<gog::Work*>(&work)));
+      Guarded guarded{work};
+      const auto one = [](void* data, size_t index) {
+        auto& guarded = *static_cast<Guarded*>(data);
+        try {
+          guarded.work(index);
+        } catch (const std::bad_alloc&) {
+          guarded.starved = true;
+        }
+      };
+      check(table->parallel(context_, one, count, &guarded));
+      if (guarded.starved) refuse(STARVED);
     };
   }
 
@@ -77,10 +94,11 @@ class Call {
   ort::KernelContext* context_;
 };
 
-int64_t whole(const ort::KernelInfo* info, const char* name, ort::Status** failed) {
+int whole(const ort::KernelInfo* info, const char* name, ort::Status** failed) {
   int64_t found = 0;
   if (!*failed) *failed = table->attribute(info, name, &found);
-  return found;
+  if (!*failed && (found < INT_MIN || found > INT_MAX)) *failed = table->failure("an attribute is far too large");
+  return static_cast<int>(found);
 }
 
 float real(const ort::KernelInfo* info, const char* name, ort::Status** failed) {
@@ -99,8 +117,8 @@ struct CachedAttention {
   static ort::Presence presence(size_t i) { return i < 6 ? ort::REQUIRED : ort::OPTIONAL; }
 
   CachedAttention(const ort::KernelInfo* info, ort::Status** failed) {
-    shape.heads = static_cast<int>(whole(info, "num_heads", failed));
-    shape.kv_heads = static_cast<int>(whole(info, "kv_num_heads", failed));
+    shape.heads = whole(info, "num_heads", failed);
+    shape.kv_heads = whole(info, "kv_num_heads", failed);
     shape.scale = real(info, "scale", failed);
     shape.epsilon = real(info, "epsilon", failed);
     if (!*failed && (shape.kv_heads < 1 || shape.heads < 1 || shape.heads % shape.kv_heads))
@@ -150,7 +168,8 @@ struct CachedAttention {
 // qkv [1, patches, 3 * heads * width], cos, sin [1, patches, width / 2], window_slots [windows, slots],
 // window_mask [windows, 1, slots, slots] -> attended [1, patches, heads * width]
 //
-// A slot holds a patch where the mask's rows let it be seen. Without windows every patch sees every other.
+// A slot holds a patch where the first row of its window's mask lets it be seen; the other rows are alike. Without
+// windows every patch sees every other.
 struct PatchAttention {
   static constexpr const char* NAME = "PatchAttention";
   static constexpr size_t INPUTS = 5, OUTPUTS = 1;
@@ -159,7 +178,7 @@ struct PatchAttention {
   static ort::Presence presence(size_t i) { return i < 3 ? ort::REQUIRED : ort::OPTIONAL; }
 
   PatchAttention(const ort::KernelInfo* info, ort::Status** failed) {
-    shape.heads = static_cast<int>(whole(info, "num_heads", failed));
+    shape.heads = whole(info, "num_heads", failed);
     shape.scale = real(info, "scale", failed);
     if (!*failed && shape.heads < 1) *failed = table->failure("PatchAttention: there must be a head");
   }
@@ -179,11 +198,12 @@ struct PatchAttention {
     if (!rotary.is({1, patches, width / 2}) || !sines.is({1, patches, width / 2}))
       return call.refuse("PatchAttention: each patch must have rotary angles half as wide as a head");
     const int64_t windows = slotted.last(1), each = slotted.last(0);
-    if (!slots != !mask || (slots && (!slotted.is({windows, each}) || !masked.is({windows, 1, each, each}))))
+    const bool windowed = slotted.count || masked.count;  // what is given and has no numbers is null, too
+    if (windowed && (!slotted.is({windows, each}) || !masked.is({windows, 1, each, each})))
       return call.refuse("PatchAttention: windows must have slots, and a mask of the same");
-    std::vector<gog::Window> found(slots ? windows : 1);
+    std::vector<gog::Window> found(windowed ? windows : 1);
     std::vector<bool> seen(patches);
-    for (int64_t i = 0; slots && i < windows * each; ++i) {
+    for (int64_t i = 0; windowed && i < windows * each; ++i) {
       const int64_t window = i / each, patch = slots[i];
       if (!mask[window * each * each + i % each]) continue;
       if (patch < 0 || patch >= patches || seen[patch])
@@ -191,8 +211,8 @@ struct PatchAttention {
       seen[patch] = true;
       found[window].push_back(patch);
     }
-    for (int64_t patch = 0; !slots && patch < patches; ++patch) found[0].push_back(patch);
-    if (slots && !std::all_of(seen.begin(), seen.end(), [](bool one) { return one; }))
+    for (int64_t patch = 0; !windowed && patch < patches; ++patch) found[0].push_back(patch);
+    if (windowed && !std::all_of(seen.begin(), seen.end(), [](bool one) { return one; }))
       return call.refuse("PatchAttention: a patch is in no window");
     auto* out = call.output<float>(0, {{1, patches, heads * width}, 3});
     attention.width = static_cast<int>(width);
@@ -211,10 +231,10 @@ struct BlockProduct {
   static ort::Presence presence(size_t i) { return i < 3 ? ort::REQUIRED : ort::OPTIONAL; }
 
   BlockProduct(const ort::KernelInfo* info, ort::Status** failed) {
-    shape.rows = static_cast<int>(whole(info, "K", failed));
-    shape.columns = static_cast<int>(whole(info, "N", failed));
-    shape.bits = static_cast<int>(whole(info, "bits", failed));
-    shape.block = static_cast<int>(whole(info, "block_size", failed));
+    shape.rows = whole(info, "K", failed);
+    shape.columns = whole(info, "N", failed);
+    shape.bits = whole(info, "bits", failed);
+    shape.block = whole(info, "block_size", failed);
     shape.gated = whole(info, "gated", failed) != 0;
     if (!*failed && !gog::fits(shape)) *failed = table->failure("BlockProduct: these weights are not to be had");
   }
@@ -262,7 +282,7 @@ struct Described : ort::Operator {
       try {
         static_cast<const Kernel*>(kernel)->run(call);
       } catch (const std::bad_alloc&) {
-        call.refuse("no memory for a step's scratch");
+        call.refuse(STARVED);
       }
       return call.failed;
     };

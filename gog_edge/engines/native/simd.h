@@ -63,7 +63,8 @@ inline Floats exponential(Floats x) {
   x = x * 1.44269504f;
   const Floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = -greater(-greater(x, Floats{} - 87.0f), Floats{} - 87.0f) * 1.44269504f;
+  const Floats least = Floats{} - 87.0f;
+  x = -greater(least, -greater(least, x)) * 1.44269504f;  // in this order, so that what is no number stays none
   const Floats whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
   const Floats f = x - whole;
