@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer of Qwen's true size with made-up merges.
 
-It takes as long to load as the real one. A text becomes more tokens, of two or three letters each. No corpus is needed,
-and it is the same everywhere.
+It has as many tokens and merges to load as the real one; a text becomes tokens of two or three letters. No corpus is
+needed, and it is the same everywhere.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ struct Gathered {
   float total(int row) const { return sum_of(load<Floats>(totals + row * LANES)); }
 };
 
-// Turned by rotary angles, normalised where there is a norm.
-struct Turn {
+// Rotary position embedding of a head; before it RMS norm, where there is one.
+struct Rotary {
   int width;
   float epsilon;
 
@@ -118,17 +118,18 @@ struct Turn {
   }
 };
 
-int whole(int width) { return (width + WIDTHS - 1) / WIDTHS * WIDTHS; }
+// To what vectors multiply at once.
+int padded(int width) { return (width + WIDTHS - 1) / WIDTHS * WIDTHS; }
 
 // A head's keys and values, and rows of queries of `group` heads that share them, token after token.
 struct Head {
   int width, group;
   int seen;  // tokens that the first query sees beside its own
   uint16_t *keys, *values;
-  Pair* queries;  // [rows, whole(width) / 2]
+  Pair* queries;  // [rows, padded(width) / 2]
 
   void ask(int row, const float* query) const {
-    pairs_of(query, whole(width), queries + row * static_cast<size_t>(whole(width)) / 2);
+    pairs_of(query, padded(width), queries + row * static_cast<size_t>(padded(width)) / 2);
   }
   void keep(int at, const float* key, const float* value, bool alone) const;
   void look(int first, int count, int begin, int end, Gathered& gathered) const;
@@ -143,7 +144,7 @@ void Head::keep(int at, const float* key, const float* value, bool alone) const 
   for (int i = 0; i < width; ++i) rounded[0][i] = bfloat(key[i]);
   for (int i = 0; i < width; ++i) rounded[1][i] = bfloat(value[i]);
   uint16_t* key_to = keys + at / TILE * TILE * static_cast<size_t>(width) + at % TILE * 2;
-  uint16_t* value_to = values + at / 2 * 2 * static_cast<size_t>(whole(width)) + at % 2;
+  uint16_t* value_to = values + at / 2 * 2 * static_cast<size_t>(padded(width)) + at % 2;
   for (int i = 0; i < width; i += 2) store(key_to + i * TILE, load<uint32_t>(rounded[0] + i));
   for (int i = 0; i < width; ++i) value_to[i * 2] = rounded[1][i];
   for (int i = 0; alone && i < width; ++i) value_to[i * 2 + 1] = 0;
@@ -155,13 +156,13 @@ void Head::weigh(float* scores, int visible, int row, Gathered& gathered) const 
   for (int key = std::max(visible, 0); key < KEYS; ++key) scores[key] = LOWEST;
   Floats most = load<Floats>(scores);
   for (int key = LANES; key < KEYS; key += LANES) most = greater(most, load<Floats>(scores + key));
-  float *sums = gathered.sums + row * whole(width), *totals = gathered.totals + row * LANES;
+  float *sums = gathered.sums + row * padded(width), *totals = gathered.totals + row * LANES;
   Floats total = load<Floats>(totals);
   if (any_greater(most, gathered.base[row] + HEADROOM)) {
     const float top = most_of(most), factor = std::exp(gathered.base[row] - top);
     gathered.base[row] = top;
     total *= factor;
-    for (int i = 0; i < whole(width); i += LANES) store(sums + i, load<Floats>(sums + i) * factor);
+    for (int i = 0; i < padded(width); i += LANES) store(sums + i, load<Floats>(sums + i) * factor);
   }
   for (int key = 0; key < KEYS; key += LANES) {
     const Floats weight = exponential(load<Floats>(scores + key) - gathered.base[row]);
@@ -175,7 +176,7 @@ void Head::weigh(float* scores, int visible, int row, Gathered& gathered) const 
 void Head::look(int first, int count, int begin, int end, Gathered& gathered) const {
   alignas(64) static thread_local float scores[BLOCK * KEYS];
   alignas(64) static thread_local Pair weights[BLOCK * KEYS / 2];
-  const int columns = whole(width);
+  const int columns = padded(width);
   std::fill(gathered.sums, gathered.sums + count * columns, 0.0f);
   std::fill(gathered.totals, gathered.totals + count * LANES, 0.0f);
   std::fill(gathered.base, gathered.base + count, LOWEST);
@@ -229,16 +230,16 @@ struct Step {
 // Queries of a token; its key and value into the cache.
 void Step::prepare(int head, int token) const {
   const Head kept = this->head(head);
-  const Turn turn{width(), shape.epsilon};
+  const Rotary rotary{width(), shape.epsilon};
   const float* row = qkv + token * static_cast<size_t>(shape.heads + 2 * shape.kv_heads) * width();
   const int at = seen + token;
   const float *c = cos + static_cast<size_t>(at) * width() / 2, *s = sin + static_cast<size_t>(at) * width() / 2;
   alignas(64) float turned[WIDEST];
   for (int i = 0; i < group(); ++i) {
-    turn(row + (head * group() + i) * width(), shape.q_norm, shape.scale, c, s, turned);
+    rotary(row + (head * group() + i) * width(), shape.q_norm, shape.scale, c, s, turned);
     kept.ask(token * group() + i, turned);
   }
-  turn(row + (shape.heads + head) * width(), shape.k_norm, 1, c, s, turned);
+  rotary(row + (shape.heads + head) * width(), shape.k_norm, 1, c, s, turned);
   kept.keep(at, turned, row + (shape.heads + shape.kv_heads + head) * width(), token == tokens - 1 && at % 2 == 0);
 }
 
@@ -285,22 +286,22 @@ void attend_window(const PatchAttention& shape, const float* qkv, const float* c
   static thread_local std::vector<uint16_t> keys, values;
   static thread_local std::vector<Pair> queries;
   static thread_local Gathered gathered;
-  const int width = shape.width, columns = whole(width), count = static_cast<int>(window.size());
+  const int width = shape.width, columns = padded(width), count = static_cast<int>(window.size());
   const size_t room = (count + KEYS - 1) / KEYS * KEYS, row = static_cast<size_t>(shape.heads) * width;
   keys.resize(std::max(keys.size(), room * width));
   values.assign(room * columns, 0);  // also between what is wide and what is multiplied
   queries.resize(std::max(queries.size(), room * columns / 2));
   const Head kept{width, count, count - 1, keys.data(), values.data(), queries.data()};
-  const Turn turn{width, 0};
+  const Rotary rotary{width, 0};
   alignas(64) float turned[WIDEST] = {};
   const auto of_patch = [&](int i) { return qkv + window[i] * 3 * row + head * width; };
   for (int i = 0; i < count; ++i) {
     const float *from = of_patch(i), *soon = of_patch(std::min(i + 4, count - 1));  // rows lie far from each other
     for (int part = 0; part < 3; ++part) fetch(soon + part * row, width * 4);
     const float *c = cos + window[i] * width / 2, *s = sin + window[i] * width / 2;
-    turn(from, nullptr, shape.scale, c, s, turned);
+    rotary(from, nullptr, shape.scale, c, s, turned);
     kept.ask(i, turned);
-    turn(from + row, nullptr, 1, c, s, turned);
+    rotary(from + row, nullptr, 1, c, s, turned);
     kept.keep(i, turned, from + 2 * row, false);
   }
   for (int first = 0; first < count; first += BLOCK) {

@@ -30,7 +30,7 @@ struct Product {
   int blocks() const { return (rows + block - 1) / block; }
   int panels_out() const { return (columns + PANEL - 1) / PANEL; }
   int panels() const { return panels_out() * (gated ? 2 : 1); }
-  int64_t numbers() const { return static_cast<int64_t>(panels()) * PANEL * blocks() * block; }  // with what is filled up
+  int64_t numbers() const { return static_cast<int64_t>(panels()) * PANEL * blocks() * block; }  // filled up
 
   // left [count, rows] * weights -> out [count, columns]
   void run(const float* left, int count, float* out, const Parallel& parallel) const;
