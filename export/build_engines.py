@@ -2,7 +2,7 @@
 
     python -m export.build_engines BUNDLE --engine tensorrt-rtx --sm 86,89,120
     python -m export.build_engines BUNDLE --engine tensorrt        # on the device, for its own GPU
-    python -m export.build_engines BUNDLE --engine ort-cuda        # or ort-rtx
+    python -m export.build_engines BUNDLE --engine ort-cuda
 
 TensorRT for RTX needs no GPU to build; one engine serves all GPUs that it was built for. The last line is a JSON
 object.

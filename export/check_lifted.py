@@ -2,8 +2,8 @@
 
     python -m export.check_lifted BUNDLE --kind decomposed
 
-For engines that are built with --no-parity, as on JetPack 6: what a graph says depends on no box. Exit status 1 when
-the difference is over a limit. The last line is a JSON object.
+For engines that are built with --no-parity: what a graph says depends on no box. Exit status 1 when the difference is
+over a limit. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("bundle", type=Path, help="folder with bundle.toml")
     parser.add_argument("--kind", choices=KINDS, required=True, help="standard: TensorRT for RTX, TensorRT from 10.15 "
-                        "on, ort-rtx; decomposed: TensorRT before; half: ort-cuda")  # fmt: skip
+                        "on; decomposed: TensorRT before; half: ort-cuda")  # fmt: skip
     parser.add_argument("--context", type=int, help="tokens a cache holds (default: the policy's)")
     args = parser.parse_args(argv)
     try:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gog_edge.compat import tomllib
 from gog_edge.config import Limits, MilvusConfig, RemoteConfig
 from gog_edge.errors import BundleError
 from gog_edge.files import MODEL_MANIFEST, read_json, verify_files

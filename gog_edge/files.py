@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HASH_AT_OPEN_BYTES = 64 * 2**20
 MODEL_MANIFEST = "manifest.json"  # of policies and encoders; packs and engines name theirs
 BLOCK_BYTES = 2**20
-SQLITE_FULL = (13, 778)  # SQLITE_FULL, SQLITE_IOERR_WRITE: `sqlite3` names codes from Python 3.11 on
+SQLITE_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
 OTHER_FILES = 512  # that a process has open besides its vectors: connections, stores, models
 OnBytes: TypeAlias = Callable[[int], None]
 
@@ -115,7 +115,6 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
 def full_disk(exc: BaseException) -> bool:
     """Whether this error says that there is no room left, or that a file may not grow (on FAT32, beyond 4 GiB)."""
     if isinstance(exc, sqlite3.Error):
-        # Python 3.10 has no codes: there a file that may not grow is an I/O error like any other.
         return getattr(exc, "sqlite_errorcode", None) in SQLITE_FULL or "disk is full" in str(exc)
     return isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

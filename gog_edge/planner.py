@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gog_edge.bundle import Bundle
-from gog_edge.engines.built import DECODER, IMAGE, SEARCH, TENSORRT, TEXT, VISION
-from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, EngineSet
+from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
+from gog_edge.engines.choice import CPU_SEARCH, EngineSet
 from gog_edge.errors import BackendError, InputError, NotEnoughMemory
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
@@ -124,7 +124,7 @@ def plan_memory(
     if engines is None:
         index += _bytes(bundle.encoder)
     on_device = _on_device(engines, search) if not integrated else ()
-    towers = 0 if engines is None else engines.bytes((IMAGE, TEXT, SEARCH) if search == TENSORRT else (IMAGE, TEXT))
+    towers = 0 if engines is None else engines.bytes((IMAGE, TEXT))
     if not isinstance(bundle.policy, Path):  # another server holds the policy
         return MemoryPlan(towers, 0, 0, 0, index, switch, vectors=vectors, on_device=on_device)
     manifest = read_manifest(bundle.policy)
@@ -196,13 +196,10 @@ def _vectors_bytes(packs: Iterable[Path], search: str) -> int:
     """What a search by a GPU holds there."""
     if search == CPU_SEARCH:
         return 0
-    if search == FAISS_GPU:
-        from gog_edge.retrieval.gpu_index import TEMP_BYTES as SCRATCH_BYTES
-        from gog_edge.retrieval.gpu_index import vectors_bytes
-    else:
-        from gog_edge.retrieval.gpu_search import SCRATCH_BYTES, vectors_bytes
+    from gog_edge.retrieval.gpu_index import TEMP_BYTES, vectors_bytes
+
     taken = [sum(vectors_bytes(space.rows, dim) for space in spaces) for spaces, dim in map(_spaces, packs)]
-    return SCRATCH_BYTES + sum(taken) + max(taken, default=0)
+    return TEMP_BYTES + sum(taken) + max(taken, default=0)
 
 
 def _index_bytes(pack: Path, search: str) -> int:

@@ -16,7 +16,7 @@ from gog_edge.agent.loop import Searcher, run_episode
 from gog_edge.agent.trace import TraceWriter
 from gog_edge.bundle import Bundle, Sample, open_bundle
 from gog_edge.config import Budget, Limits
-from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, EngineChoice, EngineSet
+from gog_edge.engines.choice import CPU_SEARCH, EngineChoice, EngineSet
 from gog_edge.errors import BackendError, DeviceLost, NotEnoughMemory, NotFound
 from gog_edge.picture import Picture, decode_picture
 from gog_edge.planner import MemoryPlan, fit_memory
@@ -214,24 +214,17 @@ def open_packs(
 
     encoder = Encoder.open(bundle.encoder, threads=threads, engines=engines)
     with ExitStack() as opened:
-        opener = pack_opener(bundle, _gpu_search(search, engines, opened))
+        opener = pack_opener(bundle, _gpu_search(search, opened))
         return Shelf(bundle.packs, encoder, opener, opened.pop_all().close)
 
 
-def _gpu_search(search: str, engines: EngineSet | None, opened: ExitStack) -> MakeIndex | None:
+def _gpu_search(search: str, opened: ExitStack) -> MakeIndex | None:
     """What puts a pack's vectors on the GPU, and in `opened` what ends it; None where packs' own indexes search."""
     if search == CPU_SEARCH:
         return None
-    if search == FAISS_GPU:
-        from gog_edge.retrieval.gpu_index import Gpu
+    from gog_edge.retrieval.gpu_index import Gpu
 
-        return opened.enter_context(closing(Gpu())).index
-    from gog_edge.retrieval.gpu_search import TrtVectorIndex
-
-    if engines is None:
-        raise BackendError(f"search '{search}' is an engine, and none are read; name the engines, too")
-    graph = engines.open_search()
-    return lambda shards, gone: TrtVectorIndex.on_gpu(graph, shards, tombstones=gone)
+    return opened.enter_context(closing(Gpu())).index
 
 
 def pack_opener(bundle: Bundle, make_index: MakeIndex | None = None) -> Callable[[Path, Encoder], Pack]:

@@ -14,7 +14,7 @@ usage: bash jetson/install.sh [--venv DIR] [--wheels DIR] [--cpu] [--python FILE
   --dry-run      check everything, print the commands, run none
   --root DIR     read /etc and /proc below this folder (for tests)
 
-TensorRT: JetPack 7 (Jetson Linux 38 on Thor, 39 on Thor and Orin) and JetPack 6 from 6.1 on (Jetson Linux 36.4).
+JetPack 7: Jetson Linux 38 on Thor, 39 on Thor and Orin.
 TEXT
 }
 
@@ -57,10 +57,9 @@ check_release() {
   linux=${BASH_REMATCH[1]}
   echo "Jetson Linux $linux.${BASH_REMATCH[2]}${BASH_REMATCH[3]} on $(board)"
   case $linux in
-    36) [[ $cpu == yes ]] || ((BASH_REMATCH[2] >= 4)) ||
-      refuse "TensorRT of JetPack 6.0 is older than 10.3; update to JetPack 6.1 (Jetson Linux 36.4) or newer, or give --cpu" ;;
+    36) refuse 'JetPack 6 is not supported; install JetPack 7.2, which supports Orin' ;;
     38 | 39) ;;
-    *) refuse "Jetson Linux $linux is neither JetPack 6 (36) nor 7 (38, 39); flash one of them with NVIDIA's SDK Manager" ;;
+    *) refuse "Jetson Linux $linux is not JetPack 7 (38, 39); flash JetPack 7.2 with NVIDIA's SDK Manager" ;;
   esac
 }
 
@@ -69,15 +68,12 @@ board() {
   if [[ -r $model ]]; then tr -d '\0' <"$model"; else echo 'an unknown board'; fi
 }
 
-# One source for the oldest Pythons: pyproject.toml. For the one from `comparing` on there is an ONNX Runtime that loads
-# policies; TensorRT's engines need none.
+# One source for the oldest Python: pyproject.toml.
 check_python() {
   local oldest
   oldest=$(sed -nE 's/^requires-python = ">=3\.([0-9]+)"$/\1/p' "$here/../pyproject.toml")
-  comparing=$(sed -nE "s/^cpu = .*python_version >= '3\.([0-9]+)'.*/\1/p" "$here/../pyproject.toml")
   version=$("$python" -c 'import sys; print(sys.version_info[1])') || refuse "'$python' does not run; give --python FILE"
   echo "Python 3.$version ($python)"
-  [[ $cpu == no ]] || oldest=$comparing
   ((version >= oldest)) || refuse "this needs Python 3.$oldest; install one and name it with --python"
 }
 
@@ -96,7 +92,7 @@ install_packages() {
     source=('gog_edge[cpu]') from=(--no-index --find-links "$wheels")
   fi
   # Bindings of the major release of CUDA that JetPack has; onnx, since engines are built on the box they run on.
-  [[ $cpu == yes ]] || source+=("$([[ $linux == 36 ]] && echo 'cuda-bindings>=12,<13' || echo 'cuda-bindings>=13,<14')" 'onnx>=1.19')
+  [[ $cpu == yes ]] || source+=('cuda-bindings>=13,<14' 'onnx>=1.19')
   run "$venv/bin/python" -m pip install "${from[@]}" "${source[@]}"
 }
 
@@ -116,7 +112,6 @@ engine=$([[ $cpu == yes ]] && echo ort || echo tensorrt)
 run "$venv/bin/gog-edge" doctor --engine "$engine" || true # what is still missing, with its commands
 echo
 echo "Next, from the folder of the checkout:"
-unchecked=$( ((version >= comparing)) || echo ' --no-parity')
-[[ $cpu == yes ]] || echo "  $venv/bin/python -m export.build_engines BUNDLE --engine tensorrt$unchecked"
+[[ $cpu == yes ]] || echo "  $venv/bin/python -m export.build_engines BUNDLE --engine tensorrt"
 echo "  $venv/bin/gog-edge doctor --bundle BUNDLE --engine $engine"
 echo "  $venv/bin/python -m gog_edge.serve --bundle BUNDLE --engine $engine"

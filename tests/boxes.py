@@ -113,10 +113,9 @@ CUDA = {
     "tensorrt_rtx_bindings": {"version": "1.7.1.116", "sms": [75, 80, 86, 89, 100, 120, 121]},
     "cuda.bindings": {"version": "13.5.0"},
 }
-RTX_PROVIDER = {"onnxruntime_ep_nv_tensorrt_rtx": {"version": "0.5.0", "gpus": 1, "trouble": ""}}
 JETPACK_7 = {**CPU, "tensorrt": {"version": "10.16.2.10"}, "cuda.bindings": {"version": "13.2.0"}}
-CPU_310 = {**CPU, "onnxruntime": {**CPU["onnxruntime"], "version": "1.23.2"}}  # Python 3.10
-JETPACK_6 = {**CPU_310, "tensorrt": {"version": "10.3.0"}, "cuda.bindings": {"version": "12.9.10"}}
+OLD_ORT = {**CPU, "onnxruntime": {**CPU["onnxruntime"], "version": "1.23.2"}}
+JETPACK_6 = {**OLD_ORT, "tensorrt": {"version": "10.3.0"}, "cuda.bindings": {"version": "12.9.10"}}
 
 
 def box_of(root, gpus, libraries):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from gog_edge.bundle import DEFAULT_BUNDLE, Bundle, open_bundle
-from gog_edge.engines import ort_cuda, ort_rtx
+from gog_edge.engines import ort_cuda
 from gog_edge.engines.built import ORT_CUDA
-from gog_edge.engines.ort import CPU, open_session
+from gog_edge.engines.ort import CPU
 from gog_edge.engines.ort_tensors import Device
 
 TOML = """schema = 1
@@ -53,10 +53,3 @@ def cuda_on_processor(monkeypatch):
     """Engines for "ort-cuda" run on the processor: the same graphs and the same code, for want of a GPU."""
     monkeypatch.setattr(ort_cuda, "CUDA", CPU)
     monkeypatch.setattr(ort_cuda, "CUDA_DEVICE", Device("cpu"))
-
-
-@pytest.fixture
-def rtx_on_processor(monkeypatch):
-    """Engines for "ort-rtx" run on the processor: the same graphs and the same code around them."""
-    monkeypatch.setattr(ort_rtx, "RTX_DEVICE", Device("cpu"))
-    monkeypatch.setattr(ort_rtx, "open_rtx_session", lambda path, graph, cache: open_session(path, threads=1))

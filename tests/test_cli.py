@@ -91,7 +91,7 @@ def test_missing_bundle(picture, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "says"), [
-    (["--engine", "cuda"], "known are ort, ort-cuda, ort-rtx, tensorrt, tensorrt-rtx"),
+    (["--engine", "cuda"], "known are ort, ort-cuda, tensorrt, tensorrt-rtx"),
     (["--engines", "somewhere"], "name the engine that they were built for"),
     (["--engine", "tensorrt-rtx", "--engines", "nowhere"], "no engines in 'nowhere'; build them: python -m export."),
 ])

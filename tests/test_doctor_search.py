@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-from dataclasses import replace
 
 import pytest
 from boxes import CPU, CUDA, JETPACK_7, NO_DRIVER, ORIN, RTX, box_of, orin_nano, pc
@@ -17,32 +16,15 @@ from gog_edge.cli import app
 from gog_edge.doctor.box import FAISS
 from gog_edge.doctor.examine import examine
 from gog_edge.doctor.finding import State
-from gog_edge.engines.built import ENGINES, ORT, ORT_CUDA, SEARCH, TENSORRT, TENSORRT_RTX, BuiltEngines, BuiltGraph
+from gog_edge.engines.built import ORT, ORT_CUDA, TENSORRT_RTX
 from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, FAISS_GPU_INSTALL, EngineChoice
-from gog_edge.errors import CheckpointError, InputError
+from gog_edge.errors import CheckpointError
 from gog_edge.exporting.engine_profiles import check_context
 from gog_edge.exporting.engine_sources import bundle_graphs
-from gog_edge.files import describe_files, read_json, write_json
+from gog_edge.files import read_json, write_json
 from gog_edge.planner import plan_memory
 
 FAISS_FOR_GPUS = {"version": "1.15.1", "gpu": True, "gpus": 1}
-NOT_TENSORRT = tuple(engine for engine in ENGINES if engine not in (TENSORRT, TENSORRT_RTX))
-
-
-def with_search(folder):
-    """The same engines, the search among them."""
-    engines = BuiltEngines.from_json(read_json(folder / "engines.json", what="engines"))
-    (folder / "search.engine").write_bytes(b"search" * 1000)
-    graphs = (*engines.graphs, BuiltGraph(SEARCH, "search.engine", {}))
-    files = tuple(describe_files(folder, [graph.file for graph in graphs]))
-    write_json(folder / "engines.json", replace(engines, graphs=graphs, files=files).to_json())
-    return folder
-
-
-@pytest.fixture
-def engines(tmp_path):
-    """Engines for the RTX box, without the search."""
-    return built(tmp_path / "e", TENSORRT_RTX, version="1.7.1.116", sms=(89,))
 
 
 @pytest.fixture
@@ -91,52 +73,7 @@ def test_faiss_without_a_gpu_keeps_every_engine_from_serving(tmp_path, gpus, lib
 def test_a_jetson_has_no_faiss_for_gpus_and_is_told_what_it_has(tmp_path):
     box = box_of(orin_nano(tmp_path), ORIN, JETPACK_7)
     (one,) = examine(DEFAULT_BUNDLE, ORT, search=FAISS_GPU, box=box).blocking
-    assert one.what == "faiss on the GPU" and "--search tensorrt" in one.remedy and "--search cpu" in one.remedy
-
-
-# --- by TensorRT ----------------------------------------------------------------------------------
-
-
-def test_tensorrt_searches_where_the_engine_was_built(rtx_box, engines):
-    with_search(engines)
-    report = examine(DEFAULT_BUNDLE, TENSORRT_RTX, engines, search=TENSORRT, box=rtx_box)
-    assert report.serves, report.blocking
-    read = EngineChoice(TENSORRT_RTX, engines).read(DEFAULT_BUNDLE)
-    plan = plan_memory(open_bundle(DEFAULT_BUNDLE), read, search=TENSORRT)
-    assert found(report, f"memory, {TENSORRT_RTX}").said == f"takes {plan}" and plan.vectors > 0
-
-
-def test_engines_without_the_search_are_told_with_the_command(rtx_box, engines):
-    (one,) = examine(DEFAULT_BUNDLE, TENSORRT_RTX, engines, search=TENSORRT, box=rtx_box).blocking
-    assert one.what == f"search, {TENSORRT_RTX}" and one.state is State.MISSING
-    assert one.remedy.startswith(f"python -m export.build_engines {DEFAULT_BUNDLE} --engine {TENSORRT_RTX} --sm 89")
-    assert examine(DEFAULT_BUNDLE, TENSORRT_RTX, engines, box=rtx_box).serves
-
-
-def test_other_engines_have_no_such_search(rtx_box):
-    report = examine(DEFAULT_BUNDLE, search=TENSORRT, box=rtx_box)
-    one = found(report, f"search {TENSORRT}")
-    assert not report.serves and one.needed_by == NOT_TENSORRT and one.remedy == f"ask for --engine {TENSORRT_RTX}"
-    with pytest.raises(InputError, match="asked for is 'ort'"):
-        examine(DEFAULT_BUNDLE, ORT, search=TENSORRT, box=rtx_box)
-
-
-def test_without_an_engine_the_one_that_has_the_search_is_found(tmp_path, rtx_box):
-    bundle = tmp_path / "atlas"
-    shutil.copytree(DEFAULT_BUNDLE, bundle)
-    built(bundle / "engines" / ORT_CUDA, ORT_CUDA, ending="onnx")
-    with_search(built(bundle / "engines" / TENSORRT_RTX, TENSORRT_RTX, version="1.7.1.116", sms=(89,)))
-    report = examine(bundle, search=TENSORRT, box=rtx_box)
-    assert (report.engine, report.serves, report.asked) == (TENSORRT_RTX, True, False)
-    assert report.to_json()["engines_that_work"] == [TENSORRT_RTX]
-
-
-def test_vectors_in_a_jetsons_memory(tmp_path):
-    folder = with_search(built(tmp_path / "e", TENSORRT, version="10.16.2.10", sms=(87,)))
-    box = box_of(orin_nano(tmp_path / "root"), ORIN, JETPACK_7)
-    report = examine(DEFAULT_BUNDLE, TENSORRT, folder, search=TENSORRT, box=box)
-    said = found(report, "memory, tensorrt").said
-    assert report.serves and "vectors" in said and "on the GPU" not in said
+    assert one.what == "faiss on the GPU" and one.remedy == "ask for --search cpu"
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -163,9 +100,9 @@ def test_a_search_that_cannot_be_had_is_exit_code_1_and_said():
 
 
 @pytest.mark.parametrize(("args", "says"), [
-    (("--search", "gpu"), "there is no search 'gpu'; known are cpu, faiss-gpu, tensorrt"),
-    (("--search", TENSORRT, "--engine", ORT_CUDA), "asked for is 'ort-cuda'"),
-    (("--search", TENSORRT, "--engines", "somewhere"), "name the engine"),
+    (("--search", "gpu"), "there is no search 'gpu'; known are cpu, faiss-gpu"),
+    (("--search", "tensorrt", "--engine", "tensorrt-rtx"), "there is no search 'tensorrt'; known are cpu, faiss-gpu"),
+    (("--search", FAISS_GPU, "--engines", "somewhere"), "name the engine"),
 ])  # fmt: skip
 def test_what_cannot_be_asked_for_is_refused(args, says):
     done = doctor(*args)
@@ -175,7 +112,7 @@ def test_what_cannot_be_asked_for_is_refused(args, says):
 def test_serve_and_doctor_have_one_option():
     texts = [" ".join(CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output.split())
              for name in ("serve", "doctor")]  # fmt: skip
-    assert all("What searches the packs: cpu, faiss-gpu, tensorrt." in text for text in texts)
+    assert all("What searches the packs: cpu, faiss-gpu." in text for text in texts)
 
 
 # --- engines built again --------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import gog_edge
 PACKAGE = Path(gog_edge.__file__).parent
 # Each part may import the parts left of it, and itself.
 LAYERS = (
-    ("compat", "types", "errors", "files"),
+    ("types", "errors", "files"),
     ("picture",),
     ("config",),
     ("bundle",),

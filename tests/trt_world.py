@@ -13,7 +13,6 @@ from gog_edge.engines.built import (
     IN_PLACE,
     MANIFEST,
     NEW_ROWS,
-    SEARCH,
     TENSORRT_RTX,
     VISION,
     BuiltEngines,
@@ -24,9 +23,8 @@ from gog_edge.engines.trt_decoder import TrtDecoder
 from gog_edge.engines.trt_graph import TrtGraph
 from gog_edge.engines.trt_plan import MODULES, Plan
 from gog_edge.exporting.engine_profiles import vision_profiles
-from gog_edge.exporting.engine_sources import bundle_graphs, search_source
+from gog_edge.exporting.engine_sources import bundle_graphs
 from gog_edge.exporting.lift import lift_graph
-from gog_edge.exporting.search_graph import write_search_graph
 from gog_edge.files import describe_files, write_json
 from gog_edge.policy.manifest import read_manifest
 
@@ -70,16 +68,13 @@ def step_profiles(spec, steps=((1, 1, 8), (1, 16, 32))):
     return tuple(profiles)
 
 
-def write_engines(bundle, out, cache=IN_PLACE, *, search=True):
+def write_engines(bundle, out, cache=IN_PLACE):
     """All engines of a bundle, as the builder leaves them, but for the plans."""
     found, described = bundle_graphs(bundle, 2048), []
     out.mkdir(parents=True, exist_ok=True)
-    for graph in (*found.graphs, *[search_source(found.dim)] * search):
+    for graph in found.graphs:
         decoder = graph.name == DECODER
-        if graph.name == SEARCH:
-            write_search_graph(out / f"{graph.name}.onnx", found.dim)
-        else:
-            lift_graph(graph.path, out / f"{graph.name}.onnx", KINDS[cache], context=found.context * decoder)
+        lift_graph(graph.path, out / f"{graph.name}.onnx", KINDS[cache], context=found.context * decoder)
         write_plan(out / f"{graph.name}.engine", out / f"{graph.name}.onnx", graph.profiles)
         sources = {entry.path: entry.sha256 for entry in graph.files}
         described.append(BuiltGraph(graph.name, f"{graph.name}.engine", sources, cache * decoder, graph.profiles))

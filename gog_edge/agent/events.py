@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 from typing import Any, ClassVar, TypeAlias
 
-from gog_edge.compat import StrEnum
 from gog_edge.types import (
     Action,
     Answer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -90,7 +90,7 @@ class TraceFolder:
         """A writer for one more episode; the oldest traces beyond `keep` go. Names begin with the time in UTC."""
         for old in sorted(self.path.glob("*.trace.json"))[: -self.keep + 1 or None]:
             old.unlink(missing_ok=True)
-        now = datetime.now(timezone.utc)
+        now = datetime.now(UTC)
         return TraceWriter(self.path / f"{now:%Y%m%dT%H%M%S.%f}Z-{uuid4().hex[:8]}.trace.json")
 
 

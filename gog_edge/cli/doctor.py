@@ -23,8 +23,7 @@ def doctor(
 ) -> None:
     """Say what this box has, what a bundle needs and the command for what is missing; exit code 1 if it cannot serve.
 
-    Without --engine it is read for the best that works: tensorrt-rtx, tensorrt, ort-cuda, ort-rtx, then ort on
-    the CPU.
+    Without --engine it is read for the best that works: tensorrt-rtx, tensorrt, ort-cuda, then ort on the CPU.
     """
     from gog_edge.bundle import DEFAULT_BUNDLE
     from gog_edge.doctor.examine import examine

@@ -13,7 +13,7 @@ from typing import Any
 from gog_edge.doctor.jetson import Jetson, read_jetson
 from gog_edge.doctor.nvidia import Gpus
 from gog_edge.doctor.probe import KERNELS, probe
-from gog_edge.engines.built import RTX_PLUGIN, TENSORRT, TENSORRT_RTX
+from gog_edge.engines.built import TENSORRT, TENSORRT_RTX
 from gog_edge.engines.cuda import BINDINGS
 from gog_edge.engines.trt_plan import MODULES
 from gog_edge.errors import BackendError
@@ -21,7 +21,7 @@ from gog_edge.planner import free_memory, memory_of
 
 ONNXRUNTIME, FAISS = "onnxruntime", "faiss"
 CUDA_BINDINGS = BINDINGS.rpartition(".")[0]  # the package, which tells its version
-LIBRARIES = (ONNXRUNTIME, FAISS, MODULES[TENSORRT], MODULES[TENSORRT_RTX], CUDA_BINDINGS, RTX_PLUGIN, KERNELS)
+LIBRARIES = (ONNXRUNTIME, FAISS, MODULES[TENSORRT], MODULES[TENSORRT_RTX], CUDA_BINDINGS, KERNELS)
 Probe = Callable[[str], dict[str, Any]]
 
 
@@ -34,7 +34,7 @@ class Library:
     providers: tuple[str, ...] = ()  # of ONNX Runtime
     better: str = ""  # of our kernels: those that this processor runs, where they are not these
     gpu: bool = False  # faiss: built for GPUs
-    gpus: int = 0  # faiss, ONNX Runtime's RTX provider: that it sees
+    gpus: int = 0  # faiss: that it sees
     sms: tuple[int, ...] = ()  # TensorRT for RTX: compute capabilities that it builds for
 
     @classmethod

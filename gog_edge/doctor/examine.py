@@ -8,7 +8,7 @@ from gog_edge.doctor.box import Box, look_at_box
 from gog_edge.doctor.finding import Report
 from gog_edge.doctor.hardware import judge_box, judge_gpus, judge_libraries
 from gog_edge.doctor.needs import judge_bundle
-from gog_edge.engines.built import ORT, TENSORRT_RTX
+from gog_edge.engines.built import ORT
 from gog_edge.engines.choice import CPU_SEARCH, EngineChoice
 
 
@@ -22,8 +22,7 @@ def examine(
     searched with. `box`: facts that were gathered before. Never fails on a strange box: what cannot be looked at is a
     finding. Raises InputError as `EngineChoice` does.
     """
-    choice = EngineChoice(engine or ORT, engines)
-    EngineChoice(engine or TENSORRT_RTX, search=search)  # that engine, or where none is named one that has any search
+    choice = EngineChoice(engine or ORT, engines, search)
     box = box or look_at_box()
     findings = [*judge_box(box), *judge_gpus(box, search), *judge_libraries(box, search),
                 *judge_bundle(folder, box, choice, search)]  # fmt: skip

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import Any
 
-from gog_edge.compat import StrEnum
-from gog_edge.engines.built import ENGINES, ORT, ORT_CUDA, ORT_RTX, TENSORRT, TENSORRT_RTX
+from gog_edge.engines.built import ENGINES, ORT, ORT_CUDA, TENSORRT, TENSORRT_RTX
 from gog_edge.engines.choice import CPU_SEARCH
 
-PREFERRED = (TENSORRT_RTX, TENSORRT, ORT_CUDA, ORT_RTX, ORT)  # of those that work: the first
+PREFERRED = (TENSORRT_RTX, TENSORRT, ORT_CUDA, ORT)  # of those that work: the first
 
 
 class State(StrEnum):

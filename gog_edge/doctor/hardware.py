@@ -6,16 +6,13 @@ from collections.abc import Iterator
 
 from gog_edge.doctor.box import CUDA_BINDINGS, FAISS, ONNXRUNTIME, Box
 from gog_edge.doctor.finding import Finding, State
-from gog_edge.doctor.jetson import CUDA, Jetson
+from gog_edge.doctor.jetson import CUDA, JETPACK_6_LINUX, Jetson
 from gog_edge.doctor.nvidia import Gpu
 from gog_edge.doctor.probe import CUDA_PROVIDER, KERNELS
 from gog_edge.engines.built import (
     BUILT_ENGINES,
     ENGINES,
     ORT_CUDA,
-    ORT_RTX,
-    RTX_PLUGIN,
-    TENSORRT,
     TENSORRT_ENGINES,
     TENSORRT_RTX,
 )
@@ -28,12 +25,12 @@ RTX_SM = 75  # the oldest GPUs that TensorRT for RTX builds for
 RTX_CUDA = (13, 0)  # its wheels are for this release; NVIDIA's drivers run it from 580 on
 NEW_DRIVER = "install NVIDIA's driver 580 or newer: sudo apt install nvidia-driver-580-open (Ubuntu), then restart"
 JETPACK = "sudo apt install nvidia-jetpack"
-FLASH = ("flash JetPack 7.2 with NVIDIA's SDK Manager, or serve on the processor: bash jetson/install.sh --cpu "
-         "--python FILE; see jetson/README.md")  # fmt: skip
+FLASH = "flash JetPack 7.2 with NVIDIA's SDK Manager; see jetson/README.md"
+NOT_JETPACK_6 = "JetPack 6 is not supported; install JetPack 7.2, which supports Orin"
 NOT_RTX = "ask for --engine ort-cuda"
 BROKEN_KERNELS = "remove gog_edge/engines/native/*.so where gog_edge is installed, and install it again"
 NOT_RTX_JETSON = "ask for --engine tensorrt on a Jetson"
-OTHER_SEARCH = f"ask for --search {TENSORRT} with TensorRT's engines, or for --search {CPU_SEARCH}"
+OTHER_SEARCH = f"ask for --search {CPU_SEARCH}"
 
 
 def judge_box(box: Box) -> Iterator[Finding]:
@@ -52,7 +49,11 @@ def judge_box(box: Box) -> Iterator[Finding]:
 def _jetpack(jetson: Jetson) -> Finding:
     said = f"{jetson.jetpack or 'unknown'} (Jetson Linux {jetson.release or 'unknown'})"
     fits = jetson.fits
-    return Finding("box", "JetPack", OK if fits else WRONG, said, "" if fits else FLASH, BUILT_ENGINES)
+    return Finding("box", "JetPack", OK if fits else WRONG, said, "" if fits else _flash(jetson), BUILT_ENGINES)
+
+
+def _flash(jetson: Jetson) -> str:
+    return NOT_JETPACK_6 if jetson.linux[:1] == (JETPACK_6_LINUX,) else FLASH
 
 
 def _power(jetson: Jetson) -> Finding:
@@ -76,7 +77,7 @@ def judge_gpus(box: Box, search: str = CPU_SEARCH) -> Iterator[Finding]:
     release = ".".join(map(str, found.cuda))
     old = found.cuda < RTX_CUDA and not box.jetson
     yield Finding("gpu", "driver", WRONG if old else OK, f"{found.driver or 'version unknown'}, for CUDA {release}",
-                  NEW_DRIVER if old else "", (TENSORRT_RTX, ORT_RTX))  # fmt: skip
+                  NEW_DRIVER if old else "", (TENSORRT_RTX,))  # fmt: skip
     for number, gpu in enumerate(found.gpus):
         yield Finding("gpu", f"GPU {number}", OK, _about(gpu))
     trouble = rtx_trouble(box)
@@ -107,7 +108,6 @@ def judge_libraries(box: Box, search: str = CPU_SEARCH) -> Iterator[Finding]:
     """ONNX Runtime and faiss, which all need; what runs on GPUs."""
     yield from _onnxruntime(box)
     yield from _kernels(box)
-    yield _rtx_provider(box)
     yield from _faiss(box, search)
     for engine in TENSORRT_ENGINES:
         yield _library(box, MODULES[engine], engine, _tensorrt_remedy(box, engine), (engine,))
@@ -154,18 +154,6 @@ def _kernels(box: Box) -> Iterator[Finding]:
         yield Finding("software", what, OK, library.version)
 
 
-def _rtx_provider(box: Box) -> Finding:
-    """A plugin of NVIDIA's: which GPUs it runs on it says itself."""
-    library, what = box.libraries[RTX_PLUGIN], "ONNX Runtime's RTX provider"
-    if not library.version:
-        remedy = "pip install 'gog_edge[ort-rtx]'" if box.jetson is None else NOT_RTX_JETSON
-        return _library(box, RTX_PLUGIN, what, remedy, (ORT_RTX,))
-    if library.trouble:
-        return Finding("software", what, WRONG, library.trouble, NOT_RTX if box.gpus.gpus else NEW_DRIVER, (ORT_RTX,))
-    seen = f"{library.version}, runs on {library.gpus} GPU" + "s" * (library.gpus != 1)
-    return Finding("software", what, OK, seen, "", (ORT_RTX,))
-
-
 def _faiss(box: Box, search: str) -> Iterator[Finding]:
     """Needed by all; for searching on the GPU only where that is asked for."""
     library, asked = box.libraries[FAISS], search == FAISS_GPU
@@ -191,14 +179,14 @@ def _tensorrt_remedy(box: Box, engine: str) -> str:
     if box.jetson is None:
         return "install NVIDIA's TensorRT 10 with its Python bindings, or ask for --engine tensorrt-rtx"
     if not box.jetson.fits:
-        return FLASH
+        return _flash(box.jetson)
     return f"{JETPACK}; the environment must see the system's packages: bash jetson/install.sh"
 
 
 def _bindings_remedy(jetson: Jetson) -> str:
     """Bindings of the major release of CUDA that its JetPack has."""
     if not jetson.fits:
-        return FLASH
+        return _flash(jetson)
     major = CUDA[jetson.linux[0]]
     return f"pip install 'cuda-bindings>={major},<{major + 1}'"
 

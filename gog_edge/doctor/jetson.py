@@ -13,9 +13,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-JETPACKS = {36: "6", 38: "7", 39: "7"}  # by Jetson Linux; 38 runs on Thor alone, 39 on Orin too
-OLDEST_LINUX = (36, 4)  # JetPack 6.1: the first with TensorRT 10.3
-CUDA = {36: 12, 38: 13, 39: 13}  # major releases, by Jetson Linux
+JETPACK_6_LINUX = 36  # which is named, and refused
+JETPACKS = {JETPACK_6_LINUX: "6", 38: "7", 39: "7"}  # by Jetson Linux; 38 runs on Thor alone, 39 on Orin too
+CUDA = {38: 13, 39: 13}  # major releases, by Jetson Linux: those that gog_edge runs on
 UNBOUND = "MAXN"  # how the names of modes without bounds begin
 
 
@@ -40,7 +40,7 @@ class Jetson:
     @property
     def fits(self) -> bool:
         """Whether its release has a TensorRT that engines can be built and run with."""
-        return self.linux[:1] in {(known,) for known in JETPACKS} and self.linux >= OLDEST_LINUX
+        return bool(self.linux) and self.linux[0] in CUDA
 
     @property
     def release(self) -> str:

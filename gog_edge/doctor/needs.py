@@ -15,7 +15,6 @@ from gog_edge.engines.built import (
     BUILT_ENGINES,
     ENGINES,
     ORT,
-    SEARCH,
     TENSORRT,
     TENSORRT_ENGINES,
     TENSORRT_RTX,
@@ -25,9 +24,9 @@ from gog_edge.engines.built import (
 )
 from gog_edge.engines.built import MANIFEST as BUILT_MANIFEST
 from gog_edge.engines.choice import CPU_SEARCH, EngineChoice, EngineSet
-from gog_edge.engines.ort_release import newer, too_old
+from gog_edge.engines.ort_release import NEWER, too_old
 from gog_edge.engines.trt_plan import MODULES, check_device, check_version
-from gog_edge.errors import GogEdgeError, InputError
+from gog_edge.errors import GogEdgeError
 from gog_edge.files import read_json
 from gog_edge.planner import as_size, plan_memory
 from gog_edge.policy.manifest import MANIFEST, PolicyManifest
@@ -57,29 +56,12 @@ def judge_bundle(folder: Path, box: Box, choice: EngineChoice, search: str = CPU
     yield Finding("bundle", "bundle", OK, f"'{bundle.name}' in {bundle.root}", "", ENGINES)
     for look in (_policy, _encoder, _packs):
         yield from _told(look.__name__.strip("_"), look(bundle))
-    searches = {engine: search if _has(engine, search) else CPU_SEARCH for engine in ENGINES}
     yield from _told("ONNX Runtime", _opset(bundle, box))
     yield from _told("own kernels", _kernels(bundle, box), (ORT,))
-    yield from _told("memory", _memory(bundle, None, box, searches[ORT]))
-    yield from _without(tuple(engine for engine in ENGINES if searches[engine] != search), search, box)
+    yield from _told("memory", _memory(bundle, None, box, search))
     for engine in BUILT_ENGINES:
         elsewhere = choice.folder if engine == choice.engine else None
-        yield from _told(engine, _built(bundle, engine, elsewhere, box, searches[engine]), (engine,))
-
-
-def _without(engines: tuple[str, ...], search: str, box: Box) -> Iterator[Finding]:
-    if engines:
-        remedy = NOT_RTX_JETSON if box.jetson else f"ask for --engine {TENSORRT_RTX}"
-        yield Finding("engines", f"search {search}", MISSING, f"not with {', '.join(engines)}", remedy, engines)
-
-
-def _has(engine: str, search: str) -> bool:
-    """Whether packs may be searched so beside an engine."""
-    try:
-        EngineChoice(engine, search=search)
-    except InputError:
-        return False
-    return True
+        yield from _told(engine, _built(bundle, engine, elsewhere, box, search), (engine,))
 
 
 def _told(what: str, findings: Iterator[Finding], needed_by: tuple[str, ...] = ENGINES) -> Iterator[Finding]:
@@ -109,7 +91,7 @@ def _opset(bundle: Bundle, box: Box) -> Iterator[Finding]:
     version = box.libraries[ONNXRUNTIME].version
     trouble = too_old(version) if version and isinstance(bundle.policy, Path) else ""
     if trouble:
-        remedy = newer(box.python) if box.jetson is None else NOT_RTX_JETSON
+        remedy = NEWER if box.jetson is None else NOT_RTX_JETSON
         users = tuple(engine for engine in ENGINES if engine not in TENSORRT_ENGINES)
         yield Finding("bundle", "policy on ONNX Runtime", WRONG, trouble, remedy, users)
 
@@ -169,9 +151,6 @@ def _built(bundle: Bundle, engine: str, elsewhere: Path | None, box: Box, search
         return
     if engines is not None:
         yield Finding("engines", engine, OK, _about(engines.built), "", (engine,))
-        if search == TENSORRT and SEARCH not in (graph.name for graph in engines.built.graphs):
-            yield Finding("engines", f"search, {engine}", MISSING, "they were built without", command, (engine,))
-            return
         yield from _memory(bundle, engines, box, search)
 
 

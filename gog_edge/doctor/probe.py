@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gog_edge.doctor.nvidia import list_gpus
-from gog_edge.engines.built import RTX_PLUGIN, TENSORRT_RTX
+from gog_edge.engines.built import TENSORRT_RTX
 from gog_edge.engines.trt_plan import MODULES, known_sms
 from gog_edge.errors import BackendError
 
@@ -81,18 +81,6 @@ def _look_at_rtx() -> dict[str, Any]:
     return {"version": str(trt.__version__), "sms": sorted(known_sms(trt))}
 
 
-def _look_at_rtx_plugin() -> dict[str, Any]:
-    """What it is, and how many GPUs it runs on, or why none."""
-    version, gpus, trouble = str(importlib.import_module(RTX_PLUGIN).__version__), 0, ""
-    from gog_edge.engines.ort_rtx import rtx_devices
-
-    try:
-        gpus = len(rtx_devices())
-    except BackendError as exc:
-        trouble = str(exc)
-    return {"version": version, "gpus": gpus, "trouble": trouble}
-
-
 def _look_at_kernels() -> dict[str, Any]:
     """Which library of ours ONNX Runtime takes, or why there is none."""
     from gog_edge.engines.native import library, why_none
@@ -122,7 +110,6 @@ LOOKS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "faiss": _look_at_faiss,
     KERNELS: _look_at_kernels,
     MODULES[TENSORRT_RTX]: _look_at_rtx,
-    RTX_PLUGIN: _look_at_rtx_plugin,
 }
 
 

@@ -19,10 +19,9 @@ SCHEMA, KIND = 1, "engines"
 MANIFEST = "engines.json"
 FOLDER = "engines"  # within a bundle; engines lie in a folder of the runtime's name in it
 CACHE = "cache"  # within the folder of engines: what a runtime compiles for this box's GPU
-ORT, ORT_CUDA, ORT_RTX, TENSORRT, TENSORRT_RTX = "ort", "ort-cuda", "ort-rtx", "tensorrt", "tensorrt-rtx"
+ORT, ORT_CUDA, TENSORRT, TENSORRT_RTX = "ort", "ort-cuda", "tensorrt", "tensorrt-rtx"
 TENSORRT_ENGINES = (TENSORRT, TENSORRT_RTX)
-BUILT_ENGINES = (ORT_CUDA, ORT_RTX, *TENSORRT_ENGINES)
-RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"  # NVIDIA's package that ORT_RTX runs by
+BUILT_ENGINES = (ORT_CUDA, *TENSORRT_ENGINES)
 BUILDER = "python -m export.build_engines"  # the command
 ENGINES = (ORT, *BUILT_ENGINES)  # that a bundle can be served with
 
@@ -30,14 +29,15 @@ ENGINES = (ORT, *BUILT_ENGINES)  # that a bundle can be served with
 IN_PLACE = "in-place"  # the outputs present_* are the inputs past_*, updated
 NEW_ROWS = "new-rows"  # the outputs new_* are the new tokens' rows; the runtime copies them into past_*
 
-DECODER, VISION, IMAGE, TEXT, SEARCH = "decoder", "vision", "image", "text", "search"  # names of graphs
+DECODER, VISION, IMAGE, TEXT = "decoder", "vision", "image", "text"  # names of graphs
+GRAPHS = (DECODER, VISION, IMAGE, TEXT)
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltGraph:
     """One graph, ready to run."""
 
-    name: str  # of DECODER, VISION, IMAGE, TEXT, SEARCH
+    name: str  # of GRAPHS
     file: str  # within the folder; its weights may lie beside
     sources: Mapping[str, str]  # the graph that it was made from, and its weights: paths in the bundle, to sha256
     cache: str = ""  # decoders: IN_PLACE or NEW_ROWS
@@ -121,7 +121,7 @@ def read_built(folder: Path, bundle: Path, engine: str) -> BuiltEngines:
     """Read the engines of a folder, and check its files and that they are of this bundle's graphs.
 
     Raises:
-        BackendError: there are none for that runtime.
+        BackendError: there are none for that runtime, or some that this version no longer runs.
         ArtifactError: a file is missing or altered, or the bundle's graphs are others than those they were built from.
     """
     if not (folder / MANIFEST).is_file():
@@ -131,10 +131,21 @@ def read_built(folder: Path, bundle: Path, engine: str) -> BuiltEngines:
         )
     described = BuiltEngines.from_json(read_json(folder / MANIFEST, what="engines"))
     built = replace(described, bundle=bundle, folder=folder)
+    if built.engine not in BUILT_ENGINES:
+        raise BackendError(
+            f"the engines in '{folder}' are for '{built.engine}', which this version does not run; build them: "
+            f"{build_command(bundle, engine)}"
+        )
     if built.engine != engine:
         raise BackendError(
             f"the engines in '{folder}' are for '{built.engine}', asked for is '{engine}'; build them: "
             f"{build_command(bundle, engine)}"
+        )
+    unknown = [graph.name for graph in built.graphs if graph.name not in GRAPHS]
+    if unknown:
+        raise BackendError(
+            f"the engines in '{folder}' hold a graph '{unknown[0]}', which this version does not run; build them "
+            f"again: {built.rebuild()}"
         )
     try:
         verify_files(folder, built.files, what="engines")

@@ -14,10 +14,6 @@ from gog_edge.engines.built import (
     ENGINES,
     ORT,
     ORT_CUDA,
-    ORT_RTX,
-    SEARCH,
-    TENSORRT,
-    TENSORRT_ENGINES,
     BuiltEngines,
     build_command,
     own_folder,
@@ -28,12 +24,11 @@ from gog_edge.errors import ArtifactError, BackendError, InputError
 if TYPE_CHECKING:  # a box that serves on the CPU loads no other runtime, nor a part of one
     from gog_edge.engines.base import DecoderEngine, GraphEngine
     from gog_edge.engines.trt_decoder import DecoderShape
-    from gog_edge.engines.trt_graph import TrtGraph
 
 CPU_SEARCH, FAISS_GPU = "cpu", "faiss-gpu"
 # Not by the extra `gpu`, whose ONNX Runtime would lie over the one that is there.
 FAISS_GPU_INSTALL = "pip uninstall faiss-cpu && pip install 'faiss-gpu>=1.15,<1.16'"
-SEARCHES = (CPU_SEARCH, FAISS_GPU, TENSORRT)  # that packs can be searched with: their own indexes, or a GPU
+SEARCHES = (CPU_SEARCH, FAISS_GPU)  # that packs can be searched with: their own indexes, or a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +47,6 @@ class EngineChoice:
                              "name the engine that they were built for, too")
         if self.search not in SEARCHES:
             raise InputError(f"there is no search '{self.search}'; known are {', '.join(SEARCHES)}")
-        if self.search == TENSORRT and self.engine not in TENSORRT_ENGINES:
-            raise InputError(f"search '{TENSORRT}' is an engine of {' or '.join(TENSORRT_ENGINES)}, asked for is "
-                             f"'{self.engine}'; ask for one of these engines, or for search '{FAISS_GPU}'")
 
     @property
     def built(self) -> bool:
@@ -89,10 +81,6 @@ class EngineSet:
                 from gog_edge.engines.ort_cuda import open_cuda_graph
 
                 return open_cuda_graph(self.folder, self.built, name)
-            if self.built.engine == ORT_RTX:
-                from gog_edge.engines.ort_rtx import open_rtx_graph
-
-                return open_rtx_graph(self.folder, self.built, name, self.cache())
             from gog_edge.engines.trt import open_graph
 
             return open_graph(self.folder, self.built, name)
@@ -107,21 +95,9 @@ class EngineSet:
                 from gog_edge.engines.ort_cuda import open_cuda_decoder
 
                 return open_cuda_decoder(self.folder, self.built)
-            if self.built.engine == ORT_RTX:
-                from gog_edge.engines.ort_rtx import open_rtx_decoder
-
-                return open_rtx_decoder(self.folder, self.built, self.cache())
             from gog_edge.engines.trt import open_decoder
 
             return open_decoder(self.folder, self.built, spec)
-
-    def open_search(self) -> TrtGraph:
-        """The exact search, of TensorRT's engines alone; several packs may share it."""
-        with _mended_by(self.built.rebuild()):
-            from gog_edge.engines.trt import open_plan
-            from gog_edge.engines.trt_graph import TrtGraph
-
-            return TrtGraph(open_plan(self.folder, self.built, SEARCH), captured=0)  # blocks of vectors are many
 
     def bytes(self, names: Sequence[str]) -> int:
         """Size of some graphs' engines with their weights."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,7 +24,7 @@ from gog_edge.engines.ort_device import (
     load_libraries,
     of_device,
 )
-from gog_edge.engines.ort_release import newer, too_old
+from gog_edge.engines.ort_release import NEWER, too_old
 from gog_edge.engines.ort_tensors import HostTensor, TokenCache, TokenTensor
 from gog_edge.errors import BackendError
 
@@ -143,7 +142,7 @@ def _load_error(exc: Exception, path: Path, providers: Sequence[str], optimised:
     if "fallback to CPU EP has been explicitly disabled" in str(exc):
         return BackendError(_NOT_OBTAINED.format(", ".join(providers), path))
     if (trouble := too_old(ort.__version__)) and "opset" in str(exc):
-        return BackendError(f"'{path}' cannot be loaded: {trouble}; {newer(platform.python_version())}")
+        return BackendError(f"'{path}' cannot be loaded: {trouble}; {NEWER}")
     mend = f"remove the folder '{path.parent}', it is made anew" if optimised else "export it again"
     return BackendError(f"ONNX Runtime {ort.__version__} cannot load '{path}': {exc}; {mend}")
 

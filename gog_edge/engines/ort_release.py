@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 OLDEST = (1, 24)  # the first that takes graphs of opset 24
-
-
-def newer(python: str) -> str:
-    """How to get a newer release with that version of Python."""
-    if tuple(int(part) for part in python.split(".")[:2]) < (3, 11):
-        return "install gog_edge with Python 3.11 or newer: ONNX Runtime 1.23 is the last for 3.10"
-    return "pip install 'gog_edge[cpu]'"
+NEWER = "pip install 'gog_edge[cpu]'"  # how to get one
 
 
 def too_old(version: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -27,9 +27,8 @@ CUDA_NAME = "cuda"
 class Device:
     """Memory as ONNX Runtime knows it."""
 
-    name: str  # CUDA_NAME; of a plugin "gpu"; "cpu"
+    name: str  # CUDA_NAME, "cpu"
     index: int = 0
-    vendor: int = -1  # PCI's number, for "gpu"
 
 
 class TokenTensor(Protocol):
@@ -93,22 +92,15 @@ class DeviceTensor:
 
     def __init__(self, shape: Shape, dtype: np.dtype[Any], device: Device) -> None:
         # Kernels multiply what is hidden by zero: memory as it comes may hold what is no number, and stays none.
-        self.value: Any = ort.OrtValue.ortvalue_from_numpy(
-            np.zeros(shape, dtype), device.name, device.index, device.vendor
-        )
+        self.value: Any = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device.name, device.index)
         self.shape, self._dtype = shape, dtype
-        # ONNX Runtime's build for the processor writes no array to a plugin's memory, but a value; its build for CUDA
-        # is documented with arrays.
-        self._given: Callable[[Array], Any] = (
-            np.ascontiguousarray if device.name == CUDA_NAME else ort.OrtValue.ortvalue_from_numpy
-        )
         self._lead = math.prod(shape[:-2])
 
     def write(self, start: int, rows: Array) -> None:
         """See `TokenTensor`."""
         parts = np.ascontiguousarray(rows, self._dtype).reshape(self._lead, -1, self.shape[-1])
         for index, part in enumerate(parts):
-            self._window(index, start, len(part)).update_inplace(self._given(part))
+            self._window(index, start, len(part)).update_inplace(np.ascontiguousarray(part))
 
     def read(self, length: int) -> Array:
         """See `TokenTensor`; a copy on the host."""

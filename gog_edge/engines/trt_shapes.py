@@ -31,15 +31,6 @@ def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> 
     return min(fitting, key=lambda number: _distance(profiles[number], shapes))
 
 
-def spanning(profiles: Sequence[Mapping[str, Sequence[Shape]]]) -> Profile:
-    """One profile that takes all that any of them takes; its usual shapes are those of the first."""
-    return {
-        name: (tuple(map(min, zip(*(profile[name][0] for profile in profiles), strict=True))), usual,
-               tuple(map(max, zip(*(profile[name][2] for profile in profiles), strict=True))))
-        for name, (_, usual, _) in profiles[0].items()
-    }  # fmt: skip
-
-
 def _fits(profile: Profile, shapes: Mapping[str, Shape]) -> bool:
     return all(
         len(shapes[name]) == len(least) and all(map(_within, least, shapes[name], most))

@@ -10,27 +10,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gog_edge.bundle import Bundle
-from gog_edge.engines.built import (
-    DECODER,
-    KIND,
-    MANIFEST,
-    ORT_RTX,
-    SEARCH,
-    TENSORRT,
-    TENSORRT_ENGINES,
-    BuiltEngines,
-    BuiltGraph,
-)
+from gog_edge.engines.built import DECODER, KIND, MANIFEST, TENSORRT, TENSORRT_ENGINES, BuiltEngines, BuiltGraph
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.engine_plan import ATTENTION, KV_CACHE_UPDATE, PlanRequest, graph_files
 from gog_edge.exporting.engine_process import build_apart
 from gog_edge.exporting.engine_profiles import check_context
-from gog_edge.exporting.engine_sources import BundleGraphs, GraphSource, bundle_graphs, search_source
+from gog_edge.exporting.engine_sources import BundleGraphs, GraphSource, bundle_graphs
 from gog_edge.exporting.engine_target import Target, choose_target
 from gog_edge.exporting.lift import lift_graph
 from gog_edge.exporting.lifted_parity import check_comparable, check_lifted, measure_lifted
 from gog_edge.exporting.replacing import replacing
-from gog_edge.exporting.search_graph import write_search_graph
 from gog_edge.files import describe_files, write_json
 
 TIMINGS = "timings.cache"  # TensorRT on the device: kernels' times on its GPU, so that the next build is quick
@@ -100,18 +89,16 @@ def build_engines(
     """
     found = bundle_graphs(bundle, context)
     target = choose_target(engine, sms, int4=found.int4)
-    tensorrt = target.engine in TENSORRT_ENGINES
     if any(graph.name == DECODER for graph in found.graphs):
-        check_context(found.context, profiles=tensorrt or target.engine == ORT_RTX)
+        check_context(found.context, profiles=target.engine in TENSORRT_ENGINES)
     if parity:
         check_comparable(bundle, target.kind)
     with replacing(out, KIND, MANIFEST) as part:
         _check_room(found, part)
-        sources = (*found.graphs, search_source(found.dim)) if tensorrt else found.graphs
-        lifting = {graph.name: _lift(graph, part, target, found, on_step) for graph in sources}
+        lifting = {graph.name: _lift(graph, part, target, found, on_step) for graph in found.graphs}
         report = _parity(bundle, found, part, target, on_step) if parity else {}
         built, costs = [], {}
-        for graph in sources:
+        for graph in found.graphs:
             described, cost = _build(graph, part, out, target, on_step)
             built.append(described)
             costs[graph.name] = replace(cost, seconds=round(cost.seconds + lifting[graph.name], 2))
@@ -133,10 +120,7 @@ def _lift(graph: GraphSource, part: Path, target: Target, found: BundleGraphs, o
     """Seconds that it took."""
     started = time.monotonic()
     on_step(f"lift {graph.name}", 0, 1)
-    if graph.name == SEARCH:
-        write_search_graph(_lifted(graph, part), found.dim)
-    else:
-        lift_graph(graph.path, _lifted(graph, part), target.kind, context=found.context * (graph.name == DECODER))
+    lift_graph(graph.path, _lifted(graph, part), target.kind, context=found.context * (graph.name == DECODER))
     on_step(f"lift {graph.name}", 1, 1)
     return time.monotonic() - started
 
@@ -161,8 +145,7 @@ def _build(graph: GraphSource, part: Path, out: Path, target: Target, on_step: O
     cache = target.cache if graph.name == DECODER else ""
     if target.engine not in TENSORRT_ENGINES:
         size = sum(path.stat().st_size for path in graph_files(lifted))
-        profiles = graph.profiles if target.engine == ORT_RTX else ()  # for the compiler within ONNX Runtime
-        return BuiltGraph(graph.name, lifted.name, sources, cache, profiles), Cost(size, size, 0.0, 0)
+        return BuiltGraph(graph.name, lifted.name, sources, cache), Cost(size, size, 0.0, 0)
     timings = _timings(part, out) if target.engine == TENSORRT else None
     fused = graph.fused if target.kind == "standard" else {}
     request = PlanRequest(target.engine, lifted, engine, graph.profiles, target.ahead, fused, timings)

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gog_edge.bundle import Bundle
-from gog_edge.engines.built import DECODER, IMAGE, SEARCH, TEXT, VISION
+from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
 from gog_edge.engines.trt_shapes import Profile
 from gog_edge.errors import ArtifactError, CheckpointError
 from gog_edge.exporting.engine_plan import ATTENTION, KV_CACHE_UPDATE
 from gog_edge.exporting.engine_profiles import decoder_profiles, image_profiles, text_profiles, vision_profiles
-from gog_edge.exporting.search_graph import search_profiles
 from gog_edge.files import MODEL_MANIFEST, FileEntry, read_json, verify_files
 from gog_edge.policy.manifest import DECODER_GRAPH, VISION_GRAPH, PolicyManifest, read_manifest
 from gog_edge.retrieval.encoder import SCHEMA, image_spec
@@ -20,9 +19,9 @@ from gog_edge.retrieval.encoder import SCHEMA, image_spec
 
 @dataclass(frozen=True, slots=True)
 class GraphSource:
-    """One graph of the bundle, or the search, which is of none."""
+    """One graph of the bundle."""
 
-    name: str  # of DECODER, VISION, IMAGE, TEXT, SEARCH
+    name: str  # of GRAPHS
     path: Path
     files: tuple[FileEntry, ...]  # the graph and its weights; paths within the bundle
     profiles: tuple[Profile, ...]
@@ -36,7 +35,6 @@ class BundleGraphs:
     graphs: tuple[GraphSource, ...]
     context: int  # tokens that the decoder's caches hold; 0 without a decoder
     int4: bool  # some weights have four bits
-    dim: int  # of the encoder's vectors
 
     @property
     def size(self) -> int:
@@ -50,9 +48,9 @@ def bundle_graphs(bundle: Bundle, context: int | None = None) -> BundleGraphs:
     `context`: tokens that the decoder's caches hold, by default as many as the policy's conversations have.
     Raises ArtifactError for files that are missing or altered, CheckpointError for a `context` that cannot be had.
     """
-    towers, dim = _encoder(bundle.root, bundle.encoder)
+    towers = _encoder(bundle.root, bundle.encoder)
     if not isinstance(bundle.policy, Path):
-        return BundleGraphs(towers, 0, False, dim)
+        return BundleGraphs(towers, 0, False)
     manifest = read_manifest(bundle.policy)
     tokens = manifest.max_context if context is None else context
     if tokens > manifest.max_context:
@@ -62,12 +60,7 @@ def bundle_graphs(bundle: Bundle, context: int | None = None) -> BundleGraphs:
         )
     policy = _policy(bundle.root, bundle.policy, manifest, tokens)
     int4 = manifest.weights.decoder is not None and manifest.weights.decoder.bits == 4
-    return BundleGraphs((*policy, *towers), tokens, int4, dim)
-
-
-def search_source(dim: int) -> GraphSource:
-    """The exact search among vectors of `dim`, which is written for the engine: no file of the bundle holds it."""
-    return GraphSource(SEARCH, Path(), (), search_profiles(dim))
+    return BundleGraphs((*policy, *towers), tokens, int4)
 
 
 def _policy(root: Path, folder: Path, manifest: PolicyManifest, context: int) -> tuple[GraphSource, ...]:
@@ -80,27 +73,25 @@ def _policy(root: Path, folder: Path, manifest: PolicyManifest, context: int) ->
     )
 
 
-def _encoder(root: Path, folder: Path) -> tuple[tuple[GraphSource, ...], int]:
-    """Its towers, and the length of its vectors.
+def _encoder(root: Path, folder: Path) -> tuple[GraphSource, ...]:
+    """Its towers.
 
-    Towers that torch.onnx wrote hold no attention that could be recognised: nothing is asked of them.
+    Those that torch.onnx wrote hold no attention that could be recognised: nothing is asked of them.
     """
     manifest = read_json(folder / MODEL_MANIFEST, what="encoder")
     try:
         if manifest["kind"] != "encoder" or manifest["schema"] != SCHEMA:
             raise ValueError(f"kind {manifest['kind']!r}, schema {manifest['schema']!r}")
         size, length = image_spec(manifest["image"]).size, int(manifest["text"]["context_length"])
-        dim = int(manifest["dim"])
         files = tuple(FileEntry(**entry) for entry in manifest["files"])
     except (KeyError, TypeError, ValueError) as exc:
         raise ArtifactError(f"encoder: the manifest of '{folder}' is unusable ({exc}); export it again") from exc
     verify_files(folder, files, what="encoder")
     image, text = folder / "image.onnx", folder / "text.onnx"
-    towers = (
+    return (
         GraphSource(IMAGE, image, _files(root, image, files), image_profiles(size.width, size.height)),
         GraphSource(TEXT, text, _files(root, text, files), text_profiles(length)),
     )
-    return towers, dim
 
 
 def _files(root: Path, graph: Path, entries: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gog_edge.engines.built import BUILT_ENGINES, IN_PLACE, NEW_ROWS, ORT_CUDA, ORT_RTX, TENSORRT, TENSORRT_RTX
+from gog_edge.engines.built import BUILT_ENGINES, IN_PLACE, NEW_ROWS, ORT_CUDA, TENSORRT, TENSORRT_RTX
 from gog_edge.engines.cuda import device_properties
 from gog_edge.engines.trt_plan import NO_INT4, known_sms, trt_module
 from gog_edge.errors import BackendError
@@ -38,8 +38,6 @@ def choose_target(engine: str, sms: Sequence[int], *, int4: bool) -> Target:
         raise BackendError(f"--sm is for {TENSORRT_RTX}; engines of '{engine}' run on the GPU that they are used on")
     if engine == ORT_CUDA:
         return Target(engine, "half", IN_PLACE)
-    if engine == ORT_RTX:  # its parser is TensorRT for RTX's own, which fuses the standard's operators
-        return Target(engine, "standard", IN_PLACE)
     trt = trt_module(engine)
     if engine == TENSORRT:
         return _on_device(trt)

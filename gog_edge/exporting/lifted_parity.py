@@ -66,12 +66,12 @@ _BOUNDS = (  # graph, figure, limit
 
 
 def check_comparable(bundle: Bundle, kind: Kind) -> None:
-    """Raise BackendError where ONNX Runtime here cannot run the bundle's own graphs, as on Python 3.10."""
+    """Raise BackendError where ONNX Runtime here is too old for the bundle's own graphs."""
     trouble = too_old(ort.__version__) if isinstance(bundle.policy, Path) else ""
     if trouble:
         raise BackendError(
             f"the graphs cannot be compared here: {trouble}; build with --no-parity, and compare them on any machine "
-            f"with Python 3.11 or newer: python -m export.check_lifted BUNDLE --kind {kind}"
+            f"with a newer one: python -m export.check_lifted BUNDLE --kind {kind}"
         )
 
 

@@ -7,13 +7,14 @@ One source for training, export and runtime: the teacher writes actions with `re
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from gog_edge.compat import Traversable, tomllib
 from gog_edge.errors import DialectError, MalformedAction
 from gog_edge.files import write_atomic
 from gog_edge.policy.action_syntax import MAX_CHARS, Said, Span, Syntax, Tags, ToolCalls

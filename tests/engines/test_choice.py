@@ -13,6 +13,7 @@ from gog_edge.engines.built import (
     DECODER,
     ENGINES,
     IMAGE,
+    MANIFEST,
     ORT,
     ORT_CUDA,
     TENSORRT,
@@ -23,6 +24,7 @@ from gog_edge.engines.built import (
 )
 from gog_edge.engines.choice import EngineChoice
 from gog_edge.errors import BackendError, InputError
+from gog_edge.files import read_json, write_json
 from gog_edge.policy.model import PolicyModel
 
 
@@ -131,3 +133,17 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(toy):  # noqa: F811
     out = build(toy)
     (out / "cache").write_text("in the way")
     assert not EngineChoice(ORT_CUDA).read(toy.root).cache().is_dir()
+
+
+def test_engines_that_this_version_does_not_run_are_told_with_the_command(toy):  # noqa: F811
+    """Written by earlier versions: for another runtime, or with a graph that searches."""
+    out = build(toy)
+    command = f"python -m export.build_engines {toy.root} --engine {ORT_CUDA}"
+    written = read_json(out / MANIFEST, what="engines")
+    write_json(out / MANIFEST, written | {"engine": "ort-rtx"})
+    with pytest.raises(BackendError, match=f"for 'ort-rtx', which this version does not run; build them: {command}"):
+        EngineChoice(ORT_CUDA).read(toy.root)
+    search = {**written["graphs"][0], "name": "search", "sources": {}}
+    write_json(out / MANIFEST, written | {"graphs": [*written["graphs"], search]})
+    with pytest.raises(BackendError, match=f"a graph 'search', which this version .*; build them again: {command}"):
+        EngineChoice(ORT_CUDA).read(toy.root)

@@ -5,8 +5,8 @@ from trt_world import write_engines
 
 from gog_edge.agent.events import Answered
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
-from gog_edge.engines.built import IN_PLACE, NEW_ROWS, TENSORRT, TENSORRT_RTX
-from gog_edge.engines.choice import CPU_SEARCH, EngineChoice
+from gog_edge.engines.built import IN_PLACE, NEW_ROWS, TENSORRT_RTX
+from gog_edge.engines.choice import EngineChoice
 from gog_edge.runtime import open_runtime
 
 ASKED = (("row.jpg", "What is the capital of the country of the second flag from the left?"),
@@ -31,7 +31,6 @@ def answers(choice):
     return said
 
 
-@pytest.mark.parametrize("search", [CPU_SEARCH, TENSORRT])
-def test_it_answers_as_on_the_cpu(folder, host_gpu, search):
-    assert answers(EngineChoice(TENSORRT_RTX, folder, search)) == answers(EngineChoice())
+def test_it_answers_as_on_the_cpu(folder, host_gpu):
+    assert answers(EngineChoice(TENSORRT_RTX, folder)) == answers(EngineChoice())
     assert host_gpu.calls["cudaGraphLaunch"] > 10 and not host_gpu.lost

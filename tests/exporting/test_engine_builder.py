@@ -37,7 +37,7 @@ def test_the_atlas_gets_engines_that_a_box_reads(atlas):
     built = read_built(out, DEFAULT_BUNDLE, "tensorrt-rtx")
     assert built == report.engines
     assert {graph.name: graph.cache for graph in built.graphs} == {
-        "decoder": IN_PLACE, "vision": "", "image": "", "text": "", "search": ""}
+        "decoder": IN_PLACE, "vision": "", "image": "", "text": ""}
     assert (built.sms, built.context, built.version[:2]) == (SMS, 2048, "1.")
     assert sorted(path.name for path in out.iterdir()) == sorted([*(entry.path for entry in built.files), MANIFEST])
     assert {entry.path for entry in built.files} == {f"{graph.name}.engine" for graph in built.graphs}
@@ -58,7 +58,7 @@ def test_every_graph_and_gpu_is_reported(atlas):
     out, report = atlas
     entries = report.graphs()
     assert [(entry["name"], entry["sm"]) for entry in entries] == [
-        (name, sm) for name in ("decoder", "vision", "image", "text", "search") for sm in SMS]  # fmt: skip
+        (name, sm) for name in ("decoder", "vision", "image", "text") for sm in SMS]  # fmt: skip
     for entry in entries:
         assert entry["bytes"] == (out / entry["file"]).stat().st_size and 0 < entry["seconds"] < 120
         assert bool(entry["kv_cache_update"]) == (entry["name"] == "decoder")
@@ -95,7 +95,7 @@ def test_tiny_policies_build_in_every_precision(checkpoints, qwen3_checkpoints, 
 def test_where_a_server_runs_the_policy_only_the_towers_are_built(tmp_path):
     bundle = bundle_of(tmp_path, RemoteConfig(url="http://127.0.0.1:1/v1", model="m", dialect="gog"))
     report = build_engines(bundle, tmp_path / "out", engine="tensorrt-rtx", sms=(89,), parity=False)
-    assert [graph.name for graph in report.engines.graphs] == ["image", "text", "search"]
+    assert [graph.name for graph in report.engines.graphs] == ["image", "text"]
     assert report.engines.context == 0
     assert read_built(tmp_path / "out", tmp_path, "tensorrt-rtx") == report.engines
 
@@ -118,8 +118,7 @@ def test_onnx_runtime_takes_small_caches(tmp_path):
     ({"engine": "tensorrt-rtx", "sms": (86, 90)}, "no engines for SM 90; it builds for 75, 80, 86, 89, 120, 121"),
     ({"engine": "tensorrt"}, "'tensorrt' is not to be had here"),
     ({"engine": "ort-cuda", "sms": (86,)}, "--sm is for tensorrt-rtx"),
-    ({"engine": "ort-rtx", "sms": (86,)}, "engines of 'ort-rtx' run on the GPU that they are used on"),
-    ({"engine": "openvino"}, "cannot be built; there are ort-cuda, ort-rtx, tensorrt, tensorrt-rtx"),
+    ({"engine": "openvino"}, "cannot be built; there are ort-cuda, tensorrt, tensorrt-rtx"),
 ])  # fmt: skip
 def test_what_is_not_to_be_had_is_refused(tmp_path, asked, said):
     with pytest.raises(BackendError, match=said):

@@ -345,7 +345,7 @@ def test_what_cannot_be_proved_here_is_not_written_unasked(wide_checkpoints, tmp
 
 
 def test_an_engine_or_precision_not_to_be_had_is_refused(checkpoints, tmp_path):
-    with pytest.raises(BackendError, match="engine 'openvino'; available: ort, ort-cuda, ort-rtx, tensorrt, tens"):
+    with pytest.raises(BackendError, match="engine 'openvino'; available: ort, ort-cuda, tensorrt, tens"):
         export_policy(checkpoints[True], tmp_path / "out", engine="openvino")
     with pytest.raises(BackendError, match="int2"):
         export_policy(checkpoints[True], tmp_path / "out", precision="int2")

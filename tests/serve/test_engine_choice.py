@@ -163,7 +163,7 @@ def test_a_port_in_use_ends_the_command(toy, capsys):  # noqa: F811
 @pytest.mark.parametrize(("words", "says"), [(["--engine", "cuda"], "invalid choice: 'cuda'"),
                                              (["--engines", "folder"], "'folder' is a folder of built engines"),
                                              (["--search", "gpu"], "invalid choice: 'gpu'"),
-                                             (["--search", "tensorrt"], "asked for is 'ort'")])
+                                             (["--search", "tensorrt"], "invalid choice: 'tensorrt'")])
 def test_a_choice_that_there_is_not(words, says, capsys):
     try:
         code = main(["--port", "0", *words])
