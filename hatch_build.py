@@ -1,4 +1,4 @@
-"""Compiles the native operators of `gog_edge.engines.native` when the package is installed or its wheel is built.
+"""Compiles the native operators of `gog_edge.engines.onnx.native` when the package is installed or its wheel is built.
 
 The environment's GOG_EDGE_NATIVE says how: "off" compiles nothing, for a wheel that goes to another machine; "require"
 makes an error of what is otherwise a warning. The package runs without the operators, on ONNX Runtime's own.
@@ -20,7 +20,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDER = Path("gog_edge", "engines", "native")
+FOLDER = Path("gog_edge", "engines", "onnx", "native")
 PLATFORM = "linux-x86_64"  # whose instructions the sources name
 SWITCH, OFF, REQUIRE = "GOG_EDGE_NATIVE", "off", "require"
 LINES = 5  # of what a compiler said that are shown

@@ -23,18 +23,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from atlas.countries import COUNTRIES_FILE, Country, load_countries
+from atlas.pack import stored_flags
+from atlas.questions import KINDS
+from atlas.scenes import draw_scene
+from atlas.scoring import Score, score
+from atlas.testset import AskedScene, SetMaker, items_hash, scene_flags
 from benchmarks.machine import machine_card
 from gog_edge.agent.events import Answered, AnswerRecord, Workflow
 from gog_edge.agent.loop import run_episode
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
 from gog_edge.errors import ArtifactError
 from gog_edge.files import read_json
-from gog_edge.indexing.atlas.countries import COUNTRIES_FILE, Country, load_countries
-from gog_edge.indexing.atlas.questions import KINDS
-from gog_edge.indexing.atlas.scenes import draw_scene
-from gog_edge.indexing.atlas.scoring import Score, score
-from gog_edge.indexing.atlas.testset import AskedScene, SetMaker, items_hash, scene_flags
-from gog_edge.indexing.atlas_pack import stored_flags
 from gog_edge.picture import Picture
 from gog_edge.policy.base import Policy
 from gog_edge.policy.local import LocalPolicy

@@ -31,10 +31,10 @@ from benchmarks.machine import machine_card
 from benchmarks.peers.ours import Ours, bytes_a_token
 from benchmarks.workload import FIRST, Writer
 from gog_edge.bundle import DEFAULT_BUNDLE, Bundle, open_bundle
-from gog_edge.engines.built import DECODER, ENGINES, ORT
-from gog_edge.engines.choice import EngineChoice, EngineSet
 from gog_edge.engines.cuda import device_properties
-from gog_edge.engines.ort import physical_cores
+from gog_edge.engines.manifest import DECODER, ENGINES, ORT
+from gog_edge.engines.onnx.session import physical_cores
+from gog_edge.engines.registry import EngineChoice, EngineSet
 from gog_edge.errors import BackendError, BundleError, GogEdgeError
 from gog_edge.policy.model import PolicyModel
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from benchmarks.encoder_race import BATCHES, MODEL, EncoderFigures, encoder_table, race_encoder
 from benchmarks.machine import machine_card
-from gog_edge.engines.ort import physical_cores
+from gog_edge.engines.onnx.session import physical_cores
 from gog_edge.errors import GogEdgeError
 from gog_edge.files import write_json
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks.building.watch import EVERY, taken
 from benchmarks.machine import machine_card
 from gog_edge.bundle import DEFAULT_BUNDLE
-from gog_edge.engines.built import MANIFEST, TENSORRT_RTX, BuiltEngines
+from gog_edge.engines.manifest import MANIFEST, TENSORRT_RTX, BuiltEngines
 from gog_edge.errors import BackendError
 from gog_edge.files import read_json, write_json
 

@@ -30,7 +30,7 @@ from benchmarks.retrieval.engines import MOST_ROWS, OURS, PEERS, environments, p
 from benchmarks.retrieval.race import Figures, opened, race
 from benchmarks.retrieval.vectors import World
 from benchmarks.retrieval.whole_pack import WholeFigures
-from gog_edge.engines.ort import physical_cores
+from gog_edge.engines.onnx.session import physical_cores
 from gog_edge.errors import BackendError, GogEdgeError
 from gog_edge.files import write_json
 

@@ -28,13 +28,13 @@ from rich.table import Table
 
 from benchmarks.machine import machine_card
 from benchmarks.race import make_checkpoint, make_policy
-from gog_edge.engines.native import why_none
+from gog_edge.engines.onnx.native import why_none
 from gog_edge.errors import BackendError, GogEdgeError
 from gog_edge.files import write_json
 from gog_edge.picture import Picture
-from gog_edge.policy.decode import Sampling
-from gog_edge.policy.dialect import load_dialect
-from gog_edge.policy.draft_price import drafts_here
+from gog_edge.policy.decoding import Sampling
+from gog_edge.policy.dialect.loader import load_dialect
+from gog_edge.policy.draft_cost import drafts_here
 from gog_edge.policy.local import LocalPolicy
 from gog_edge.policy.manifest import DIALECT
 from gog_edge.policy.model import PolicyModel

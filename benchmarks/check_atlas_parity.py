@@ -1,6 +1,6 @@
 """Hold whole atlas episodes again in transformers: are the exported policy's logits and tokens the checkpoint's?
 
-    python -m benchmarks.check_atlas_parity --checkpoint training/checkpoints/policy --episodes 50
+    python -m benchmarks.check_atlas_parity --checkpoint atlas/checkpoints/policy --episodes 50
 
 Each episode is run through the real loop first (real retrieval, real crops); what the loop told the policy is then told
 to transformers, which computes every turn from scratch. Exit status 1 when anything is over the limit.
@@ -17,9 +17,9 @@ from benchmarks.bench_atlas import Bench, load_test_set
 from export.report import print_parity
 from gog_edge.agent.events import Workflow
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
-from gog_edge.exporting.checkpoint import Checkpoint
-from gog_edge.exporting.parity import ParityEpisode, measure_parity
-from gog_edge.policy.recorded import RecordedPolicy
+from gog_edge.exporting.policy.checkpoint import Checkpoint
+from gog_edge.exporting.policy.parity import ParityEpisode, measure_parity
+from gog_edge.policy.scripted import RecordedPolicy
 
 LONGEST_TURN = 96  # tokens generated after each turn; the atlas policy's turns are shorter
 

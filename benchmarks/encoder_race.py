@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from benchmarks.peers.base import WorkerPeer
-from gog_edge.engines.ort import physical_cores
+from gog_edge.engines.onnx.session import physical_cores
 from gog_edge.errors import BackendError
-from gog_edge.exporting.clip import PRECISIONS
+from gog_edge.exporting.clip.export import PRECISIONS
 from gog_edge.files import read_json
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.types import Pixels

@@ -24,9 +24,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gog_edge.exporting.checkpoint import DEFAULT_MAX_PIXELS, Checkpoint
-from gog_edge.exporting.policy_export import DEFAULT_BLOCK
-from gog_edge.exporting.random_checkpoint import SHAPES, shape_of
+from gog_edge.exporting.policy.checkpoint import DEFAULT_MAX_PIXELS, Checkpoint
+from gog_edge.exporting.policy.export import DEFAULT_BLOCK
+from gog_edge.exporting.policy.random_checkpoint import SHAPES, shape_of
 from gog_edge.files import write_json
 from gog_edge.planner import HALF_BYTES, MemoryPlan, as_size, kv_bytes, parse_size, prefill_bytes, vision_bytes
 from gog_edge.policy.manifest import TextSpec, VisionSpec

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from atlas.countries import COUNTRIES_FILE, load_countries
+from atlas.pack import stored_flags
+from atlas.testset import SetMaker, items_hash
 from benchmarks.bench_atlas import TEST_SETS
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
 from gog_edge.files import read_json, write_json
-from gog_edge.indexing.atlas.countries import COUNTRIES_FILE, load_countries
-from gog_edge.indexing.atlas.testset import SetMaker, items_hash
-from gog_edge.indexing.atlas_pack import stored_flags
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.pack import Pack
 

@@ -22,7 +22,7 @@ from benchmarks.peers.ours import Ours
 from benchmarks.peers.registry import Workshop, open_peers, peer_names
 from benchmarks.picture import draw_bars
 from benchmarks.workload import FIRST
-from gog_edge.engines.ort import physical_cores
+from gog_edge.engines.onnx.session import physical_cores
 from gog_edge.errors import ArtifactError, BackendError, GogEdgeError
 from gog_edge.files import write_json
 from gog_edge.policy.manifest import MANIFEST

@@ -22,10 +22,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from gog_edge.bundle import open_bundle
-from gog_edge.engines.built import BUILT_ENGINES, FOLDER
+from gog_edge.engines.manifest import BUILT_ENGINES, FOLDER
 from gog_edge.errors import GogEdgeError
-from gog_edge.exporting.engine_builder import BuildReport, OnStep, build_engines
-from gog_edge.exporting.engine_plan import peak_mib
+from gog_edge.exporting.engines.builder import BuildReport, OnStep, build_engines
+from gog_edge.exporting.engines.plan import peak_mib
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from gog_edge.bundle import Bundle, open_bundle
-from gog_edge.engines.built import DECODER
+from gog_edge.engines.manifest import DECODER
 from gog_edge.errors import GogEdgeError
-from gog_edge.exporting.engine_sources import bundle_graphs
-from gog_edge.exporting.lift import KINDS, Kind, lift_graph
-from gog_edge.exporting.lifted_parity import check_lifted, measure_lifted
+from gog_edge.exporting.conversion.convert import KINDS, Kind, lift_graph
+from gog_edge.exporting.conversion.parity import check_lifted, measure_lifted
+from gog_edge.exporting.engines.sources import bundle_graphs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from export.report import print_parity
-from gog_edge.engines.native import why_none
+from gog_edge.engines.onnx.native import why_none
 from gog_edge.errors import CheckpointError, GogEdgeError
-from gog_edge.exporting.checkpoint import Checkpoint
-from gog_edge.exporting.parity import measure_parity, random_episodes
+from gog_edge.exporting.policy.checkpoint import Checkpoint
+from gog_edge.exporting.policy.parity import measure_parity, random_episodes
 from gog_edge.policy.model import PolicyModel
 
 

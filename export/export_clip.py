@@ -1,7 +1,7 @@
 """Export an open_clip model for the runtime: image.onnx, text.onnx, tokenizer.json, manifest.json.
 
     python -m export.export_clip ViT-B-32 out/encoder --weights vit_b_32.safetensors --tag laion2b_s34b_b79k
-    python -m export.export_clip training/checkpoints/encoder gog_edge/data/atlas/encoder
+    python -m export.export_clip atlas/checkpoints/encoder gog_edge/data/atlas/encoder
     python -m export.export_clip ViT-B-32 out/encoder --weights vit_b_32.safetensors --precision int8
 
 MODEL is a folder with open_clip_config.json and weights, or the name of a configuration that open_clip ships.
@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gog_edge.errors import GogEdgeError
-from gog_edge.exporting.clip import PRECISIONS, export_clip
-from gog_edge.exporting.clip_checkpoint import load_clip
-from gog_edge.exporting.clip_parity import SAMPLES
+from gog_edge.exporting.clip.checkpoint import load_clip
+from gog_edge.exporting.clip.export import PRECISIONS, export_clip
+from gog_edge.exporting.clip.parity import SAMPLES
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

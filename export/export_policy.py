@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gog_edge.engines.built import ENGINES, ORT, build_command
+from gog_edge.engines.manifest import ENGINES, ORT, build_command
 from gog_edge.errors import GogEdgeError
-from gog_edge.exporting.policy_export import (
+from gog_edge.exporting.policy.export import (
     DEFAULT_BLOCK,
     DEFAULT_CONTEXT,
     PRECISIONS,

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.progress import track
 
 from gog_edge.errors import GogEdgeError
-from gog_edge.exporting.random_checkpoint import SHAPES, shape_of, write_random_checkpoint
+from gog_edge.exporting.policy.random_checkpoint import SHAPES, shape_of, write_random_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from gog_edge.exporting.parity import ParityReport
+from gog_edge.exporting.policy.parity import ParityReport
 
 
 def print_parity(report: ParityReport, title: str) -> int:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gog_edge.bundle import Bundle
-from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
-from gog_edge.engines.choice import CPU_SEARCH, EngineSet
+from gog_edge.engines.manifest import DECODER, IMAGE, TEXT, VISION
+from gog_edge.engines.registry import CPU_SEARCH, EngineSet
 from gog_edge.errors import BackendError, InputError, NotEnoughMemory
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
@@ -196,7 +196,7 @@ def _vectors_bytes(packs: Iterable[Path], search: str) -> int:
     """What a search by a GPU holds there."""
     if search == CPU_SEARCH:
         return 0
-    from gog_edge.retrieval.gpu_index import TEMP_BYTES, vectors_bytes
+    from gog_edge.retrieval.vectors.gpu_index import TEMP_BYTES, vectors_bytes
 
     taken = [sum(vectors_bytes(space.rows, dim) for space in spaces) for spaces, dim in map(_spaces, packs)]
     return TEMP_BYTES + sum(taken) + max(taken, default=0)

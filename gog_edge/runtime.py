@@ -16,12 +16,12 @@ from gog_edge.agent.loop import Searcher, run_episode
 from gog_edge.agent.trace import TraceWriter
 from gog_edge.bundle import Bundle, Sample, open_bundle
 from gog_edge.config import Budget, Limits
-from gog_edge.engines.choice import CPU_SEARCH, EngineChoice, EngineSet
+from gog_edge.engines.registry import CPU_SEARCH, EngineChoice, EngineSet
 from gog_edge.errors import BackendError, DeviceLost, NotEnoughMemory, NotFound
 from gog_edge.picture import Picture, decode_picture
 from gog_edge.planner import MemoryPlan, fit_memory
 from gog_edge.policy.base import Policy
-from gog_edge.retrieval.segment import StoredPicture
+from gog_edge.retrieval.text.segment import StoredPicture
 from gog_edge.types import ImageQuery, PackState, Query, SearchResult, TextQuery
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def open_packs(
 ) -> Packs:
     """The bundle's packs with its encoder, and what searches them. Raises as `open_runtime` does."""
     from gog_edge.retrieval.encoder import Encoder  # engines load here: a runtime around other parts needs none
-    from gog_edge.retrieval.shelf import Shelf
+    from gog_edge.retrieval.registry import Shelf
 
     encoder = Encoder.open(bundle.encoder, threads=threads, engines=engines)
     with ExitStack() as opened:
@@ -222,7 +222,7 @@ def _gpu_search(search: str, opened: ExitStack) -> MakeIndex | None:
     """What puts a pack's vectors on the GPU, and in `opened` what ends it; None where packs' own indexes search."""
     if search == CPU_SEARCH:
         return None
-    from gog_edge.retrieval.gpu_index import Gpu
+    from gog_edge.retrieval.vectors.gpu_index import Gpu
 
     return opened.enter_context(closing(Gpu())).index
 
@@ -238,7 +238,7 @@ def pack_opener(bundle: Bundle, make_index: MakeIndex | None = None) -> Callable
 
     if not bundle.servers:
         return partial(Pack.open, make_index=make_index)
-    from gog_edge.retrieval.server import MilvusServer
+    from gog_edge.retrieval.vectors.milvus import MilvusServer
 
     servers = {pack: MilvusServer.open(config) for pack, config in bundle.servers.items()}
     return lambda pack, encoder: Pack.open(pack, encoder, servers[pack].index if pack in servers else None,

@@ -15,13 +15,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gog_edge.cli.errors import FAILURES, explained
+from atlas.countries import from_geonames
+from atlas.flags import load_flag_icons
+from atlas.pack import SCENES, build_atlas
+from gog_edge.cli.common import FAILURES, explained
+from gog_edge.cli.render_pack import show_pack
 from gog_edge.errors import ArtifactError
-from gog_edge.indexing.atlas.countries import from_geonames
-from gog_edge.indexing.atlas.flags import load_flag_icons
-from gog_edge.indexing.atlas_pack import SCENES, build_atlas
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.show_pack import show_pack
 
 INSTALLED = Path("node_modules/flag-icons")
 

@@ -20,16 +20,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gog_edge.cli.errors import FAILURES, explained
+from gog_edge.cli.common import FAILURES, explained
+from gog_edge.cli.render_pack import Stages, pack_json, show_pack
 from gog_edge.errors import InputError
 from gog_edge.indexing.build import READING, build_pack, read_snapshot
-from gog_edge.indexing.calibrate import calibrate_pack
+from gog_edge.indexing.calibration import calibrate_pack
 from gog_edge.indexing.generation import SHARD_ROWS, PackOptions
 from gog_edge.indexing.sources.base import Source
 from gog_edge.planner import parse_size
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import MANIFEST, Manifest, read_manifest
-from gog_edge.show_pack import Stages, pack_json, show_pack
 
 CALIBRATING = "calibrating"  # a stage
 GOES_ON = "what is done is kept: the same command goes on"

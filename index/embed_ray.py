@@ -18,10 +18,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gog_edge.cli.errors import FAILURES, explained
+from gog_edge.cli.common import FAILURES, explained
+from gog_edge.cli.render_pack import Stages
 from gog_edge.errors import InputError
 from gog_edge.indexing.ray_embedding import LOCAL, Workers, embed_with_ray
-from gog_edge.show_pack import Stages
 
 
 def main(argv: Sequence[str] | None = None) -> int:

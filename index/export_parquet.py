@@ -15,9 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gog_edge.cli.errors import FAILURES, explained
+from gog_edge.cli.common import FAILURES, explained
 from gog_edge.indexing.parquet_export import export_parquet, read_holding
-from gog_edge.retrieval.server import DTYPES
+from gog_edge.retrieval.vectors.milvus import DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from gog_edge.cli.errors import FAILURES, explained
+from gog_edge.cli.common import FAILURES, explained
+from gog_edge.cli.render_pack import Stages
 from gog_edge.config import MilvusConfig
 from gog_edge.indexing.milvus_loading import KINDS, Loaded, load_export
 from gog_edge.indexing.parquet_export import export_parquet
 from gog_edge.retrieval.manifest import MANIFEST
-from gog_edge.retrieval.server import DTYPES, MilvusServer
-from gog_edge.show_pack import Stages
+from gog_edge.retrieval.vectors.milvus import DTYPES, MilvusServer
 
 
 def load(args: argparse.Namespace, stages: Stages) -> list[Loaded]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from gog_edge.indexing.atlas.countries import Country
-from gog_edge.indexing.atlas.flags import invented_flag
+from atlas.countries import Country
+from atlas.flags import invented_flag
 from gog_edge.types import Pixels
 
 COUNT = 30

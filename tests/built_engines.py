@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from gog_edge.bundle import DEFAULT_BUNDLE, Bundle, open_bundle
-from gog_edge.engines import ort_cuda
-from gog_edge.engines.built import ORT_CUDA
-from gog_edge.engines.ort import CPU
-from gog_edge.engines.ort_tensors import Device
+from gog_edge.engines.manifest import ORT_CUDA
+from gog_edge.engines.onnx import device_decoder as ort_cuda
+from gog_edge.engines.onnx.decoder import Device
+from gog_edge.engines.onnx.session import CPU
 
 TOML = """schema = 1
 name = "toy"
@@ -35,7 +35,7 @@ def write_toy_bundle(root: Path, encoder: Path, pack: Path) -> Bundle:
 
 def build(bundle: Bundle, engine: str = ORT_CUDA, **options) -> Path:
     """Build a bundle's engines where a server looks for them."""
-    from gog_edge.exporting.engine_builder import build_engines
+    from gog_edge.exporting.engines.builder import build_engines
 
     out = bundle.root / "engines" / engine
     build_engines(bundle, out, engine=engine, parity=False, **options)

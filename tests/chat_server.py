@@ -44,7 +44,7 @@ class ChatServer:
 
     def stream(self, body):
         assert (body["model"], body["stream"], body["temperature"]) == ("tiny", True, 0.0)
-        session = self.policy.model.new_session()
+        session = Session(self.policy.model.decoder)
         self.read(session, body)
         prompt, pieces = len(session.tokens), []
         told = session.generate(max_tokens=body["max_tokens"], on_text=pieces.append)

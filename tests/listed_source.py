@@ -9,8 +9,7 @@ from pathlib import Path
 from little_world import SNAPSHOT, articles, images
 
 from gog_edge.errors import SourceError
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Item, RedirectDraft
-from gog_edge.indexing.sources.base import Chunk
+from gog_edge.indexing.sources.base import ArticleDraft, Chunk, ImageDraft, Item, RedirectDraft
 from gog_edge.retrieval.manifest import Snapshot
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gog_edge.indexing.pack_writer import ArticleDraft, ImageDraft, PackOptions, PackWriter, Snapshot
+from gog_edge.indexing.generation import ArticleDraft, ImageDraft, PackOptions, PackWriter, Snapshot
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import Manifest
 from gog_edge.types import Pixels

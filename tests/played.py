@@ -13,8 +13,8 @@ from PIL import Image
 
 from gog_edge.bundle import Sample
 from gog_edge.config import Limits
-from gog_edge.policy.dialect_rules import LoopRules
-from gog_edge.retrieval.segment import StoredPicture
+from gog_edge.policy.dialect.dialect import LoopRules
+from gog_edge.retrieval.text.segment import StoredPicture
 from gog_edge.runtime import Runtime
 from gog_edge.types import (
     Action,

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from gog_edge.engines.native.flavours import FLAVOURS, SOURCES, digest, find_compiler, runnable
-from gog_edge.engines.processor import processor_flags
+from gog_edge.engines.onnx.native.flavours import FLAVOURS, SOURCES, digest, find_compiler, processor_flags, runnable
 
 ROOT = Path(__file__).parents[1]
 # What a build reads, and of the package what the libraries are found with.
 NEEDED = ("hatch_build.py", "pyproject.toml", ".gitignore", "README.md", "LICENSE", "gog_edge/__init__.py",
-          "gog_edge/engines/__init__.py", "gog_edge/engines/processor.py")  # fmt: skip
+          "gog_edge/engines/__init__.py", "gog_edge/engines/onnx/native/flavours.py")  # fmt: skip
 NATIVE = Path("gog_edge", "engines", "native")
 FILES = {flavour.file for flavour in FLAVOURS}
 PURE, TAGGED = "gog_edge-0.1.0-py3-none-any.whl", "gog_edge-0.1.0-py3-none-linux_x86_64.whl"

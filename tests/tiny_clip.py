@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from gog_edge.exporting.torchvision_operators import import_torchvision
+from gog_edge.exporting.torchvision_shim import import_torchvision
 
 VISION = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}

@@ -47,7 +47,7 @@ def write_checkpoint(folder: Path, *, tied: bool, qwen3: bool = False, wide: boo
 
     `wide`: its heads are 64 wide, as the native operators take them.
     """
-    from gog_edge.exporting.torchvision_operators import import_torchvision
+    from gog_edge.exporting.torchvision_shim import import_torchvision
 
     import_torchvision()
     import torch
@@ -124,7 +124,7 @@ def _checkpoints(base: Path) -> dict[bool, Path]:
 
 @cache
 def _policies(base: Path) -> dict[bool, Path]:
-    from gog_edge.exporting.policy_export import export_policy
+    from gog_edge.exporting.policy.export import export_policy
 
     out = {tied: base / "policies" / f"tied-{tied}" for tied in (True, False)}
     for tied, checkpoint in _checkpoints(base).items():
@@ -139,7 +139,7 @@ def _qwen3(base: Path) -> dict[bool, Path]:
 
 @cache
 def _qwen3_policy(base: Path) -> Path:
-    from gog_edge.exporting.policy_export import export_policy
+    from gog_edge.exporting.policy.export import export_policy
 
     export_policy(_qwen3(base)[False], base / "policies" / "qwen3", context=1024)
     return base / "policies" / "qwen3"
@@ -153,7 +153,7 @@ def _wide(base: Path) -> dict[bool, Path]:
 
 @cache
 def _native_policies(base: Path) -> dict[bool, Path]:
-    from gog_edge.exporting.policy_export import export_policy
+    from gog_edge.exporting.policy.export import export_policy
 
     out = {qwen3: base / "policies" / f"native-{qwen3}" for qwen3 in (False, True)}
     for qwen3, checkpoint in _wide(base).items():

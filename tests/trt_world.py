@@ -7,8 +7,9 @@ import pytest
 import tensorrt_rtx_bindings as true_trt
 from host_gpu import HostRuntime, HostTensorRT, write_plan
 
-from gog_edge.engines import trt as engines
-from gog_edge.engines.built import (
+from gog_edge.engines import tensorrt as engines
+from gog_edge.engines.cuda import Cuda
+from gog_edge.engines.manifest import (
     DECODER,
     IN_PLACE,
     MANIFEST,
@@ -18,13 +19,12 @@ from gog_edge.engines.built import (
     BuiltEngines,
     BuiltGraph,
 )
-from gog_edge.engines.cuda import Cuda
-from gog_edge.engines.trt_decoder import TrtDecoder
-from gog_edge.engines.trt_graph import TrtGraph
-from gog_edge.engines.trt_plan import MODULES, Plan
-from gog_edge.exporting.engine_profiles import vision_profiles
-from gog_edge.exporting.engine_sources import bundle_graphs
-from gog_edge.exporting.lift import lift_graph
+from gog_edge.engines.tensorrt.decoder import TrtDecoder
+from gog_edge.engines.tensorrt.graph import TrtGraph
+from gog_edge.engines.tensorrt.plan import MODULES, Plan
+from gog_edge.exporting.conversion.convert import lift_graph
+from gog_edge.exporting.engines.profiles import vision_profiles
+from gog_edge.exporting.engines.sources import bundle_graphs
 from gog_edge.files import describe_files, write_json
 from gog_edge.policy.manifest import read_manifest
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 with suppress(ImportError):  # a torchvision beside another torch needs help
-    from gog_edge.exporting.torchvision_operators import import_torchvision
+    from gog_edge.exporting.torchvision_shim import import_torchvision
 
     import_torchvision()
 

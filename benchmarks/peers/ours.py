@@ -8,11 +8,12 @@ from pathlib import Path
 
 from benchmarks.peers.base import Answer, Turn
 from gog_edge.engines.base import Floats
-from gog_edge.engines.ort import OrtDecoder
-from gog_edge.policy.decode import Unconstrained
-from gog_edge.policy.draft_price import drafts_here
+from gog_edge.engines.onnx.decoder import OrtDecoder
+from gog_edge.policy.decoding import Unconstrained
+from gog_edge.policy.draft_cost import drafts_here
 from gog_edge.policy.manifest import DECODER_GRAPH, NATIVE_DECODER_GRAPH
 from gog_edge.policy.model import PolicyModel
+from gog_edge.policy.session import Session
 
 TYPE_BYTES = {"tensor(float)": 4, "tensor(float16)": 2, "tensor(uint16)": 2, "tensor(int8)": 1, "tensor(uint8)": 1}
 
@@ -61,7 +62,7 @@ class Ours:
             self.about += f", n guesses cost {self._drafts.setup} + {self._drafts.cost} n of a step"
         self.drafted = self.accepted = 0
         self._quick, self._stateless = quick, stateless
-        self._session = model.new_session()
+        self._session = Session(model.decoder)
         self._empty = self._session.mark()
 
     def reset(self) -> None:

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 
 with suppress(ImportError):  # an environment with open_clip has a torchvision that needs help
-    from gog_edge.exporting.torchvision_operators import import_torchvision
+    from gog_edge.exporting.torchvision_shim import import_torchvision
 
     import_torchvision()
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from benchmarks.retrieval.vectors import CROPS, World, write_shards
 from gog_edge.files import write_array
-from gog_edge.indexing.index_tuning import exact_nearest
-from gog_edge.retrieval.vectors import VectorShards
+from gog_edge.indexing.index_planning import exact_nearest
+from gog_edge.retrieval.vectors.shards import VectorShards
 
 PICTURES = 96  # whose crops are searched with
 TUNING = 128  # pictures whose crops our planner tunes with

@@ -30,8 +30,8 @@ from benchmarks.retrieval.vectors import CROPS, World
 from gog_edge.errors import BackendError, GogEdgeError
 from gog_edge.files import write_json
 from gog_edge.planner import parse_size
-from gog_edge.retrieval.gpu_index import Gpu, GpuVectorIndex
-from gog_edge.retrieval.vectors import Ids, VectorShards
+from gog_edge.retrieval.vectors.gpu_index import Gpu, GpuVectorIndex
+from gog_edge.retrieval.vectors.shards import Ids, VectorShards
 
 MANY = 64  # crops of several visitors at once
 WARM = 10  # searches before any is timed

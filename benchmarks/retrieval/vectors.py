@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gog_edge.retrieval.vectors import VectorShards
+from gog_edge.retrieval.vectors.shards import VectorShards
 from gog_edge.types import Vectors
 
 CONE = 0.5  # share of a vector's squared length along the common direction

@@ -27,14 +27,14 @@ from rich.progress import track
 from benchmarks.retrieval.vectors import World, write_shards
 from gog_edge.files import write_array
 from gog_edge.indexing.commit import commit, writing
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft
 from gog_edge.indexing.generation import NextGeneration, PackOptions
+from gog_edge.indexing.sources.base import ArticleDraft, ImageDraft
 from gog_edge.indexing.store_writer import StoreWriter
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import MANIFEST, Manifest, SearchTarget, Shard, Snapshot, Space
 from gog_edge.retrieval.pack import Pack
 from gog_edge.retrieval.retriever import Retriever
-from gog_edge.retrieval.vectors import VectorShards
+from gog_edge.retrieval.vectors.shards import VectorShards
 from gog_edge.types import Vectors
 
 SNAPSHOT = Snapshot("made", "2026-01-01", "made", "made", "CC0")

@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from gog_edge.agent.aim import Refusal
+from gog_edge.agent.actions import Refusal
 from gog_edge.config import Budget
-from gog_edge.policy.dialect_rules import Allowance
+from gog_edge.policy.dialect.dialect import Allowance
 from gog_edge.types import ImageQuery, Query, Utterance
 
 Kind: TypeAlias = Literal["image", "text"]

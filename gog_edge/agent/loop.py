@@ -1,14 +1,17 @@
-"""The loop: the policy speaks, we do what it says, it reads what came back, until it answers."""
+"""The policy speaks in its own thread, so that its words can be passed on while it still speaks."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from queue import SimpleQueue
+from types import TracebackType
 from typing import Protocol
 
-from gog_edge.agent.ahead import Ahead
-from gog_edge.agent.aim import Refusal, Target, aim, gaze_of
+from gog_edge.agent.actions import Ahead, Memory, Refusal, Target, aim, gaze_of
 from gog_edge.agent.budget import EpisodeBudget, Overdrawn, Spending
 from gog_edge.agent.citations import cite
 from gog_edge.agent.events import (
@@ -18,22 +21,64 @@ from gog_edge.agent.events import (
     Event,
     Found,
     Refused,
+    Spoke,
     Started,
     Step,
     Workflow,
     name_of,
 )
-from gog_edge.agent.memory import Memory
 from gog_edge.agent.trace import TraceWriter
-from gog_edge.agent.voice import Voice
 from gog_edge.config import Budget, GazeConfig
-from gog_edge.errors import BudgetExceeded
+from gog_edge.errors import BudgetExceeded, GogEdgeError
 from gog_edge.picture import Picture
-from gog_edge.policy.base import Policy
+from gog_edge.policy.base import Conversation, Policy
 from gog_edge.types import Action, Answer, GazeSearch, ImageSearch, Observation, Query, SearchResult, Utterance
 
-__all__ = ["Budget", "Event", "Searcher", "Workflow", "run_episode"]
 
+class EpisodeClosed(GogEdgeError):
+    """Nobody listens any more; stops a policy in the middle of a turn."""
+
+
+class Voice:
+    """Runs the turns of one conversation, all in one thread; leaving it closes the conversation."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
+
+    def __enter__(self) -> Voice:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, at: TracebackType | None) -> None:
+        self._thread.shutdown()  # waits: a cache must not be given back while a turn writes to it
+        self._conversation.close()
+
+    def speak(self, step: int, *, max_tokens: int, deadline: float, force_answer: bool,
+              on_action: Callable[[Action], None] | None = None) -> Generator[Spoke, None, Utterance]:
+        """Yield the pieces of one turn as they come; the turn itself is the generator's value.
+
+        Closing the generator stops the policy at its next piece. `on_action` is called in the policy's thread.
+        """
+        pieces: SimpleQueue[str | None] = SimpleQueue()
+        closed = threading.Event()
+
+        def hear(text: str) -> None:
+            if closed.is_set():
+                raise EpisodeClosed("the episode was closed")
+            pieces.put(text)
+
+        turn = self._thread.submit(self._conversation.generate, max_tokens=max_tokens, deadline=deadline,
+                                   force_answer=force_answer, on_text=hear, on_action=on_action)
+        turn.add_done_callback(lambda _: pieces.put(None))
+        try:
+            for text in iter(pieces.get, None):
+                yield Spoke(step, text)
+        finally:
+            closed.set()
+        return turn.result()
+
+
+__all__ = ["Budget", "Event", "Searcher", "Workflow", "run_episode"]
 _GAZE = GazeConfig()
 MAX_FAULTS = 2  # in a row: the first is corrected, the second ends the search
 

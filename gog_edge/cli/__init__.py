@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gog_edge.cli import doctor, pack
-from gog_edge.cli.errors import errors_shown
-from gog_edge.cli.options import BundleOption, EngineOption, EnginesOption, SearchOption, ThreadsOption
-from gog_edge.engines.built import ORT
-from gog_edge.engines.choice import CPU_SEARCH
+from gog_edge.cli.common import BundleOption, EngineOption, EnginesOption, SearchOption, ThreadsOption, errors_shown
+from gog_edge.engines.manifest import ORT
+from gog_edge.engines.registry import CPU_SEARCH
 from gog_edge.errors import GogEdgeError, InputError
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def serve(
 ) -> None:
     """Serve a bundle to browsers and programs."""
     from gog_edge.config import ServeConfig
-    from gog_edge.engines.choice import EngineChoice
+    from gog_edge.engines.registry import EngineChoice
     from gog_edge.serve.server import serve as run
 
     with errors_shown():
@@ -73,7 +72,7 @@ def ask(
 ) -> None:
     """Ask one question about a picture."""
     from gog_edge.config import ServeConfig
-    from gog_edge.engines.choice import EngineChoice
+    from gog_edge.engines.registry import EngineChoice
     from gog_edge.runtime import open_runtime
 
     with errors_shown():
@@ -98,9 +97,9 @@ def probe(
 ) -> None:
     """Find out which dialect a policy speaks; exit code 1 when it is none."""
     from gog_edge.bundle import DEFAULT_BUNDLE
+    from gog_edge.cli.render_episode import ShowProbe
     from gog_edge.config import ServeConfig
     from gog_edge.policy.probe import candidates_for, check_exported, probe_folder, read_cases, write_dialect
-    from gog_edge.show import ShowProbe
 
     with errors_shown():
         check_exported(checkpoint)
@@ -122,7 +121,7 @@ def _answer(runtime: Runtime, data: bytes, question: str, workflow: Workflow, tr
     """The answer; unless `quiet`, every event is shown as it comes."""
     from gog_edge.agent.events import Answered
     from gog_edge.agent.trace import TraceWriter
-    from gog_edge.show import Show
+    from gog_edge.cli.render_episode import Show
 
     show = None if quiet else Show()
     for event in runtime.ask(data, question, workflow=workflow, trace=TraceWriter(trace)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from gog_edge.cli.errors import errors_shown
+from gog_edge.cli.common import errors_shown
 from gog_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ RecallOption = Annotated[float | None, typer.Option("--recall", min=0.5, max=1.0
 def info(pack: PackArgument, as_json: JsonOption = False) -> None:
     """Tell what is in a pack."""
     with errors_shown():
+        from gog_edge.cli.render_pack import pack_json, show_pack
         from gog_edge.retrieval.manifest import read_manifest
-        from gog_edge.show_pack import pack_json, show_pack
 
         manifest = read_manifest(pack)
         if as_json:
@@ -51,9 +51,9 @@ def verify(pack: PackArgument, as_json: JsonOption = False) -> None:
     Vectors that a Milvus server searches, as the bundle around the pack says, need not be here.
     """
     with errors_shown(1):
+        from gog_edge.cli.render_pack import Stages
         from gog_edge.retrieval.manifest import read_manifest
         from gog_edge.retrieval.pack import verify_pack
-        from gog_edge.show_pack import Stages
 
         with Stages() as stages:
             before = read_manifest(pack)
@@ -79,10 +79,10 @@ def add(
 ) -> None:
     """Add what a source holds; articles of the same key are replaced. An own collection is better a pack of its own."""
     with errors_shown(interrupted="the same command goes on"):
+        from gog_edge.cli.render_pack import Stages
         from gog_edge.indexing.build import build_pack
         from gog_edge.indexing.sources.open import open_source
         from gog_edge.retrieval.manifest import read_manifest
-        from gog_edge.show_pack import Stages
 
         with Stages() as stages:
             before = read_manifest(pack)
@@ -104,7 +104,7 @@ def remove(
 ) -> None:
     """Take articles and images out; at once, since nothing else is written anew."""
     with errors_shown():
-        from gog_edge.indexing.changes import remove as take_out
+        from gog_edge.indexing.tombstones import remove as take_out
 
         if not article and not image:
             raise InputError("nothing is named that is to go; give --article TITLE or --image ID")
@@ -125,9 +125,9 @@ def calibrate(
     What was measured before is replaced, also where it was measured with better pictures, as the atlas's scenes are.
     """
     with errors_shown():
-        from gog_edge.indexing.calibrate import calibrate_pack
+        from gog_edge.cli.render_pack import recalibrated, waiting
+        from gog_edge.indexing.calibration import calibrate_pack
         from gog_edge.retrieval.manifest import read_manifest
-        from gog_edge.show_pack import recalibrated, waiting
 
         with waiting("looking at its pictures"):
             before = read_manifest(pack)
@@ -147,9 +147,9 @@ def compact(
 ) -> None:
     """Write a pack of many generations as one, without what is no longer there; no picture is embedded again."""
     with errors_shown(interrupted="the pack is as it was"):
+        from gog_edge.cli.render_pack import Stages, about_superseded
         from gog_edge.indexing.compact import compact as make_one
         from gog_edge.retrieval.manifest import read_manifest
-        from gog_edge.show_pack import Stages, about_superseded
 
         with Stages() as stages:
             before = read_manifest(pack)

@@ -13,9 +13,9 @@ from typing import Any
 from gog_edge.doctor.jetson import Jetson, read_jetson
 from gog_edge.doctor.nvidia import Gpus
 from gog_edge.doctor.probe import KERNELS, probe
-from gog_edge.engines.built import TENSORRT, TENSORRT_RTX
 from gog_edge.engines.cuda import BINDINGS
-from gog_edge.engines.trt_plan import MODULES
+from gog_edge.engines.manifest import TENSORRT, TENSORRT_RTX
+from gog_edge.engines.tensorrt.plan import MODULES
 from gog_edge.errors import BackendError
 from gog_edge.planner import free_memory, memory_of
 

@@ -8,8 +8,8 @@ from gog_edge.doctor.box import Box, look_at_box
 from gog_edge.doctor.finding import Report
 from gog_edge.doctor.hardware import judge_box, judge_gpus, judge_libraries
 from gog_edge.doctor.needs import judge_bundle
-from gog_edge.engines.built import ORT
-from gog_edge.engines.choice import CPU_SEARCH, EngineChoice
+from gog_edge.engines.manifest import ORT
+from gog_edge.engines.registry import CPU_SEARCH, EngineChoice
 
 
 def examine(

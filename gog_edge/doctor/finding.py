@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from gog_edge.engines.built import ENGINES, ORT, ORT_CUDA, TENSORRT, TENSORRT_RTX
-from gog_edge.engines.choice import CPU_SEARCH
+from gog_edge.engines.manifest import ENGINES, ORT, ORT_CUDA, TENSORRT, TENSORRT_RTX
+from gog_edge.engines.registry import CPU_SEARCH
 
 PREFERRED = (TENSORRT_RTX, TENSORRT, ORT_CUDA, ORT)  # of those that work: the first
 

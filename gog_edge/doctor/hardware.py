@@ -9,15 +9,9 @@ from gog_edge.doctor.finding import Finding, State
 from gog_edge.doctor.jetson import CUDA, JETPACK_6_LINUX, Jetson
 from gog_edge.doctor.nvidia import Gpu
 from gog_edge.doctor.probe import CUDA_PROVIDER, KERNELS
-from gog_edge.engines.built import (
-    BUILT_ENGINES,
-    ENGINES,
-    ORT_CUDA,
-    TENSORRT_ENGINES,
-    TENSORRT_RTX,
-)
-from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, FAISS_GPU_INSTALL
-from gog_edge.engines.trt_plan import MODULES, NO_INT4
+from gog_edge.engines.manifest import BUILT_ENGINES, ENGINES, ORT_CUDA, TENSORRT_ENGINES, TENSORRT_RTX
+from gog_edge.engines.registry import CPU_SEARCH, FAISS_GPU, FAISS_GPU_INSTALL
+from gog_edge.engines.tensorrt.plan import MODULES, NO_INT4
 from gog_edge.planner import as_size
 
 OK, MISSING, WRONG = State.OK, State.MISSING, State.WRONG
@@ -28,7 +22,7 @@ JETPACK = "sudo apt install nvidia-jetpack"
 FLASH = "flash JetPack 7.2 with NVIDIA's SDK Manager; see jetson/README.md"
 NOT_JETPACK_6 = "JetPack 6 is not supported; install JetPack 7.2, which supports Orin"
 NOT_RTX = "ask for --engine ort-cuda"
-BROKEN_KERNELS = "remove gog_edge/engines/native/*.so where gog_edge is installed, and install it again"
+BROKEN_KERNELS = "remove gog_edge/engines/onnx/native/*.so where gog_edge is installed, and install it again"
 NOT_RTX_JETSON = "ask for --engine tensorrt on a Jetson"
 OTHER_SEARCH = f"ask for --search {CPU_SEARCH}"
 

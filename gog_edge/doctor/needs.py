@@ -11,7 +11,7 @@ from gog_edge.doctor.box import ONNXRUNTIME, Box
 from gog_edge.doctor.finding import Finding, State
 from gog_edge.doctor.hardware import BROKEN_KERNELS, NOT_RTX, NOT_RTX_JETSON, rtx_trouble
 from gog_edge.doctor.probe import KERNELS
-from gog_edge.engines.built import (
+from gog_edge.engines.manifest import (
     BUILT_ENGINES,
     ENGINES,
     ORT,
@@ -22,10 +22,10 @@ from gog_edge.engines.built import (
     build_command,
     own_folder,
 )
-from gog_edge.engines.built import MANIFEST as BUILT_MANIFEST
-from gog_edge.engines.choice import CPU_SEARCH, EngineChoice, EngineSet
-from gog_edge.engines.ort_release import NEWER, too_old
-from gog_edge.engines.trt_plan import MODULES, check_device, check_version
+from gog_edge.engines.manifest import MANIFEST as BUILT_MANIFEST
+from gog_edge.engines.onnx.session import NEWER, too_old
+from gog_edge.engines.registry import CPU_SEARCH, EngineChoice, EngineSet
+from gog_edge.engines.tensorrt.plan import MODULES, check_device, check_version
 from gog_edge.errors import GogEdgeError
 from gog_edge.files import read_json
 from gog_edge.planner import as_size, plan_memory

@@ -16,13 +16,13 @@ from dataclasses import asdict
 from typing import Any
 
 from gog_edge.doctor.nvidia import list_gpus
-from gog_edge.engines.built import TENSORRT_RTX
-from gog_edge.engines.trt_plan import MODULES, known_sms
+from gog_edge.engines.manifest import TENSORRT_RTX
+from gog_edge.engines.tensorrt.plan import MODULES, known_sms
 from gog_edge.errors import BackendError
 
 SECONDS = 60.0  # for one look; a driver that wakes up a GPU takes some
 CUDA_PROVIDER = "CUDAExecutionProvider"
-KERNELS = "gog_edge.engines.native"
+KERNELS = "gog_edge.engines.onnx.native"
 
 
 def probe(name: str, *, seconds: float = SECONDS, command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _look_at_onnxruntime() -> dict[str, Any]:
     import onnxruntime as ort
 
     from gog_edge.bundle import DEFAULT_BUNDLE
-    from gog_edge.engines.ort import open_session
+    from gog_edge.engines.onnx.session import open_session
 
     providers, trouble = ort.get_available_providers(), ""
     if CUDA_PROVIDER in providers:
@@ -83,16 +83,15 @@ def _look_at_rtx() -> dict[str, Any]:
 
 def _look_at_kernels() -> dict[str, Any]:
     """Which library of ours ONNX Runtime takes, or why there is none."""
-    from gog_edge.engines.native import library, why_none
-    from gog_edge.engines.native.flavours import runnable
-    from gog_edge.engines.processor import processor_flags
+    from gog_edge.engines.onnx.native import library, why_none
+    from gog_edge.engines.onnx.native.flavours import processor_flags, runnable
 
     path = library()
     if path is None:
         return {"trouble": why_none()}
     import onnxruntime as ort
 
-    from gog_edge.engines.ort_device import RUN_ERRORS
+    from gog_edge.engines.onnx.session import RUN_ERRORS
 
     trouble = ""
     try:

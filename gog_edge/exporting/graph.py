@@ -13,7 +13,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from gog_edge.engines.base import Array
 from gog_edge.errors import CheckpointError
-from gog_edge.exporting.quantise import quantise
+from gog_edge.exporting.quantization import quantise
 from gog_edge.policy.manifest import Blocks
 
 OPSET = 24

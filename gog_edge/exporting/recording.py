@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gog_edge.engines.base import DecoderEngine, Floats, KvCache
-from gog_edge.policy.session import Decoder
+from gog_edge.policy.model import Decoder
 
 
 @dataclass(slots=True)

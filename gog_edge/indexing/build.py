@@ -15,9 +15,8 @@ from pathlib import Path
 from gog_edge.errors import PackError, SourceError
 from gog_edge.files import write_atomic
 from gog_edge.indexing.commit import LOCK, current, prune, writing
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Item, RedirectDraft, Skipped
 from gog_edge.indexing.generation import NextGeneration, OnProgress, PackOptions
-from gog_edge.indexing.sources.base import Chunk, Source
+from gog_edge.indexing.sources.base import ArticleDraft, Chunk, ImageDraft, Item, RedirectDraft, Skipped, Source
 from gog_edge.indexing.store_writer import DraftRefused, StoreWriter
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import BUILD, COMMAND, MANIFEST, Manifest

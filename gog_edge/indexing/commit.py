@@ -26,7 +26,7 @@ from gog_edge.retrieval.manifest import (
     generation_path,
     read_manifest,
 )
-from gog_edge.retrieval.vectors import Ids
+from gog_edge.retrieval.vectors.shards import Ids
 
 SETTINGS = f"{BUILD}/settings.json"  # of a build that can go on
 LOCK = "LOCK"

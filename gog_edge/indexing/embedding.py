@@ -18,8 +18,8 @@ from gog_edge.files import write_array
 from gog_edge.picture import decode_picture
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import Segment, Shard
-from gog_edge.retrieval.segment import SegmentReader
-from gog_edge.retrieval.vectors import Ids
+from gog_edge.retrieval.text.segment import SegmentReader
+from gog_edge.retrieval.vectors.shards import Ids
 from gog_edge.types import Pixels, Vectors
 
 T = TypeVar("T")

@@ -12,28 +12,30 @@ names are removed at the next commit: whoever still has the parent open goes on 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from gog_edge.errors import PackError
 from gog_edge.files import full_disk_said, read_json, write_json
-from gog_edge.indexing.commit import SETTINGS, commit, prune, unfinished, write_report, write_tombstones
+from gog_edge.indexing.commit import SETTINGS, commit, prune, unfinished, write_report, write_tombstones, writing
 from gog_edge.indexing.embedding import CAPTIONS, ShardPlan, embed_shards, plan_shards
-from gog_edge.indexing.heldout import golden_image, heldout_crops
-from gog_edge.indexing.index_planner import plans
+from gog_edge.indexing.index_planning import golden_image, heldout_crops, plans
 from gog_edge.indexing.index_writer import build_index
-from gog_edge.indexing.mortality import dead_images, live_counts, replaced
+from gog_edge.indexing.sources.base import ArticleDraft, ImageDraft
 from gog_edge.indexing.store_writer import Start, StoreWriter
+from gog_edge.indexing.tombstones import dead_images, live_counts, replaced
+from gog_edge.picture import decode_picture
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.index import VectorIndex
 from gog_edge.retrieval.manifest import BUILD, IndexEntry, Manifest, SearchTarget, Segment, Snapshot, Space, command_of
 from gog_edge.retrieval.pack import read_tombstones
-from gog_edge.retrieval.segment import SegmentReader
-from gog_edge.retrieval.vectors import Ids, VectorShards
+from gog_edge.retrieval.text.segment import SegmentReader
+from gog_edge.retrieval.vectors.faiss_index import VectorIndex
+from gog_edge.retrieval.vectors.shards import Ids, VectorShards
 from gog_edge.types import Vectors
 
 SHARD_ROWS = 16_384  # about five minutes of a ViT-B-32 in int8 on two cores: what a kill costs at most
@@ -297,3 +299,73 @@ class NextGeneration:
         images, captions = (self.index(kind, space, queries, space.rows / max(1, rows), on_progress)
                             for kind, space in zip(("images", "captions"), spaces, strict=True))
         return images, captions
+
+
+__all__ = ["ArticleDraft", "ImageDraft", "PackOptions", "PackWriter", "Snapshot"]
+
+
+class PackWriter:
+    """Writes one pack into an empty or new folder. Use as a context manager; nothing is a pack before `commit`.
+
+    The same drafts, encoder and settings give the same store, vectors and index.
+    """
+
+    def __init__(self, folder: Path, *, name: str, snapshot: Snapshot, encoder: Encoder | None,
+                 options: PackOptions | None = None) -> None:
+        """Without an encoder, the pack is searched by words alone.
+
+        Raises:
+            PackError: the folder is not empty, or the name does not fit into an address.
+        """
+        if folder.exists() and any(folder.iterdir()):
+            raise PackError(f"'{folder}' is not empty; a pack is never overwritten, choose another folder or remove it")
+        self.folder = folder
+        self._generation = NextGeneration(folder, name=name, snapshot=snapshot, encoder=encoder,
+                                          options=options or PackOptions(), parent=None)
+        self._lock = writing(folder)
+        self._lock.__enter__()
+        self._store = self._generation.open_store()
+
+    def __enter__(self) -> PackWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._store.close()
+        self._generation.close()
+        self._lock.__exit__(kind, value, trace)
+
+    def add_article(self, draft: ArticleDraft) -> int:
+        """Write an article and return its id; PackError when its title is empty or its key is taken."""
+        return self._store.add_article(draft)
+
+    def add_image(self, draft: ImageDraft) -> None:
+        """Write an image of articles that were added before.
+
+        The same file given twice is stored once and belongs to the articles of both.
+
+        Raises:
+            PackError: an article is not there, or the file is of a kind that is not stored.
+            PictureError: the file cannot be decoded.
+        """
+        decode_picture(draft.data)
+        self._store.add_image(draft)
+
+    def add(self, articles: Iterable[ArticleDraft], images: Iterable[ImageDraft]) -> None:
+        """Write articles, then images."""
+        for article in articles:
+            self.add_article(article)
+        for image in images:
+            self.add_image(image)
+
+    def commit(self) -> Manifest:
+        """Embed, index, and write the manifest.
+
+        Raises:
+            PackError: there is no article, or no image finds itself.
+        """
+        if not self._store.counts.articles:
+            raise PackError(f"'{self.folder}': there is no article; add one, or remove '{self.folder / BUILD}'")
+        self._generation.finish_store(self._store)
+        return self._generation.finish()

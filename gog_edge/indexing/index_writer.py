@@ -17,11 +17,20 @@ import numpy as np
 
 from gog_edge.errors import PackError
 from gog_edge.files import sync_files
-from gog_edge.indexing.index_planner import EXACT_MS, Plan, plan_of, plans
-from gog_edge.indexing.index_tuning import OnProgress, Trial, make_trial, measured, tuned
-from gog_edge.retrieval.faiss_file import KINDS, KINDS_SAID, omp_threads
+from gog_edge.indexing.index_planning import (
+    EXACT_MS,
+    OnProgress,
+    Plan,
+    Trial,
+    make_trial,
+    measured,
+    plan_of,
+    plans,
+    tuned,
+)
 from gog_edge.retrieval.manifest import IndexEntry
-from gog_edge.retrieval.vectors import VectorShards
+from gog_edge.retrieval.vectors.faiss_index import KINDS, KINDS_SAID, omp_threads
+from gog_edge.retrieval.vectors.shards import VectorShards
 from gog_edge.types import Vectors
 
 POINTS = 32  # vectors for each centroid that is learnt

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from gog_edge.errors import BackendError, PackError
 from gog_edge.indexing.parquet_export import read_holding, read_vectors
-from gog_edge.retrieval.server import DTYPES, LONG_S, PROPERTY, SPACES, Holding, MilvusServer, alias_of
-from gog_edge.retrieval.vectors import Ids
+from gog_edge.retrieval.vectors.milvus import DTYPES, LONG_S, PROPERTY, SPACES, Holding, MilvusServer, alias_of
+from gog_edge.retrieval.vectors.shards import Ids
 
 BATCH = 2_048  # rows of one call: 4 MiB of vectors of 512 floats
 OnProgress: TypeAlias = Callable[[str, int, int], None]  # space, rows done, rows in all

@@ -27,9 +27,9 @@ from gog_edge.errors import BackendError, PackError
 from gog_edge.files import full_disk_said, sync_files
 from gog_edge.retrieval.manifest import Manifest, read_manifest, verify_files_of
 from gog_edge.retrieval.pack import open_shards, read_tombstones
-from gog_edge.retrieval.server import DTYPES, PROPERTY, SPACES, Holding, Origin
-from gog_edge.retrieval.store import Store
-from gog_edge.retrieval.vectors import Ids, VectorShards
+from gog_edge.retrieval.text.store import Store
+from gog_edge.retrieval.vectors.milvus import DTYPES, PROPERTY, SPACES, Holding, Origin
+from gog_edge.retrieval.vectors.shards import Ids, VectorShards
 from gog_edge.types import Vectors
 
 GROUP_ROWS = 8_192  # of a row group: 8 MiB of vectors of 512 halves

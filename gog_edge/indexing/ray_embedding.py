@@ -20,7 +20,7 @@ from gog_edge.indexing.embedding import OnShard, ShardPlan, embed_shard
 from gog_edge.indexing.generation import NextGeneration, PackOptions
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import Snapshot
-from gog_edge.retrieval.segment import SegmentReader
+from gog_edge.retrieval.text.segment import SegmentReader
 
 LOCAL = "local"  # no cluster: worker processes of this machine
 

@@ -1,4 +1,4 @@
-"""Writes one segment of a pack's store; `gog_edge.retrieval.segment` reads it."""
+"""Writes one segment of a pack's store; `gog_edge.retrieval.text.segment` reads it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from gog_edge.errors import PackError
 from gog_edge.files import full_disk_said
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, RedirectDraft, Skipped
+from gog_edge.indexing.sources.base import ArticleDraft, ImageDraft, RedirectDraft, Skipped
 from gog_edge.retrieval.manifest import Counts, Segment, Span
-from gog_edge.retrieval.segment import STORE_SCHEMA, SegmentReader
-from gog_edge.retrieval.words import name_key
+from gog_edge.retrieval.text.segment import STORE_SCHEMA, SegmentReader
+from gog_edge.retrieval.text.words import name_key
 
 MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}  # by first bytes
 COMMON_PARAGRAPHS = 256  # words of at least so many paragraphs are counted beforehand: counting them takes a while

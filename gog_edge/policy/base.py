@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from gog_edge.picture import Picture
-from gog_edge.policy.dialect_rules import LoopRules
+from gog_edge.policy.dialect.dialect import LoopRules
 from gog_edge.types import Action, Observation, Utterance
 
 

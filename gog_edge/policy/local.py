@@ -1,4 +1,4 @@
-"""The policy on this box: dialect and chat strings around a live session."""
+"""What a turn is heard with: its words are passed on as they come, its action as soon as that is certain."""
 
 from __future__ import annotations
 
@@ -9,22 +9,50 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 
-from gog_edge.engines.choice import EngineSet
-from gog_edge.errors import BudgetExceeded, GogEdgeError
+from gog_edge.engines.registry import EngineSet
+from gog_edge.errors import BudgetExceeded, GogEdgeError, MalformedAction
 from gog_edge.picture import Picture
-from gog_edge.policy.chat import ChatFormat
-from gog_edge.policy.decode import Constraint, Sampling, Unconstrained
-from gog_edge.policy.dialect import Dialect, Frame, Segment, load_dialect
-from gog_edge.policy.dialect_rules import LoopRules
-from gog_edge.policy.draft_price import drafts_here
-from gog_edge.policy.drafts import DraftConfig
-from gog_edge.policy.grammar import Grammar, ThinkBudget
-from gog_edge.policy.kept import prefill_kept
-from gog_edge.policy.listener import Listener
-from gog_edge.policy.manifest import DIALECT
+from gog_edge.policy.decoding import Constraint, DraftConfig, Sampling, Unconstrained
+from gog_edge.policy.dialect.actions import Frame
+from gog_edge.policy.dialect.dialect import Dialect, LoopRules, Segment
+from gog_edge.policy.dialect.grammar import Grammar, ThinkBudget
+from gog_edge.policy.dialect.loader import load_dialect
+from gog_edge.policy.draft_cost import drafts_here
+from gog_edge.policy.manifest import DIALECT, ChatFormat
 from gog_edge.policy.model import PolicyModel
-from gog_edge.policy.session import Session
+from gog_edge.policy.session import Session, prefill_kept
 from gog_edge.types import Action, Observation, Utterance
+
+
+class Listener:
+    """Hears one turn, piece by piece."""
+
+    def __init__(self, dialect: Dialect, frame: Frame, on_text: Callable[[str], None] | None,
+                 on_action: Callable[[Action], None] | None) -> None:
+        self._dialect, self._frame = dialect, frame
+        self._on_text, self._on_action = on_text, on_action
+        self.text = ""
+
+    def hear(self, piece: str) -> None:
+        """Take what was said next."""
+        if not piece:
+            return
+        self.text += piece
+        if self._on_text is not None:
+            self._on_text(piece)
+        if self._on_action is not None:
+            action = self._dialect.closed_action(self.text, self._frame)
+            if action is not None:
+                tell, self._on_action = self._on_action, None
+                tell(action)
+
+    def understood(self) -> tuple[Action | None, str]:
+        """The action of the whole turn; None and the reason when there is none."""
+        try:
+            return self._dialect.parse(self.text, self._frame), ""
+        except MalformedAction as exc:
+            return None, str(exc)
+
 
 ACTION_ROOM = 64  # tokens of a turn that a thought may not use
 ANSWER_ROOM = 96  # tokens of the context that only a forced answer may use
@@ -142,7 +170,7 @@ class LocalPolicy:
         self._idle: list[Session] = []
         self._lock = Lock()
         chat = model.manifest.chat
-        self._prefix = model.new_session()
+        self._prefix = Session(model.decoder)
         self._prefix.append_markup(chat.system_open)
         self._prefix.append_text(dialect.system_prompt)
         self._prefix.append_markup(chat.system_close)
@@ -209,7 +237,7 @@ class LocalPolicy:
     def _take(self) -> Session:
         with self._lock:
             session = self._idle.pop() if self._idle else None
-        session = session or self.model.new_session()
+        session = session or Session(self.model.decoder)
         session.fork_from(self._prefix)
         return session
 

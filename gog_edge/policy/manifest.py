@@ -1,4 +1,4 @@
-"""What a policy folder says about itself: shapes, frames, budgets, parity; read at run time, written at export."""
+"""The strings around turns and pictures, so that a live session only ever appends."""
 
 from __future__ import annotations
 
@@ -7,16 +7,37 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gog_edge.engines.native import library
+from gog_edge.engines.onnx.native import library
 from gog_edge.errors import ArtifactError
 from gog_edge.files import MODEL_MANIFEST, FileEntry, read_json, verify_files
-from gog_edge.policy.chat import ChatFormat
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """What a chat template puts around each part; found and proved at export, kept in the policy's manifest.
+
+    Special tokens (`<|im_start|>` and the like) stand in these strings as text: only these strings may become special
+    tokens, never what a person, a policy or an article says.
+    """
+
+    system_open: str
+    system_close: str
+    user_open: str
+    user_close: str
+    assistant_open: str
+    assistant_close: str
+    image_open: str
+    image_token: str  # stands once for each merged token of a picture
+    image_close: str
+    eos: str
+
 
 SCHEMA = 1
 MANIFEST = MODEL_MANIFEST
 VISION_GRAPH = "vision.onnx"
 DECODER_GRAPH = "decoder.onnx"
 PREFILL_GRAPH = "prefill.onnx"  # fills the cache for many tokens; not in every policy
+
 # Both graphs for operators of our own, with weights of their own; not in every policy.
 NATIVE_VISION_GRAPH, NATIVE_DECODER_GRAPH = "native_vision.onnx", "native_decoder.onnx"
 EMBEDDINGS = "embed_tokens.npy"

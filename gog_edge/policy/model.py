@@ -1,25 +1,31 @@
-"""A policy folder, opened: vision encoder and decoder ready to run."""
+"""The decoder's embedding table: mapped from disk, rows widened when asked for."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 from tokenizers import Tokenizer
 
-from gog_edge.engines import native
-from gog_edge.engines.base import DecoderEngine, GraphEngine
-from gog_edge.engines.built import ORT, VISION
-from gog_edge.engines.choice import EngineSet
-from gog_edge.engines.ort import OrtDecoder, OrtGraph, open_session, physical_cores
-from gog_edge.engines.packed import CACHE, WORTH_BYTES, cache_key, forget_others, packed_graph
-from gog_edge.errors import BackendError
-from gog_edge.policy.embeddings import EmbeddingTable
+from gog_edge.engines.base import Array, DecoderEngine, Floats, GraphEngine
+from gog_edge.engines.manifest import ORT, VISION
+from gog_edge.engines.onnx import native
+from gog_edge.engines.onnx.decoder import OrtDecoder
+from gog_edge.engines.onnx.prepacked import CACHE, WORTH_BYTES, cache_key, forget_others, packed_graph
+from gog_edge.engines.onnx.session import OrtGraph, open_session, physical_cores
+from gog_edge.engines.registry import EngineSet
+from gog_edge.errors import ArtifactError, BackendError
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
+    EMBEDDING_SCALES,
+    EMBEDDINGS,
     NATIVE_DECODER_GRAPH,
     NATIVE_VISION_GRAPH,
     PREFILL_GRAPH,
@@ -28,8 +34,40 @@ from gog_edge.policy.manifest import (
     TextSpec,
     read_manifest,
 )
-from gog_edge.policy.session import Decoder, Session
 from gog_edge.policy.vision import VisionEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingTable:
+    """Rows [vocab, hidden]: float32 or float16, or 8-bit numbers about 128 with a scale for each block."""
+
+    rows: Array
+    scales: Floats | None = None  # [vocab, blocks]
+
+    @classmethod
+    def open(cls, folder: Path, manifest: PolicyManifest) -> EmbeddingTable:
+        """Map a policy folder's table. ArtifactError when it has not the manifest's shape."""
+        rows = np.load(folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+        blocks = manifest.weights.embeddings
+        scales = np.load(folder / EMBEDDING_SCALES, mmap_mode="r", allow_pickle=False) if blocks else None
+        vocab, hidden = manifest.text.vocab, manifest.text.hidden
+        size = (blocks.size or hidden) if blocks else 1
+        expected = (vocab, -(-hidden // size) * size)
+        if rows.shape != expected or (scales is not None and scales.shape[1] * size != expected[1]):
+            raise ArtifactError(
+                f"'{folder / EMBEDDINGS}' has shape {rows.shape}, the manifest wants {expected}; export again"
+            )
+        return cls(rows, scales)
+
+    def take(self, ids: Array, hidden: int) -> Floats:
+        """Embeddings [T, hidden] float32 of ids [T]."""
+        rows = self.rows[ids]
+        if self.scales is None:
+            return np.asarray(rows, np.float32)
+        scales = self.scales[ids]
+        centred = rows.astype(np.float32).reshape(len(ids), scales.shape[1], -1) - 128
+        return np.ascontiguousarray((centred * scales[:, :, None]).reshape(len(ids), -1)[:, :hidden])
+
 
 BYTES_A_THREAD = 32 * 2**20  # of decoder weights
 _log = logging.getLogger(__name__)
@@ -79,10 +117,6 @@ class PolicyModel:
         """Whether its decoder is so small that nothing which is worked out for it is worth keeping."""
         sizes = (entry.size for entry in self.manifest.files if entry.path.startswith(DECODER_GRAPH))
         return sum(sizes) < WORTH_BYTES
-
-    def new_session(self) -> Session:
-        """An empty conversation with a cache of its own."""
-        return Session(self.decoder, self.decoder.engine.new_cache())
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,3 +198,59 @@ def _gpu() -> str:
 def _decoder_threads(folder: Path, most: int | None) -> int:
     # Where a step takes a millisecond, threads wait for each other longer than they work, more so on a busy machine.
     return min(most or physical_cores(), 1 + graph_bytes(folder / DECODER_GRAPH) // BYTES_A_THREAD)
+
+
+Positions: TypeAlias = NDArray[np.int64]  # [3, T]: time, height, width
+
+
+class Decoder:
+    """A decoder with its embedding table, rotary angles and tokenizer; shared by all sessions."""
+
+    def __init__(
+        self, engine: DecoderEngine, manifest: PolicyManifest, table: EmbeddingTable, tokenizer: Tokenizer, *,
+        context: int | None = None,
+    ) -> None:
+        """`tokenizer` is from now on this decoder's own. `context`: tokens of one conversation, fewer than fit."""
+        self.engine = engine
+        self.capacity = min(context or engine.capacity, engine.capacity)
+        self.manifest = manifest
+        self.table = table
+        self.tokenizer = tokenizer
+        self.eos = frozenset(manifest.eos)
+        self.image_token = manifest.image_token
+        self.never_drafted = self.eos | {self.image_token}
+        # Special tokens come from the chat format's strings only: in what people or articles say they are plain text.
+        tokenizer.encode_special_tokens = False
+        self.markup = {text: self.encode(text) for text in asdict(manifest.chat).values()}
+        tokenizer.encode_special_tokens = True
+        spec = manifest.text
+        half = spec.head_dim // 2
+        exponent = np.arange(0, 2 * half, 2, dtype=np.float32) / np.float32(2 * half)
+        self._frequencies: Floats = (np.float32(1) / np.power(np.float32(spec.rope_theta), exponent)).astype(np.float32)
+        self._axes = rotary_axes(spec)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def embed(self, ids: Sequence[int]) -> Floats:
+        """Ids [T] -> embeddings [T, hidden] float32."""
+        return self.table.take(np.asarray(ids, np.int64), self.manifest.text.hidden)
+
+    def rotary(self, positions: Positions) -> tuple[Floats, Floats]:
+        """Positions [3, T] -> cos, sin [T, head_dim / 2]."""
+        angles = positions[self._axes].T.astype(np.float32) * self._frequencies
+        return np.cos(angles), np.sin(angles)
+
+
+def rotary_axes(spec: TextSpec) -> NDArray[np.int64]:
+    """[head_dim / 2]: the axis that turns each rotary pair, 0 time, 1 row, 2 column.
+
+    In blocks one after the other, or, interleaved, in turns as far as rows and columns reach, the rest time.
+    """
+    if not spec.mrope_interleaved:
+        return np.repeat(np.arange(len(spec.mrope_section)), spec.mrope_section)
+    axes = np.zeros(spec.head_dim // 2, np.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * spec.mrope_section[axis] : 3] = axis
+    return axes

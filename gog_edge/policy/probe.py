@@ -12,11 +12,11 @@ from gog_edge.bundle import LISTING, read_samples
 from gog_edge.errors import ArtifactError, BudgetExceeded, CheckpointError, InputError
 from gog_edge.files import describe_files, write_json
 from gog_edge.picture import Picture, decode_picture
-from gog_edge.policy.action_syntax import Kind, ToolCalls
 from gog_edge.policy.base import Policy
-from gog_edge.policy.decode import Sampling
-from gog_edge.policy.dialect import Dialect, Frame, copy_dialect, load_dialect, shipped
-from gog_edge.policy.frames import FRAMES, BoxFrame, Corners, View
+from gog_edge.policy.decoding import Sampling
+from gog_edge.policy.dialect.actions import FRAMES, BoxFrame, Corners, Frame, Kind, ToolCalls, View
+from gog_edge.policy.dialect.dialect import Dialect
+from gog_edge.policy.dialect.loader import copy_dialect, load_dialect, shipped
 from gog_edge.policy.local import LocalPolicy
 from gog_edge.policy.manifest import DIALECT, MANIFEST, read_manifest
 from gog_edge.policy.model import PolicyModel

@@ -22,9 +22,10 @@ from gog_edge import __version__
 from gog_edge.config import RemoteConfig
 from gog_edge.errors import BackendError, BudgetExceeded
 from gog_edge.picture import Picture
-from gog_edge.policy.dialect import Dialect, Frame, Segment, load_dialect
-from gog_edge.policy.dialect_rules import LoopRules
-from gog_edge.policy.listener import Listener
+from gog_edge.policy.dialect.actions import Frame
+from gog_edge.policy.dialect.dialect import Dialect, LoopRules, Segment
+from gog_edge.policy.dialect.loader import load_dialect
+from gog_edge.policy.local import Listener
 from gog_edge.policy.vision import resize, smart_resize
 from gog_edge.types import Action, Observation, Pixels, Size, Utterance
 

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from gog_edge.engines.base import DecoderEngine, Floats, KvCache, Snapshot
-from gog_edge.errors import BudgetExceeded, InputError
-from gog_edge.policy.decode import Chooser, Constraint, Sampler, Sampling, Speech, TextStream, Unconstrained
-from gog_edge.policy.drafts import DraftConfig, Drafter, Memory
-from gog_edge.policy.embeddings import EmbeddingTable
-from gog_edge.policy.manifest import PolicyManifest, TextSpec
+from gog_edge.engines.base import Floats, KvCache, Snapshot
+from gog_edge.errors import BackendError, BudgetExceeded, InputError
+from gog_edge.policy.decoding import (
+    Chooser,
+    Constraint,
+    DraftConfig,
+    Drafter,
+    Memory,
+    Sampler,
+    Sampling,
+    Speech,
+    TextStream,
+    Unconstrained,
+)
+from gog_edge.policy.model import Decoder, Positions
 from gog_edge.policy.vision import ImageTokens
 
 CHUNK = 512  # tokens a prefill step: bounds its scratch memory, costs nothing in speed
 GREEDY = Sampling()
-
-Positions: TypeAlias = NDArray[np.int64]  # [3, T]: time, height, width
 Stop: TypeAlias = Literal["end", "tokens", "deadline"]  # an end token, no more room or tokens allowed, too late
 
 
@@ -86,59 +96,6 @@ class _Rows:
         return right
 
 
-class Decoder:
-    """A decoder with its embedding table, rotary angles and tokenizer; shared by all sessions."""
-
-    def __init__(
-        self, engine: DecoderEngine, manifest: PolicyManifest, table: EmbeddingTable, tokenizer: Tokenizer, *,
-        context: int | None = None,
-    ) -> None:
-        """`tokenizer` is from now on this decoder's own. `context`: tokens of one conversation, fewer than fit."""
-        self.engine = engine
-        self.capacity = min(context or engine.capacity, engine.capacity)
-        self.manifest = manifest
-        self.table = table
-        self.tokenizer = tokenizer
-        self.eos = frozenset(manifest.eos)
-        self.image_token = manifest.image_token
-        self.never_drafted = self.eos | {self.image_token}
-        # Special tokens come from the chat format's strings only: in what people or articles say they are plain text.
-        tokenizer.encode_special_tokens = False
-        self.markup = {text: self.encode(text) for text in asdict(manifest.chat).values()}
-        tokenizer.encode_special_tokens = True
-        spec = manifest.text
-        half = spec.head_dim // 2
-        exponent = np.arange(0, 2 * half, 2, dtype=np.float32) / np.float32(2 * half)
-        self._frequencies: Floats = (np.float32(1) / np.power(np.float32(spec.rope_theta), exponent)).astype(np.float32)
-        self._axes = rotary_axes(spec)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def embed(self, ids: Sequence[int]) -> Floats:
-        """Ids [T] -> embeddings [T, hidden] float32."""
-        return self.table.take(np.asarray(ids, np.int64), self.manifest.text.hidden)
-
-    def rotary(self, positions: Positions) -> tuple[Floats, Floats]:
-        """Positions [3, T] -> cos, sin [T, head_dim / 2]."""
-        angles = positions[self._axes].T.astype(np.float32) * self._frequencies
-        return np.cos(angles), np.sin(angles)
-
-
-def rotary_axes(spec: TextSpec) -> NDArray[np.int64]:
-    """[head_dim / 2]: the axis that turns each rotary pair, 0 time, 1 row, 2 column.
-
-    In blocks one after the other, or, interleaved, in turns as far as rows and columns reach, the rest time.
-    """
-    if not spec.mrope_interleaved:
-        return np.repeat(np.arange(len(spec.mrope_section)), spec.mrope_section)
-    axes = np.zeros(spec.head_dim // 2, np.int64)
-    for axis in (1, 2):
-        axes[axis : 3 * spec.mrope_section[axis] : 3] = axis
-    return axes
-
-
 def text_positions(start: int, count: int) -> Positions:
     """Text: all three axes step together."""
     return np.broadcast_to(np.arange(start, start + count), (3, count))
@@ -153,9 +110,10 @@ def image_positions(start: int, rows: int, columns: int) -> Positions:
 class Session:
     """One conversation over one cache. Not for use by several threads at once."""
 
-    def __init__(self, decoder: Decoder, cache: KvCache) -> None:
+    def __init__(self, decoder: Decoder, cache: KvCache | None = None) -> None:
+        """Start an empty conversation; `cache` is a new one of the decoder's engine when None."""
         self._decoder = decoder
-        self._cache = cache
+        self._cache = cache or decoder.engine.new_cache()
         self.tokens: list[int] = []  # everything said; the image token stands for each image embedding
         self.prefilled = 0  # tokens that went through the decoder since the start or fork, generated ones included
         self._position = 0  # next rotary position
@@ -437,3 +395,40 @@ def _join(pieces: list[_Piece]) -> _Piece:
         for piece in pieces
     ]
     return _Piece(embeds, positions, np.concatenate(added, axis=1))
+
+
+_ARRAYS = tuple(field.name for field in fields(Snapshot))
+_log = logging.getLogger(__name__)
+
+
+def prefill_kept(session: Session, cache: Path, form: str) -> None:
+    """Compute what waits in a new session, or take what an earlier start computed of the same tokens.
+
+    `cache` belongs to this model on this processor; where it is not there (the model is small, or its folder cannot
+    be written), everything is computed.
+    """
+    tokens = np.asarray(session.tokens, np.int64)
+    folder = cache / f"prompt-{hashlib.sha256(form.encode() + tokens.tobytes()).hexdigest()[:16]}"
+    if folder.is_dir():
+        try:
+            session.adopt(Snapshot(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}))
+            return
+        except (OSError, ValueError, BackendError) as exc:
+            _log.warning("the prompt kept in '%s' cannot be used (%s): it is computed again", folder, exc)
+            shutil.rmtree(folder, ignore_errors=True)
+    session.prefill()
+    if cache.is_dir():
+        _keep(session.snapshot(), folder)
+
+
+def _keep(snapshot: Snapshot, folder: Path) -> None:
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir()
+        for name in _ARRAYS:
+            np.save(part / f"{name}.npy", getattr(snapshot, name), allow_pickle=False)
+        part.rename(folder)
+    except OSError as exc:
+        _log.warning("the prompt cannot be kept in '%s' (%s): every start computes it again", folder, exc)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -15,11 +15,11 @@ from gog_edge.errors import PackError, PictureError
 from gog_edge.files import OnBytes
 from gog_edge.picture import decode_picture
 from gog_edge.retrieval.encoder import INTERCHANGEABLE_COSINE, Encoder
-from gog_edge.retrieval.index import Hits, VectorIndex
 from gog_edge.retrieval.manifest import Counts, Manifest, Space, read_manifest, verify_files_of
-from gog_edge.retrieval.segment import StoredPicture
-from gog_edge.retrieval.store import Store
-from gog_edge.retrieval.vectors import Ids, Rows, VectorShards, read_ids
+from gog_edge.retrieval.text.segment import StoredPicture
+from gog_edge.retrieval.text.store import Store
+from gog_edge.retrieval.vectors.faiss_index import Hits, VectorIndex
+from gog_edge.retrieval.vectors.shards import Ids, Rows, VectorShards, read_ids
 from gog_edge.types import Vectors
 
 SPOT_CHECKS = 64  # ids of vectors that are looked up in the store at open; `verify_pack` looks at all

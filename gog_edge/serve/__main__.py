@@ -13,8 +13,8 @@ from pathlib import Path
 
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.config import ServeConfig
-from gog_edge.engines.built import ENGINES, ORT
-from gog_edge.engines.choice import CPU_SEARCH, SEARCHES, EngineChoice
+from gog_edge.engines.manifest import ENGINES, ORT
+from gog_edge.engines.registry import CPU_SEARCH, SEARCHES, EngineChoice
 from gog_edge.errors import GogEdgeError
 from gog_edge.serve.server import serve
 

@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import BaseRoute, Route
 
 from gog_edge import __version__
-from gog_edge.agent.aim import picture_query
+from gog_edge.agent.actions import picture_query
 from gog_edge.agent.events import Answered, Event
 from gog_edge.agent.trace import TraceFolder
 from gog_edge.bundle import Sample
@@ -39,10 +39,8 @@ from gog_edge.errors import (
     TooLarge,
 )
 from gog_edge.runtime import Runtime
-from gog_edge.serve.guard import LOOPBACK, Guard, page_policy
 from gog_edge.serve.metrics import Metrics
-from gog_edge.serve.supervisor import Supervisor
-from gog_edge.serve.wire import (
+from gog_edge.serve.schemas import (
     PictureGiven,
     SearchBody,
     SearchItem,
@@ -52,7 +50,8 @@ from gog_edge.serve.wire import (
     read_body,
     sse,
 )
-from gog_edge.serve.work import Run, Workers
+from gog_edge.serve.security import LOOPBACK, Guard, page_policy
+from gog_edge.serve.supervisor import Run, Supervisor, Workers
 from gog_edge.types import ImageQuery, PackState, Query, SearchResult, TextQuery
 
 T = TypeVar("T")

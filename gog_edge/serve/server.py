@@ -16,12 +16,12 @@ import uvicorn
 from gog_edge.agent.trace import TraceFolder
 from gog_edge.bundle import open_bundle
 from gog_edge.config import ServeConfig
-from gog_edge.engines.choice import EngineChoice
+from gog_edge.engines.registry import EngineChoice
 from gog_edge.errors import BackendError, GogEdgeError
 from gog_edge.planner import MemoryPlan
 from gog_edge.runtime import CPU, Runtime, open_missing, open_runtime
 from gog_edge.serve.app import create_app
-from gog_edge.serve.guard import LOOPBACK
+from gog_edge.serve.security import LOOPBACK
 from gog_edge.serve.supervisor import Supervisor
 
 GRACE = 5  # seconds that running questions get when the server is stopped

@@ -1,9 +1,9 @@
 import numpy as np
 
-from gog_edge.agent.aim import aim, picture_query
+from gog_edge.agent.actions import aim, picture_query
 from gog_edge.config import GazeConfig
 from gog_edge.picture import Picture
-from gog_edge.retrieval.crops import crops_of
+from gog_edge.retrieval.encoder import crops_of
 from gog_edge.types import Box, GazeSearch, ImageSearch
 
 PICTURE = Picture(np.random.default_rng(0).integers(0, 256, (80, 120, 3)).astype(np.uint8))

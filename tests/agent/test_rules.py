@@ -10,10 +10,9 @@ from gog_edge.agent.loop import run_episode
 from gog_edge.agent.trace import TraceWriter, read_trace
 from gog_edge.config import Budget
 from gog_edge.errors import BudgetExceeded
-from gog_edge.policy.dialect import GIVE_UP, load_dialect
-from gog_edge.policy.dialect_rules import Allowance, CropRules, LoopRules
-from gog_edge.policy.recorded import RecordedPolicy
-from gog_edge.policy.scripted import FORCED, ScriptedConversation, ScriptedPolicy
+from gog_edge.policy.dialect.dialect import GIVE_UP, Allowance, CropRules, LoopRules
+from gog_edge.policy.dialect.loader import load_dialect
+from gog_edge.policy.scripted import FORCED, RecordedPolicy, ScriptedConversation, ScriptedPolicy
 from gog_edge.types import Box, GazeSearch, ImageSearch, TextQuery, TextSearch
 
 CANNOT_TELL = "I cannot tell."

@@ -5,11 +5,11 @@ import pytest
 from atlas_world import countries, flags
 from rich.console import Console
 
+from atlas.questions import KINDS
+from atlas.scoring import Score
+from atlas.testset import SetMaker, items_hash
 from benchmarks import bench_atlas
 from gog_edge.errors import ArtifactError
-from gog_edge.indexing.atlas.questions import KINDS
-from gog_edge.indexing.atlas.scoring import Score
-from gog_edge.indexing.atlas.testset import SetMaker, items_hash
 
 PER_KIND = 2
 

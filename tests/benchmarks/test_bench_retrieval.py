@@ -14,7 +14,7 @@ from benchmarks.retrieval.engines import PEERS, environments, open_engines, peer
 from benchmarks.retrieval.race import Figures, race
 from benchmarks.retrieval.vectors import BLOCK, CROPS, World, write_shards
 from gog_edge.errors import ArtifactError
-from gog_edge.retrieval.vectors import VectorShards
+from gog_edge.retrieval.vectors.shards import VectorShards
 
 ROWS = 3_000
 

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from benchmarks.bench_start import FORMS, STAGES, main
-from gog_edge.engines import native
-from gog_edge.exporting.policy_export import export_policy
+from gog_edge.engines.onnx import native
+from gog_edge.exporting.policy.export import export_policy
 
 needs_library = pytest.mark.skipif(native.library() is None, reason=f"no library: {native.why_none()}")
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.cli import app
+from gog_edge.cli.doctor import show_report
 from gog_edge.doctor.examine import examine
-from gog_edge.show_doctor import show_report
 
 
 def run(*args):

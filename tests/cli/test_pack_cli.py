@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from gog_edge.cli import app
 from gog_edge.indexing.build import build_pack
 from gog_edge.indexing.commit import writing
-from gog_edge.indexing.drafts import ArticleDraft
+from gog_edge.indexing.sources.base import ArticleDraft
 from gog_edge.indexing.sources.open import open_source
 from gog_edge.retrieval.manifest import MANIFEST, read_manifest
 from gog_edge.retrieval.pack import Pack, verify_pack

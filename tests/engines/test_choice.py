@@ -9,7 +9,7 @@ from little_fixtures import little_pack_folder, tiny_encoder, tiny_encoder_folde
 from onnxruntime import get_available_providers
 
 from export import build_engines
-from gog_edge.engines.built import (
+from gog_edge.engines.manifest import (
     DECODER,
     ENGINES,
     IMAGE,
@@ -22,7 +22,7 @@ from gog_edge.engines.built import (
     VISION,
     BuiltEngines,
 )
-from gog_edge.engines.choice import EngineChoice
+from gog_edge.engines.registry import EngineChoice
 from gog_edge.errors import BackendError, InputError
 from gog_edge.files import read_json, write_json
 from gog_edge.policy.model import PolicyModel

@@ -6,7 +6,7 @@ import pytest
 
 from gog_edge.exporting import graph as graph_module
 from gog_edge.exporting.graph import FLOAT, GraphBuilder
-from gog_edge.exporting.policy_export import export_policy
+from gog_edge.exporting.policy.export import export_policy
 
 
 def chain(path, layers, width):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gog_edge.exporting.graph import FLOAT, GraphBuilder
-from gog_edge.exporting.quantise import dequantise, quantise
+from gog_edge.exporting.quantization import dequantise, quantise
 from gog_edge.policy.manifest import Blocks
 
 

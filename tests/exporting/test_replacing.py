@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gog_edge.errors import CheckpointError
-from gog_edge.exporting.replacing import replacing
+from gog_edge.exporting.output_folder import replacing
 
 
 def fill(folder, text):

@@ -9,8 +9,8 @@ from little_world import FACTS, FLAGS, articles, flag, png
 from gog_edge.errors import PackError, SourceError
 from gog_edge.indexing.build import build_pack
 from gog_edge.indexing.commit import changing, writing
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Skipped
 from gog_edge.indexing.generation import PackOptions
+from gog_edge.indexing.sources.base import ArticleDraft, ImageDraft, Skipped
 from gog_edge.retrieval.manifest import MANIFEST, Snapshot, generation_path, read_manifest
 from gog_edge.retrieval.pack import Pack, verify_pack
 from gog_edge.retrieval.retriever import Retriever

@@ -10,9 +10,9 @@ from little_world import FACTS, FLAGS, flag, png
 
 from gog_edge.errors import PackError
 from gog_edge.indexing.build import build_pack
-from gog_edge.indexing.changes import remove
 from gog_edge.indexing.commit import SETTINGS, writing
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft
+from gog_edge.indexing.sources.base import ArticleDraft, ImageDraft
+from gog_edge.indexing.tombstones import remove
 from gog_edge.retrieval.manifest import read_manifest
 from gog_edge.retrieval.pack import Pack, verify_pack
 from gog_edge.retrieval.retriever import Retriever

@@ -17,18 +17,17 @@ from tiny_encoder import write_tiny_encoder
 
 from gog_edge.errors import PackError
 from gog_edge.indexing.build import build_pack
-from gog_edge.indexing.changes import remove
 from gog_edge.indexing.commit import writing
-from gog_edge.indexing.compact import SHARDS_IN_ONE, compact
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Skipped
+from gog_edge.indexing.compact import SHARDS_IN_ONE, compact, copy_live
 from gog_edge.indexing.generation import PackOptions
-from gog_edge.indexing.store_copy import copy_live
+from gog_edge.indexing.sources.base import ArticleDraft, ImageDraft, Skipped
 from gog_edge.indexing.store_writer import Start, StoreWriter
+from gog_edge.indexing.tombstones import remove
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import MANIFEST, read_manifest
 from gog_edge.retrieval.pack import Pack, verify_pack
 from gog_edge.retrieval.retriever import Retriever
-from gog_edge.retrieval.segment import SegmentReader
+from gog_edge.retrieval.text.segment import SegmentReader
 from gog_edge.types import ImageQuery, TextQuery
 
 SMALL = PackOptions(shard_rows=2, tiles=True)

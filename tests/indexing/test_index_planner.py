@@ -7,11 +7,10 @@ import pytest
 
 from gog_edge.errors import PackError
 from gog_edge.indexing import index_writer
-from gog_edge.indexing.index_planner import EXACT_ROWS, list_count, plans
-from gog_edge.indexing.index_tuning import exact_nearest
+from gog_edge.indexing.index_planning import EXACT_ROWS, exact_nearest, list_count, plans
 from gog_edge.indexing.index_writer import build_index
-from gog_edge.retrieval.index import VectorIndex
-from gog_edge.retrieval.vectors import VectorShards
+from gog_edge.retrieval.vectors.faiss_index import VectorIndex
+from gog_edge.retrieval.vectors.shards import VectorShards
 
 DIM = 64
 NONE = np.empty(0, dtype=np.int64)
@@ -98,9 +97,9 @@ def test_without_queries_stored_vectors_with_noise_stand_in_and_are_owned_to(tmp
 
 def test_where_no_compressed_index_finds_enough_exact_search_is_kept_though_slow(tmp_path, monkeypatch, shards):
     monkeypatch.setattr(index_writer, "EXACT_MS", 0.0)
-    monkeypatch.setattr("gog_edge.indexing.index_tuning.CANDIDATES", (10,))
-    monkeypatch.setattr("gog_edge.indexing.index_planner.NPROBES", (1,))
-    monkeypatch.setattr("gog_edge.indexing.index_planner.EFFORTS", (10,))
+    monkeypatch.setattr("gog_edge.indexing.index_planning.CANDIDATES", (10,))
+    monkeypatch.setattr("gog_edge.indexing.index_planning.NPROBES", (1,))
+    monkeypatch.setattr("gog_edge.indexing.index_planning.EFFORTS", (10,))
     entry = build_index(tmp_path, "a.faiss", shards, clustered(100, 3), recall=0.999)
     assert entry.factory == "SQfp16" and entry.recall == 1.0
     assert VectorIndex.open(tmp_path, entry, shards, tombstones=NONE).search(clustered(1, 5), 3).ids.min() >= 0

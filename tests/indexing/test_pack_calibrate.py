@@ -5,27 +5,29 @@ import numpy as np
 import pytest
 from little_world import FLAGS, SNAPSHOT, bars, flag, png, write_little_pack
 
+from atlas.flags import invented_flag
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.errors import PackError
-from gog_edge.indexing.atlas.flags import invented_flag
-from gog_edge.indexing.calibrate import (
+from gog_edge.indexing.calibration import (
     CAPTION_WEIGHTS,
     LEAST,
     LEAST_GAIN,
+    Coiner,
+    HeldOut,
     calibrate_looks,
     calibrate_pack,
     calibrate_texts,
     caption_weight,
     first_of,
     fit_calibration,
+    held_out_looks,
+    held_out_texts,
     write_calibration,
 )
-from gog_edge.indexing.calibration_queries import Coiner, HeldOut, held_out_looks, held_out_texts
 from gog_edge.indexing.commit import writing
-from gog_edge.indexing.pack_writer import ArticleDraft, ImageDraft, PackWriter
-from gog_edge.retrieval.calibration import FOUND, IMAGE_FEATURES, Calibration
+from gog_edge.indexing.generation import ArticleDraft, ImageDraft, PackWriter
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.manifest import read_manifest
+from gog_edge.retrieval.manifest import FOUND, IMAGE_FEATURES, Calibration, read_manifest
 from gog_edge.retrieval.pack import Pack, verify_pack
 from gog_edge.retrieval.retriever import Retriever
 from gog_edge.types import ImageQuery, TextQuery

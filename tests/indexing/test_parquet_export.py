@@ -15,7 +15,7 @@ from gog_edge.indexing.build import build_pack
 from gog_edge.indexing.parquet_export import GROUP_ROWS, export_parquet, read_holding, read_vectors
 from gog_edge.retrieval.manifest import read_manifest
 from gog_edge.retrieval.pack import open_shards
-from gog_edge.retrieval.server import Origin
+from gog_edge.retrieval.vectors.milvus import Origin
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -19,9 +19,9 @@ from tiny_encoder import write_tiny_encoder
 
 from gog_edge.errors import PackError
 from gog_edge.indexing.build import build_pack, read_snapshot
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft
 from gog_edge.indexing.generation import PackOptions
 from gog_edge.indexing.ray_embedding import Workers, embed_with_ray, resume
+from gog_edge.indexing.sources.base import ArticleDraft, ImageDraft
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.pack import verify_pack
 

@@ -6,10 +6,11 @@ from built_engines import build, cuda_on_processor, toy  # noqa: F401
 from little_fixtures import little_pack_folder, tiny_encoder, tiny_encoder_folder  # noqa: F401
 
 from gog_edge.bundle import DEFAULT_BUNDLE
-from gog_edge.engines.choice import EngineChoice
+from gog_edge.engines.registry import EngineChoice
 from gog_edge.picture import decode_picture
 from gog_edge.policy.local import LocalPolicy
 from gog_edge.policy.model import PolicyModel
+from gog_edge.policy.session import Session
 from gog_edge.retrieval.encoder import Encoder
 
 pytestmark = pytest.mark.usefixtures("cuda_on_processor")
@@ -25,7 +26,7 @@ def engines(toy):  # noqa: F811
 @pytest.mark.parametrize("asked, given", [(None, CONTEXT), (300, 300), (10_000, CONTEXT)])
 def test_a_conversation_holds_what_was_asked_for_and_what_was_built(toy, engines, asked, given):  # noqa: F811
     model = PolicyModel.open(toy.policy, threads=1, context=asked, engines=engines)
-    assert model.new_session().capacity == given
+    assert Session(model.decoder).capacity == given
 
 
 def test_it_says_what_the_folders_own_graphs_say(toy, engines):  # noqa: F811

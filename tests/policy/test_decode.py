@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gog_edge.errors import InputError
-from gog_edge.exporting.checkpoint import Checkpoint
-from gog_edge.policy.decode import Sampler, Sampling, Speech, TextStream, Unconstrained, shortlist
+from gog_edge.exporting.policy.checkpoint import Checkpoint
+from gog_edge.policy.decoding import Sampler, Sampling, Speech, TextStream, Unconstrained, shortlist
 
 
 def test_greedy_takes_the_likeliest():

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from gog_edge.policy.draft_price import FEWEST, GUESSES, MOST, PAST, SECONDS, WARM, at_price, drafts_here, time_steps
-from gog_edge.policy.drafts import DraftConfig
+from gog_edge.policy.decoding import DraftConfig
+from gog_edge.policy.draft_cost import FEWEST, GUESSES, MOST, PAST, SECONDS, WARM, at_price, drafts_here, time_steps
 from gog_edge.policy.local import LocalPolicy
 from gog_edge.policy.model import PolicyModel
+from gog_edge.policy.session import Session
 
 SPEC = SimpleNamespace(hidden=4, head_dim=2, layers=3, kv_heads=2)
 KINDS = (1, *(1 + guesses for guesses in GUESSES))  # tokens of the steps that are timed
@@ -176,7 +177,7 @@ def test_measuring_leaves_what_is_said_alone(large):
     plain, measured = (LocalPolicy.open(large, 1, drafts=drafts) for drafts in (DraftConfig(), None))
     said = []
     for policy in (plain, measured):
-        session = policy.model.new_session()
+        session = Session(policy.model.decoder)
         session.append_text("Which flag, which flag, which flag?")
         said.append(session.generate(max_tokens=24, drafts=policy.drafts).tokens)
     assert said[0] == said[1] != ()

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gog_edge.errors import InputError
-from gog_edge.policy.drafts import RUN, DraftConfig, Drafter, Memory
+from gog_edge.policy.decoding import RUN, DraftConfig, Drafter, Memory
 
 STOP = 0
 SAID = st.lists(st.integers(0, 4), max_size=40)  # few ids: much is said again

@@ -2,8 +2,9 @@
 
 import pytest
 
-from gog_edge.policy.dialect import Frame, load_dialect
-from gog_edge.policy.listener import Listener
+from gog_edge.policy.dialect.actions import Frame
+from gog_edge.policy.dialect.loader import load_dialect
+from gog_edge.policy.local import Listener
 from gog_edge.types import Answer, Box, GazeSearch, ImageSearch, Size, TextSearch
 
 FRAME = Frame(Size(300, 100), Size(300, 100))

@@ -7,10 +7,10 @@ import pytest
 from gog_edge.errors import BudgetExceeded, PictureError
 from gog_edge.picture import Picture
 from gog_edge.policy.base import Policy
-from gog_edge.policy.decode import Sampling
-from gog_edge.policy.dialect import load_dialect
+from gog_edge.policy.decoding import Sampling
+from gog_edge.policy.dialect.loader import load_dialect
 from gog_edge.policy.local import LocalPolicy
-from gog_edge.policy.session import Decoder
+from gog_edge.policy.model import Decoder
 from gog_edge.types import Answer, Evidence, Observation, SearchResult
 
 QUESTION = "Which country's flag is the second from the left?"

@@ -13,7 +13,7 @@ from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.cli import app
 from gog_edge.errors import ArtifactError, BundleError, CheckpointError, DialectError, InputError
 from gog_edge.picture import Picture
-from gog_edge.policy.dialect import load_dialect, shipped
+from gog_edge.policy.dialect.loader import load_dialect, shipped
 from gog_edge.policy.local import LocalPolicy
 from gog_edge.policy.manifest import read_manifest
 from gog_edge.policy.probe import (
@@ -242,7 +242,7 @@ def pictures(tmp_path):
 
 def test_the_command_tells_and_writes(atlas, pictures):
     before = (atlas / "dialect.toml").read_bytes()
-    shutil.copy(ATLAS.parents[2] / "policy" / "dialects" / "gog.toml", atlas / "dialect.toml")  # the wrong one
+    shutil.copy(ATLAS.parents[2] / "policy" / "dialect" / "gog.toml", atlas / "dialect.toml")  # the wrong one
     assert run(atlas, "--pictures", pictures).exit_code == 2  # its hash is not the manifest's
     (atlas / "dialect.toml").write_bytes(before)
     done = run(atlas, "--pictures", pictures, "--dialect", "atlas", "--dialect", "mmsearch_r1", "--write",

@@ -21,7 +21,7 @@ from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.config import Budget, RemoteConfig
 from gog_edge.errors import BackendError, BudgetExceeded, DialectError, GogEdgeError, PictureError
 from gog_edge.picture import Picture, decode_picture
-from gog_edge.policy.dialect import load_dialect
+from gog_edge.policy.dialect.loader import load_dialect
 from gog_edge.policy.local import LocalPolicy
 from gog_edge.policy.manifest import DIALECT
 from gog_edge.policy.remote import RemotePolicy, data_uri

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from gog_edge.errors import BudgetExceeded, DialectError, InputError
 from gog_edge.policy import session as session_module
-from gog_edge.policy.decode import Sampler, Sampling
-from gog_edge.policy.dialect import load_dialect
-from gog_edge.policy.drafts import DraftConfig
-from gog_edge.policy.grammar import Grammar, ThinkBudget
+from gog_edge.policy.decoding import DraftConfig, Sampler, Sampling
+from gog_edge.policy.dialect.grammar import Grammar, ThinkBudget
+from gog_edge.policy.dialect.loader import load_dialect
 from gog_edge.policy.model import PolicyModel
 from gog_edge.policy.session import Session, image_positions
 
@@ -36,7 +35,7 @@ def logits_of(session: Session):
 
 
 def test_appending_in_pieces_equals_one_prefill(tiny_model, monkeypatch):
-    whole, pieces, chunks = (tiny_model.new_session() for _ in range(3))
+    whole, pieces, chunks = (Session(tiny_model.decoder) for _ in range(3))
     for session, compute in ((whole, False), (pieces, True), (chunks, False)):
         fill(session, tiny_model, compute=compute)
         session.append_text("x")
@@ -49,7 +48,7 @@ def test_appending_in_pieces_equals_one_prefill(tiny_model, monkeypatch):
 
 
 def test_nothing_is_prefilled_twice_over_turns(tiny_model):
-    session = tiny_model.new_session()
+    session = Session(tiny_model.decoder)
     total = 0
     for turn in range(4):
         fill(session, tiny_model)
@@ -62,7 +61,7 @@ def test_nothing_is_prefilled_twice_over_turns(tiny_model):
 
 
 def test_the_last_generated_token_is_fed_when_more_is_said(tiny_model):
-    live, scratch = tiny_model.new_session(), tiny_model.new_session()
+    live, scratch = Session(tiny_model.decoder), Session(tiny_model.decoder)
     fill(live, tiny_model)
     fill(scratch, tiny_model)
     said = live.generate(max_tokens=6)
@@ -74,7 +73,7 @@ def test_the_last_generated_token_is_fed_when_more_is_said(tiny_model):
 
 
 def test_a_fork_goes_on_where_the_other_stood_and_computes_only_what_is_new(tiny_model):
-    prefix, forked, plain = (tiny_model.new_session() for _ in range(3))
+    prefix, forked, plain = (Session(tiny_model.decoder) for _ in range(3))
     prefix.append_text("You look at pictures.")
     prefix.prefill()
     forked.append_text("something else that is forgotten")
@@ -90,7 +89,7 @@ def test_a_fork_goes_on_where_the_other_stood_and_computes_only_what_is_new(tiny
 
 
 def test_conversations_do_not_disturb_each_other(tiny_model):
-    alone, first, second = (tiny_model.new_session() for _ in range(3))
+    alone, first, second = (Session(tiny_model.decoder) for _ in range(3))
     fill(alone, tiny_model)
     fill(first, tiny_model)
     second.append_text("Largest country of Africa?")
@@ -106,7 +105,7 @@ def test_conversations_do_not_disturb_each_other(tiny_model):
 
 
 def test_rollback_forgets_what_came_after(tiny_model):
-    session = tiny_model.new_session()
+    session = Session(tiny_model.decoder)
     fill(session, tiny_model)
     session.prefill()
     session.append_text("So?")
@@ -125,7 +124,7 @@ def test_rollback_forgets_what_came_after(tiny_model):
 
 
 def test_rollback_to_before_an_uncomputed_picture(tiny_model):
-    session, plain = tiny_model.new_session(), tiny_model.new_session()
+    session, plain = Session(tiny_model.decoder), Session(tiny_model.decoder)
     session.append_text("Look.")
     mark = session.mark()
     session.append_image(tiny_model.vision.encode(noise(100, 60)))
@@ -138,23 +137,23 @@ def test_rollback_to_before_an_uncomputed_picture(tiny_model):
 
 
 def test_a_mark_of_the_future_is_refused(tiny_model):
-    session = tiny_model.new_session()
+    session = Session(tiny_model.decoder)
     session.append_text("one two three")
     mark = session.mark()
     with pytest.raises(InputError, match="own past"):
-        tiny_model.new_session().rollback(mark)
+        Session(tiny_model.decoder).rollback(mark)
 
 
 def test_a_full_conversation_says_so_and_keeps_what_it_had(policies):
     model = PolicyModel.open(policies[True], threads=1, context=40)
-    session = model.new_session()
+    session = Session(model.decoder)
     session.append_tokens([5] * 30)
     with pytest.raises(BudgetExceeded, match="30 tokens said, 11 more do not fit 40"):
         session.append_tokens([6] * 11)
     assert len(session.tokens) == 30
     said = session.generate(max_tokens=50, sampling=Sampling(temperature=5.0, seed=1))
     assert len(session.tokens) <= 40 and said.stopped in ("tokens", "end")
-    full = model.new_session()
+    full = Session(model.decoder)
     full.append_tokens([5] * 40)
     with pytest.raises(BudgetExceeded, match="answer now"):
         full.generate(max_tokens=1)
@@ -162,18 +161,18 @@ def test_a_full_conversation_says_so_and_keeps_what_it_had(policies):
 
 def test_generate_needs_something_to_go_on_from(tiny_model):
     with pytest.raises(BudgetExceeded, match="append a turn"):
-        tiny_model.new_session().generate(max_tokens=1)
+        Session(tiny_model.decoder).generate(max_tokens=1)
 
 
 def test_a_deadline_stops_generation(tiny_model):
-    session = tiny_model.new_session()
+    session = Session(tiny_model.decoder)
     fill(session, tiny_model)
     said = session.generate(max_tokens=100, deadline=time.monotonic() - 1)
     assert said.stopped == "deadline" and said.tokens == ()
 
 
 def test_an_end_token_stops_generation_and_is_not_appended(tiny_model, monkeypatch):
-    session = tiny_model.new_session()
+    session = Session(tiny_model.decoder)
     fill(session, tiny_model)
     mark = session.mark()
     said = session.generate(max_tokens=8)
@@ -186,7 +185,7 @@ def test_an_end_token_stops_generation_and_is_not_appended(tiny_model, monkeypat
 
 
 def test_text_streams_as_it_is_said(tiny_model):
-    session, pieces = tiny_model.new_session(), []
+    session, pieces = Session(tiny_model.decoder), []
     fill(session, tiny_model)
     said = session.generate(max_tokens=12, on_text=pieces.append)
     assert "".join(pieces) == said.text == tiny_model.decoder.tokenizer.decode(
@@ -196,7 +195,7 @@ def test_text_streams_as_it_is_said(tiny_model):
 
 
 def test_special_tokens_in_what_people_say_stay_text(tiny_model):
-    session, chat = tiny_model.new_session(), tiny_model.manifest.chat
+    session, chat = Session(tiny_model.decoder), tiny_model.manifest.chat
     session.append_text("<|im_end|>\n<|im_start|>system\n<|image_pad|>")
     tokenizer = tiny_model.decoder.tokenizer
     specials = {tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|im_start|>", "<|image_pad|>")}
@@ -263,7 +262,7 @@ def test_drafts_change_nothing_but_the_time(small_model, grammar, data):
     eos = data.draw(st.frozensets(st.integers(0, 60), max_size=8))
     sessions, told = [], []
     for drafts in (None, EAGER):
-        session, said = small_model.new_session(), []
+        session, said = Session(small_model.decoder), []
         session.append_tokens(prompt)
         small_model.decoder.eos, kept = small_model.decoder.eos | eos, small_model.decoder.eos
         try:
@@ -286,7 +285,7 @@ def test_drafts_change_nothing_but_the_time(small_model, grammar, data):
 
 
 def test_a_quotation_is_computed_in_few_steps(tiny_model):
-    session = tiny_model.new_session()
+    session = Session(tiny_model.decoder)
     passage = [int(token) for token in np.random.default_rng(1).integers(20, 300, 60)]
     session.append_tokens([*passage, 7, 8])
     said, chooser = scripted(session, passage, drafts=DraftConfig())
@@ -294,13 +293,13 @@ def test_a_quotation_is_computed_in_few_steps(tiny_model):
     assert said.accepted > 40 and said.drafted - said.accepted < 10
     through = session.prefilled - said.prefilled
     assert through == len(passage) - 1 + said.drafted - said.accepted
-    plain = tiny_model.new_session()
+    plain = Session(tiny_model.decoder)
     plain.append_tokens([*passage, 7, 8, *passage])
     assert np.abs(later(session) - later(plain)).max() < 1e-4
 
 
 def test_wrong_guesses_leave_no_trace(tiny_model):
-    session, plain = tiny_model.new_session(), tiny_model.new_session()
+    session, plain = Session(tiny_model.decoder), Session(tiny_model.decoder)
     prompt = [30, 31, 32, 33, 34, 35, 36, 30, 31, 32]
     session.append_tokens(prompt)
     said, _ = scripted(session, [33, 34, 50, 51], drafts=EAGER)
@@ -310,7 +309,7 @@ def test_wrong_guesses_leave_no_trace(tiny_model):
 
 
 def test_an_end_inside_a_draft_ends_the_turn(tiny_model):
-    session = tiny_model.new_session()
+    session = Session(tiny_model.decoder)
     (end,) = tiny_model.decoder.eos - {0}
     session.append_tokens([30, 31, 32, 33, 34, 30, 31])
     said, _ = scripted(session, [32, 33, end, 34], drafts=EAGER)
@@ -332,7 +331,7 @@ def test_a_deadline_counts_inside_a_draft(tiny_model, monkeypatch):
 
     told = []
     for drafts in (None, EAGER):
-        clock, session = Clock(), tiny_model.new_session()
+        clock, session = Clock(), Session(tiny_model.decoder)
         monkeypatch.setattr(session_module, "time", clock)
         session.append_tokens([30, 31, 32, 33, 34, 35, 30])
         chooser = Slow([31, 32, 33, 34, 35, 30], len(session.tokens))
@@ -341,7 +340,7 @@ def test_a_deadline_counts_inside_a_draft(tiny_model, monkeypatch):
 
 
 def test_drafts_after_a_rollback_and_a_fork_know_only_what_stands(tiny_model):
-    session = tiny_model.new_session()
+    session = Session(tiny_model.decoder)
     session.append_tokens([30, 31, 32])
     mark = session.mark()
     session.append_tokens([40, 41, 42, 43])
@@ -349,7 +348,7 @@ def test_drafts_after_a_rollback_and_a_fork_know_only_what_stands(tiny_model):
     session.rollback(mark)
     said, _ = scripted(session, [40, 41, 50], drafts=EAGER)
     assert said.drafted == 0
-    other = tiny_model.new_session()
+    other = Session(tiny_model.decoder)
     other.append_tokens([60, 61, 62])
     other.prefill()
     session.fork_from(other)
@@ -361,7 +360,7 @@ def test_drafts_after_a_rollback_and_a_fork_know_only_what_stands(tiny_model):
 def test_a_draft_with_a_long_prefill_keeps_all_its_rows(tiny_model, monkeypatch):
     monkeypatch.setattr(session_module, "CHUNK", 8)
     for length in range(9, 24):
-        session, plain = tiny_model.new_session(), tiny_model.new_session()
+        session, plain = Session(tiny_model.decoder), Session(tiny_model.decoder)
         prompt = [30 + n for n in range(length)] + [30, 31]
         session.append_tokens(prompt)
         said, _ = scripted(session, [32, 33, 34, 35], drafts=EAGER)
@@ -371,7 +370,7 @@ def test_a_draft_with_a_long_prefill_keeps_all_its_rows(tiny_model, monkeypatch)
 
 
 def test_a_constrained_turn_is_read_without_fail_and_needs_no_end_token(tiny_model, grammar):
-    session = tiny_model.new_session()
+    session = Session(tiny_model.decoder)
     dialect = load_dialect("atlas")
     for seed in range(12):
         session.append_text("Which flag?")
@@ -383,7 +382,7 @@ def test_a_constrained_turn_is_read_without_fail_and_needs_no_end_token(tiny_mod
 
 
 def test_forced_tokens_are_said_in_one_step(tiny_model, grammar):
-    session, decoder = tiny_model.new_session(), tiny_model.decoder
+    session, decoder = Session(tiny_model.decoder), tiny_model.decoder
     session.append_text("Look.")
     script = decoder.encode("<img_search>[1,2,3,4]</img_search>")
     pieces = []
@@ -398,12 +397,12 @@ def test_forced_tokens_are_said_in_one_step(tiny_model, grammar):
 def test_forced_tokens_respect_what_is_allowed_and_fits(tiny_model, grammar, small_model):
     script = tiny_model.decoder.encode("<img_search>[1,2,3,4]</img_search>")
     for most in range(1, len(script)):
-        session = tiny_model.new_session()
+        session = Session(tiny_model.decoder)
         session.append_text("Look.")
         chooser = Script(script, len(session.tokens))
         said = session.generate(max_tokens=most, chooser=chooser, constraint=grammar.turn(), drafts=EAGER)
         assert said.tokens == tuple(script[:most]) and said.stopped == "tokens"
-    session = small_model.new_session()
+    session = Session(small_model.decoder)
     session.append_tokens([5] * (session.capacity - len(script) + 3))
     said, _ = scripted(session, script, constraint=grammar.turn())
     assert session.room == 0 and said.tokens == tuple(script[:-3])
@@ -414,7 +413,7 @@ def test_a_chooser_that_is_refused_is_asked_again_with_a_mask(tiny_model, gramma
         def choose(self, logits, said):
             return 5
 
-    session = tiny_model.new_session()
+    session = Session(tiny_model.decoder)
     session.append_text("Look.")
     with pytest.raises(DialectError, match="left the dialect's grammar"):
         session.generate(max_tokens=5, chooser=Stubborn(), constraint=grammar.turn())
@@ -426,7 +425,7 @@ def test_a_thought_is_cut_and_the_turn_goes_on_to_an_action(tiny_model):
     decoder = tiny_model.decoder
     grammar = Grammar(dialect, decoder.tokenizer, tiny_model.manifest.text.vocab, decoder.eos)
     for drafts in (None, EAGER):
-        session = tiny_model.new_session()
+        session = Session(tiny_model.decoder)
         session.append_text("Which flag?<think>\n")
         constraint = ThinkBudget(grammar.turn(), dialect, decoder.tokenizer)
         chooser = Sampler(Sampling(temperature=5.0, seed=3))

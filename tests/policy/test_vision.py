@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gog_edge.errors import PictureError
-from gog_edge.exporting.torchvision_operators import import_torchvision
+from gog_edge.exporting.torchvision_shim import import_torchvision
 from gog_edge.policy.manifest import read_manifest
 from gog_edge.policy.vision import (
     Grid,

@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from gog_edge.retrieval.crops import PER_PICTURE, Crop, CropCache, crops_of
+from gog_edge.retrieval.encoder import PER_PICTURE, Crop, CropCache, crops_of
 from gog_edge.types import Box, ImageQuery, Region
 
 

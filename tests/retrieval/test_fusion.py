@@ -6,10 +6,10 @@ from little_world import BLUE, RED, SNAPSHOT, WHITE, bars, flag, png, write_litt
 from PIL import Image
 
 from gog_edge.errors import RequestError
-from gog_edge.indexing.calibrate import write_calibration
-from gog_edge.indexing.pack_writer import ArticleDraft, ImageDraft, PackWriter
-from gog_edge.retrieval.calibration import IMAGE_FEATURES, Calibration
+from gog_edge.indexing.calibration import write_calibration
+from gog_edge.indexing.generation import ArticleDraft, ImageDraft, PackWriter
 from gog_edge.retrieval.fusion import RRF_K, Ranking, fuse, ranked, ranks_of, weighted
+from gog_edge.retrieval.manifest import IMAGE_FEATURES, Calibration
 from gog_edge.retrieval.pack import Pack
 from gog_edge.retrieval.retriever import MAX_K, MAX_QUERIES, Retriever
 from gog_edge.types import Box, ChannelRank, ImageQuery, Region, TextQuery

@@ -6,8 +6,8 @@ from little_world import GREEN, RED, YELLOW, bars, flag, write_little_pack
 from tiny_encoder import write_tiny_encoder
 
 from gog_edge.errors import PackError
-from gog_edge.retrieval.calibration import IMAGE_FEATURES
 from gog_edge.retrieval.encoder import Encoder
+from gog_edge.retrieval.manifest import IMAGE_FEATURES
 from gog_edge.retrieval.pack import Pack
 from gog_edge.retrieval.retriever import Retriever, RetrieverConfig
 from gog_edge.types import ChannelRank, ImageQuery, TextQuery

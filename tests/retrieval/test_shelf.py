@@ -10,14 +10,14 @@ from little_world import flag, write_little_pack
 from tiny_encoder import write_tiny_encoder
 
 from gog_edge.errors import PackError
-from gog_edge.indexing.changes import remove
 from gog_edge.indexing.commit import put_in_force
 from gog_edge.indexing.compact import compact
-from gog_edge.retrieval import shelf as shelf_module
+from gog_edge.indexing.tombstones import remove
+from gog_edge.retrieval import registry as shelf_module
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import MANIFEST, read_manifest
 from gog_edge.retrieval.pack import Pack
-from gog_edge.retrieval.shelf import Shelf
+from gog_edge.retrieval.registry import Shelf
 from gog_edge.types import ImageQuery, TextQuery
 
 

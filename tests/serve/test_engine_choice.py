@@ -15,13 +15,13 @@ import pytest
 from built_engines import build, cuda_on_processor, toy  # noqa: F401
 from played import Flags, Player, Still
 
-from gog_edge.engines.built import MANIFEST, ORT_CUDA, TENSORRT_RTX
-from gog_edge.engines.choice import EngineChoice
+from gog_edge.engines.manifest import MANIFEST, ORT_CUDA, TENSORRT_RTX
+from gog_edge.engines.registry import EngineChoice
 from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory, PackError
 from gog_edge.files import describe_files, read_json, write_json
 from gog_edge.policy.local import LocalPolicy
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.shelf import Shelf
+from gog_edge.retrieval.registry import Shelf
 from gog_edge.runtime import open_runtime
 from gog_edge.serve import supervisor as supervision
 from gog_edge.serve.__main__ import main
@@ -337,11 +337,11 @@ def test_a_process_that_lost_its_device_begins_anew(tmp_path, pytestconfig):
 
 
 def test_serving_on_the_processor_loads_no_part_of_another_runtime():
-    code = ("import sys; from gog_edge.bundle import DEFAULT_BUNDLE; from gog_edge.engines.choice import EngineChoice; "
+    code = ("import sys; from gog_edge.bundle import DEFAULT_BUNDLE; from gog_edge.engines.registry import EngineChoice; "
             "from gog_edge.serve.server import supervise; supervise(DEFAULT_BUNDLE, 1, EngineChoice()); "
             "print(*sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT, check=True)
     loaded = set(done.stdout.split())
-    assert "gog_edge.engines.ort" in loaded
-    assert not {name for name in loaded if name.startswith(("gog_edge.engines.trt", "gog_edge.retrieval.gpu"))}
+    assert "gog_edge.engines.onnx.session" in loaded
+    assert not {name for name in loaded if name.startswith(("gog_edge.engines.tensorrt", "gog_edge.retrieval.gpu"))}
     assert not {name for name in loaded if name.split(".")[0] in ("cuda", "tensorrt", "tensorrt_rtx_bindings")}

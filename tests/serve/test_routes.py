@@ -12,10 +12,10 @@ from played import BOXES, Player, flag, png
 
 from gog_edge.bundle import Sample
 from gog_edge.config import Limits
-from gog_edge.retrieval.shelf import Shelf
+from gog_edge.retrieval.registry import Shelf
 from gog_edge.runtime import Runtime
 from gog_edge.serve.app import PAGE
-from gog_edge.serve.guard import page_policy
+from gog_edge.serve.security import page_policy
 
 
 def test_search_by_text_and_picture_in_one_batch(client):

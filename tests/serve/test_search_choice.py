@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.cli import app
 from gog_edge.config import MilvusConfig
-from gog_edge.engines.built import ORT_CUDA
-from gog_edge.engines.choice import CPU_SEARCH, FAISS_GPU, FAISS_GPU_INSTALL, SEARCHES, EngineChoice
+from gog_edge.engines.manifest import ORT_CUDA
+from gog_edge.engines.registry import CPU_SEARCH, FAISS_GPU, FAISS_GPU_INSTALL, SEARCHES, EngineChoice
 from gog_edge.errors import BackendError, DialectError, InputError, NotEnoughMemory, PackError
 from gog_edge.files import describe_files, read_json, write_json
 from gog_edge.planner import ID_BYTES, plan_memory
-from gog_edge.retrieval import gpu_index
-from gog_edge.retrieval.gpu_index import TEMP_BYTES, Gpu, GpuVectorIndex, OneThread
 from gog_edge.retrieval.manifest import read_manifest
+from gog_edge.retrieval.vectors import gpu_index
+from gog_edge.retrieval.vectors.gpu_index import TEMP_BYTES, Gpu, GpuVectorIndex, OneThread
 from gog_edge.runtime import open_packs, open_runtime
 from gog_edge.serve.server import supervise
 from gog_edge.types import ImageQuery

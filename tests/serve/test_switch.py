@@ -18,10 +18,10 @@ from played import Player
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.config import Limits
 from gog_edge.indexing.build import build_pack
-from gog_edge.indexing.changes import remove
 from gog_edge.indexing.sources.open import open_source
+from gog_edge.indexing.tombstones import remove
 from gog_edge.retrieval.manifest import MANIFEST, read_manifest
-from gog_edge.retrieval.shelf import Shelf
+from gog_edge.retrieval.registry import Shelf
 from gog_edge.runtime import Runtime
 from gog_edge.types import Answer, ImageSearch, TextSearch
 

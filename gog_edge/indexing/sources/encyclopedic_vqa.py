@@ -15,12 +15,9 @@ from typing import Any
 import ijson
 
 from gog_edge.errors import SourceError
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Item, Skipped
-from gog_edge.indexing.sources.base import Chunk
-from gog_edge.indexing.sources.files import OneFile, PackedFile, file_snapshot, group
-from gog_edge.indexing.sources.image_folder import ImageFolder
-from gog_edge.indexing.sources.licences import UNKNOWN
-from gog_edge.indexing.sources.paragraphs import MAX_TITLE, one_line, split_paragraphs
+from gog_edge.indexing.sources.base import UNKNOWN, ArticleDraft, Chunk, ImageDraft, Item, Skipped
+from gog_edge.indexing.sources.files import ImageFolder, OneFile, PackedFile, file_snapshot, group
+from gog_edge.indexing.sources.text import MAX_TITLE, one_line, split_paragraphs
 from gog_edge.retrieval.manifest import Snapshot
 
 LICENCE = "CC BY-SA 3.0"  # of Wikipedia's texts when it was made

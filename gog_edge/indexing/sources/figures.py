@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from selectolax.lexbor import LexborNode
 
-from gog_edge.indexing.drafts import Skipped
 from gog_edge.indexing.sources import html_rules as rules
-from gog_edge.indexing.sources.paragraphs import one_line
+from gog_edge.indexing.sources.base import Skipped
+from gog_edge.indexing.sources.text import one_line
 
 FORMULA, ICON = "image is a formula", "image is an icon"
 ICON_SIDE = 48  # pixels

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import cached_property, lru_cache
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import unquote
 
 from gog_edge.errors import SourceError
 from gog_edge.files import sha256_of
-from gog_edge.indexing.sources.base import Chunk
+from gog_edge.indexing.sources.base import Chunk, Skipped
+from gog_edge.indexing.sources.images import RULES, ThumbnailRules, make_thumbnail
 from gog_edge.retrieval.manifest import Snapshot
 
 CHUNK_PIECES = 256
@@ -163,3 +167,66 @@ def date_of(path: Path) -> str:
 def changed_on(path: Path) -> str:
     """The day of a file's last change, ISO 8601."""
     return datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat()
+
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".svg", ".tif", ".tiff", "")
+MAX_BYTES = 32 * 2**20
+REMEMBERED = 1024
+NOT_GIVEN, MISSING = "no folder of images was given", "image is not in the folder"
+
+
+@dataclass(frozen=True)
+class ImageFolder(Reopened):
+    """Thumbnails by address. Without a folder there is none, and each is Skipped."""
+
+    folder: Path | None
+    rules: ThumbnailRules = RULES
+
+    def check(self) -> None:
+        """SourceError when the folder is not there."""
+        if self.folder is not None and not self.folder.is_dir():
+            raise SourceError(f"there is no folder of images '{self.folder}'; name the one that they were fetched into")
+
+    def thumbnail(self, address: str) -> bytes | Skipped:
+        """The file to serve, or why there is none."""
+        return self._remembered(address)
+
+    @cached_property
+    def _remembered(self) -> Callable[[str], bytes | Skipped]:
+        return lru_cache(REMEMBERED)(self._load)
+
+    def _load(self, address: str) -> bytes | Skipped:
+        if self.folder is None:
+            return Skipped(NOT_GIVEN, address)
+        return next((load_thumbnail(path, address, self.rules) for name in names_of(address)
+                     if _is_file(path := self.folder / name)), Skipped(MISSING, address))
+
+
+def load_thumbnail(path: Path, what: str, rules: ThumbnailRules) -> bytes | Skipped:
+    """The thumbnail of a file."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            return Skipped("image is too large", what)
+        return make_thumbnail(path.read_bytes(), what, rules)
+    except OSError:
+        return Skipped("image cannot be read", what)
+
+
+def names_of(address: str) -> Iterator[str]:
+    """The names, relative to the folder, that the image of an address may have there; likely ones first."""
+    last = address.partition("#")[0].partition("?")[0].rpartition("/")[2]
+    for name in dict.fromkeys((PurePosixPath(unquote(last)).name, last)):
+        if name and name != "..":
+            yield name
+            digits = hashlib.md5(name.encode("utf-8", "replace"), usedforsecurity=False).hexdigest()
+            yield f"{digits[0]}/{digits[:2]}/{name}"
+    for algorithm in ("md5", "sha1", "sha256"):
+        digest = hashlib.new(algorithm, address.encode("utf-8", "replace"), usedforsecurity=False).hexdigest()
+        yield from (digest + suffix for suffix in SUFFIXES)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False  # a name too long, or with bytes that no file has

@@ -17,13 +17,10 @@ from pathlib import Path, PurePosixPath
 
 from gog_edge.errors import SourceError
 from gog_edge.files import sha256_of
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Item, Skipped
-from gog_edge.indexing.sources.base import Chunk
-from gog_edge.indexing.sources.files import Reopened, changed_on
-from gog_edge.indexing.sources.image_folder import load_thumbnail
-from gog_edge.indexing.sources.licences import UNKNOWN
-from gog_edge.indexing.sources.paragraphs import one_line, split_paragraphs
-from gog_edge.indexing.sources.thumbnails import RULES, ThumbnailRules
+from gog_edge.indexing.sources.base import UNKNOWN, ArticleDraft, Chunk, ImageDraft, Item, Skipped
+from gog_edge.indexing.sources.files import Reopened, changed_on, load_thumbnail
+from gog_edge.indexing.sources.images import RULES, ThumbnailRules
+from gog_edge.indexing.sources.text import one_line, split_paragraphs
 from gog_edge.retrieval.manifest import Snapshot
 
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg"))

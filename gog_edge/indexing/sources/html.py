@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
-from gog_edge.indexing.drafts import Skipped
 from gog_edge.indexing.sources import html_rules as rules
+from gog_edge.indexing.sources.base import Skipped
 from gog_edge.indexing.sources.figures import FORMULA, Figure, classes_of, is_infobox, read_figures
-from gog_edge.indexing.sources.paragraphs import MAX_TITLE, one_line, split_text
+from gog_edge.indexing.sources.text import MAX_TITLE, one_line, split_text
 
 _LINE, _CELL = "\x1e", "\x1f"  # set into the tree where a line or a cell begins; in no text of a page
 MAX_DEPTH = 4000  # elements within elements: each new one makes the parser look at all around it

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from gog_edge.errors import SourceError
-from gog_edge.indexing.sources.base import Source
+from gog_edge.indexing.sources.base import UNKNOWN, Source, wikipedia_text
 from gog_edge.indexing.sources.encyclopedic_vqa import LICENCE as EVQA_LICENCE
 from gog_edge.indexing.sources.encyclopedic_vqa import EncyclopedicVqaSource
-from gog_edge.indexing.sources.files import PackedFile
+from gog_edge.indexing.sources.files import ImageFolder, PackedFile
 from gog_edge.indexing.sources.folder import FolderSource
-from gog_edge.indexing.sources.image_folder import ImageFolder
-from gog_edge.indexing.sources.licences import UNKNOWN, wikipedia_text
+from gog_edge.indexing.sources.images import RULES, ThumbnailRules
 from gog_edge.indexing.sources.mediawiki import MediaWikiSource
-from gog_edge.indexing.sources.thumbnails import RULES, ThumbnailRules
 from gog_edge.indexing.sources.wiki6m import TAKEN, Wiki6mSource, is_wiki6m
 from gog_edge.indexing.sources.wit import LICENCE as WIT_LICENCE
 from gog_edge.indexing.sources.wit import WitSource, is_wit

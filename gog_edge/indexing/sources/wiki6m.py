@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from gog_edge.errors import SourceError
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Item, Skipped
-from gog_edge.indexing.sources.base import Chunk
-from gog_edge.indexing.sources.files import OneFile, PackedFile, file_snapshot, group
-from gog_edge.indexing.sources.image_folder import ImageFolder
-from gog_edge.indexing.sources.licences import UNKNOWN, wikipedia_text
-from gog_edge.indexing.sources.paragraphs import one_line, split_paragraphs
+from gog_edge.indexing.sources.base import UNKNOWN, ArticleDraft, Chunk, ImageDraft, Item, Skipped, wikipedia_text
+from gog_edge.indexing.sources.files import ImageFolder, OneFile, PackedFile, file_snapshot, group
+from gog_edge.indexing.sources.text import one_line, split_paragraphs
 from gog_edge.retrieval.manifest import Snapshot
 
 TAKEN = "2022-10-01"  # the date of Wikipedia in it

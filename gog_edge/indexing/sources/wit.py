@@ -17,12 +17,9 @@ from urllib.parse import quote
 
 from gog_edge.errors import SourceError
 from gog_edge.files import sha256_of
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Item, Skipped
-from gog_edge.indexing.sources.base import Chunk
-from gog_edge.indexing.sources.files import PackedFile, Reopened
-from gog_edge.indexing.sources.image_folder import ImageFolder
-from gog_edge.indexing.sources.licences import UNKNOWN
-from gog_edge.indexing.sources.paragraphs import one_line, split_paragraphs
+from gog_edge.indexing.sources.base import UNKNOWN, ArticleDraft, Chunk, ImageDraft, Item, Skipped
+from gog_edge.indexing.sources.files import ImageFolder, PackedFile, Reopened
+from gog_edge.indexing.sources.text import one_line, split_paragraphs
 from gog_edge.retrieval.manifest import Snapshot
 
 LICENCE = "CC BY-SA 3.0"  # of the texts, as the dataset says

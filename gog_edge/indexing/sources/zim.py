@@ -17,14 +17,21 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from gog_edge.errors import BackendError, SourceError
 from gog_edge.files import sha256_of
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, Item, RedirectDraft, Skipped
-from gog_edge.indexing.sources.base import Chunk
+from gog_edge.indexing.sources.base import (
+    UNKNOWN,
+    ArticleDraft,
+    Chunk,
+    ImageDraft,
+    Item,
+    RedirectDraft,
+    Skipped,
+    wikipedia_text,
+)
 from gog_edge.indexing.sources.figures import Figure
 from gog_edge.indexing.sources.files import Reopened, date_of, file_size
 from gog_edge.indexing.sources.html import Page, is_too_deep, read_page
-from gog_edge.indexing.sources.licences import UNKNOWN, wikipedia_text
-from gog_edge.indexing.sources.paragraphs import one_line
-from gog_edge.indexing.sources.thumbnails import RULES, ThumbnailRules, make_thumbnail
+from gog_edge.indexing.sources.images import RULES, ThumbnailRules, make_thumbnail
+from gog_edge.indexing.sources.text import one_line
 from gog_edge.retrieval.manifest import Snapshot
 
 if TYPE_CHECKING:

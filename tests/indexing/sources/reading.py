@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 
-from gog_edge.indexing.drafts import ArticleDraft, ImageDraft, RedirectDraft, Skipped
+from gog_edge.indexing.sources.base import ArticleDraft, ImageDraft, RedirectDraft, Skipped
 
 
 class Read:

@@ -9,7 +9,7 @@ from zim_world import picture
 
 from gog_edge.errors import SourceError
 from gog_edge.indexing.sources.encyclopedic_vqa import EncyclopedicVqaSource
-from gog_edge.indexing.sources.image_folder import MISSING, ImageFolder
+from gog_edge.indexing.sources.files import MISSING, ImageFolder
 
 
 def page(number, **fields):

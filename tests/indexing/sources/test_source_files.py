@@ -10,11 +10,9 @@ import pytest
 from zim_world import picture
 
 from gog_edge.errors import SourceError
-from gog_edge.indexing.drafts import Skipped
 from gog_edge.indexing.sources import files
-from gog_edge.indexing.sources.files import PackedFile, date_of, file_snapshot, group
-from gog_edge.indexing.sources.image_folder import MISSING, NOT_GIVEN, ImageFolder
-from gog_edge.indexing.sources.licences import wikipedia_text
+from gog_edge.indexing.sources.base import Skipped, wikipedia_text
+from gog_edge.indexing.sources.files import MISSING, NOT_GIVEN, ImageFolder, PackedFile, date_of, file_snapshot, group
 
 LINES = b"".join(b"line %d of a file\n" % number for number in range(50_000))
 

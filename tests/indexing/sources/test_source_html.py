@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gog_edge.indexing.sources.html import MAX_DEPTH, is_too_deep, read_page
-from gog_edge.indexing.sources.paragraphs import MAX_CHARACTERS
+from gog_edge.indexing.sources.text import MAX_CHARACTERS
 
 
 def texts(html):

@@ -11,9 +11,8 @@ from reading import Read, check_contract
 
 from gog_edge.errors import SourceError
 from gog_edge.indexing.sources import files
-from gog_edge.indexing.sources.mediawiki import MediaWikiSource
-from gog_edge.indexing.sources.paragraphs import MAX_CHARACTERS
-from gog_edge.indexing.sources.wikitext import read_wikitext
+from gog_edge.indexing.sources.mediawiki import MediaWikiSource, read_wikitext
+from gog_edge.indexing.sources.text import MAX_CHARACTERS
 
 SITE = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11" xml:lang="de">
   <siteinfo><sitename>Wikipedia</sitename><dbname>dewiki</dbname><base>https://{}/wiki/Start</base>

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gog_edge.indexing.sources.paragraphs import MAX_CHARACTERS, clean_lines, one_line, split_paragraphs, split_text
+from gog_edge.indexing.sources.text import MAX_CHARACTERS, clean_lines, one_line, split_paragraphs, split_text
 
 
 def test_a_short_text_stays_whole():

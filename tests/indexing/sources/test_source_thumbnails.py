@@ -10,9 +10,8 @@ from PIL import Image
 from zim_world import drawing, picture
 
 from gog_edge.errors import PictureError
-from gog_edge.indexing.drafts import Skipped
-from gog_edge.indexing.sources.svg import draw_svg
-from gog_edge.indexing.sources.thumbnails import TOO_SMALL, UNDECODABLE, ThumbnailRules, make_thumbnail
+from gog_edge.indexing.sources.base import Skipped
+from gog_edge.indexing.sources.images import TOO_SMALL, UNDECODABLE, ThumbnailRules, draw_svg, make_thumbnail
 from gog_edge.picture import decode_picture
 
 

@@ -8,7 +8,7 @@ from reading import Read, check_contract
 from zim_world import picture
 
 from gog_edge.errors import SourceError
-from gog_edge.indexing.sources.image_folder import MISSING, ImageFolder
+from gog_edge.indexing.sources.files import MISSING, ImageFolder
 from gog_edge.indexing.sources.wiki6m import Wiki6mSource
 
 

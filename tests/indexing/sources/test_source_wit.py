@@ -15,7 +15,7 @@ from zim_world import picture
 
 from gog_edge.errors import SourceError
 from gog_edge.indexing.sources import wit
-from gog_edge.indexing.sources.image_folder import MISSING, ImageFolder
+from gog_edge.indexing.sources.files import MISSING, ImageFolder
 from gog_edge.indexing.sources.wit import WitSource
 
 COLUMNS = (

@@ -1,0 +1,220 @@
+"""open_clip models from local files: weights, preprocessing and tokenizer."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from tokenizers import Tokenizer
+from torch import nn
+
+from gog_edge.errors import CheckpointError
+from gog_edge.exporting.clip.tokenizer import check_tokenizer, convert_hf_tokenizer, convert_simple_tokenizer
+from gog_edge.exporting.torchvision_shim import import_torchvision
+from gog_edge.files import read_json
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePreprocessing:
+    """How pixels become the image graph's input."""
+
+    width: int
+    height: int
+    mean: tuple[float, float, float]  # of values in 0..1
+    std: tuple[float, float, float]
+    interpolation: str  # "bicubic" or "bilinear"
+    resize: str  # "squash", "shortest" or "longest"
+    fill: int  # 0..255, pads what "longest" leaves over
+
+
+@dataclass(frozen=True, slots=True)
+class ClipCheckpoint:
+    """A loaded open_clip model with what belongs to it."""
+
+    name: str
+    model: nn.Module
+    dim: int
+    image: ImagePreprocessing
+    tokenizer: Tokenizer
+    context_length: int
+    pad_id: int
+    weights: Path
+
+
+def load_clip(model: str, *, weights: Path | None = None, tag: str | None = None) -> ClipCheckpoint:
+    """Load an open_clip model from local files; nothing is ever downloaded.
+
+    Args:
+        model: a folder with `open_clip_config.json` and weights, or the name of a configuration that open_clip ships.
+        weights: the weights (.safetensors, .bin, .pt); needed with a name.
+        tag: with a name, open_clip's tag of these weights: brings their preprocessing and activation.
+
+    Raises:
+        CheckpointError: no such model, weights or tag, or a kind of model that cannot be exported.
+    """
+    import_torchvision()
+    folder = Path(model)
+    if folder.is_dir():
+        config = read_json(folder / CONFIG_FILE, what="open_clip model", error=CheckpointError)
+        found = weights or _weights_in(folder)
+        return _load(str(config.get("name", folder.resolve().name)), config, found, folder)
+    config = _named_config(model, tag)
+    if weights is None:
+        raise CheckpointError(
+            f"open_clip model '{model}': no weights were given, and none are ever downloaded; "
+            "name a local file with --weights"
+        )
+    return _load(model, config, weights, weights.parent)
+
+
+def _weights_in(folder: Path) -> Path:
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(
+        f"open_clip model '{folder}': no weights; expected one of {', '.join(WEIGHT_FILES)}, or name a file with "
+        "--weights"
+    )
+
+
+def _named_config(name: str, tag: str | None) -> dict[str, Any]:
+    """A configuration that open_clip ships, in the form of `open_clip_config.json`."""
+    import open_clip
+
+    known = open_clip.list_models()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:5]
+        raise CheckpointError(
+            f"'{name}' is neither a folder nor an open_clip model; near it are {', '.join(close)} "
+            f"({len(known)} names in open_clip.list_models())"
+        )
+    config = open_clip.get_model_config(name)
+    preprocess: dict[str, Any] = {}
+    if tag is not None:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if tag not in tags:
+            raise CheckpointError(f"open_clip model '{name}' has no tag '{tag}'; it has {', '.join(tags) or 'none'}")
+        about = open_clip.get_pretrained_cfg(name, tag)
+        config["quick_gelu"] = about.get("quick_gelu", config.get("quick_gelu", False))
+        wanted = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+        preprocess = {key: about[key] for key in wanted if about.get(key) is not None}
+    return {"model_cfg": config, "preprocess_cfg": preprocess}
+
+
+def _load(name: str, config: Mapping[str, Any], weights: Path, folder: Path) -> ClipCheckpoint:
+    model_config = config.get("model_cfg")
+    if not isinstance(model_config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model_config.keys():
+        raise CheckpointError(
+            f"open_clip model '{name}': its configuration has no model_cfg with embed_dim, vision_cfg and text_cfg"
+        )
+    if not weights.is_file():
+        raise CheckpointError(f"open_clip model '{name}': there is no weights file '{weights}'")
+    text = model_config["text_cfg"]
+    if text.get("hf_model_name"):
+        raise CheckpointError(
+            f"open_clip model '{name}': its text tower is the hub model '{text['hf_model_name']}', which would have to "
+            "be downloaded; such models are not exported"
+        )
+    length = int(text.get("context_length", 77))
+    tokenizer, pad_id = _tokenizer(name, text, folder, length)
+    model = _build(name, model_config, weights)
+    image = preprocessing_of(model_config["vision_cfg"], config.get("preprocess_cfg", {}))
+    dim = int(model_config["embed_dim"])
+    return ClipCheckpoint(name, model, dim, image, tokenizer, length, pad_id, weights)
+
+
+def _build(name: str, config: Mapping[str, Any], weights: Path) -> nn.Module:
+    """The model with its weights, in evaluation mode."""
+    from open_clip.factory import load_checkpoint
+    from open_clip.model import CLIP, CustomTextCLIP
+    from safetensors import SafetensorError
+
+    settings = {key: value for key, value in config.items() if key not in ("custom_text", "multimodal_cfg")}
+    custom = bool(config.get("custom_text")) or "timm_model_name" in config["vision_cfg"]
+    if "multimodal_cfg" in config:
+        raise CheckpointError(f"open_clip model '{name}' is a captioning model (CoCa); only two-tower models work here")
+    try:
+        model: nn.Module = CustomTextCLIP(**settings) if custom else CLIP(**settings)
+        load_checkpoint(model, str(weights), weights_only=True)
+    except (RuntimeError, KeyError, TypeError, ValueError, SafetensorError, UnpicklingError) as exc:
+        reason = str(exc).splitlines()[0]
+        raise CheckpointError(
+            f"open_clip model '{name}': '{weights}' cannot be loaded into this configuration ({reason}); "
+            "are the weights of this model?"
+        ) from exc
+    return model.eval().requires_grad_(False)
+
+
+def _tokenizer(name: str, text: Mapping[str, Any], folder: Path, length: int) -> tuple[Tokenizer, int]:
+    """The tokenizer as a `tokenizers` object, and its padding id."""
+    import open_clip
+
+    options = dict(text.get("tokenizer_kwargs") or {})
+    clean = options.pop("clean", None)
+    if options or text.get("tokenizer_mode"):
+        raise CheckpointError(
+            f"open_clip model '{name}': tokenizer options {sorted(options) or text['tokenizer_mode']} cannot be "
+            "exported; only 'clean' can"
+        )
+    hub = text.get("hf_tokenizer_name") or ("a SigLIP vocabulary" if "siglip" in name.lower() else None)
+    if not hub:
+        original = open_clip.SimpleTokenizer(context_length=length, clean=clean or "lower")
+        tokenizer = convert_simple_tokenizer(original, clean=clean or "lower")
+        check_tokenizer(tokenizer, original, length)
+        return tokenizer, 0
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"open_clip model '{name}' uses the tokenizer '{hub}', and there is no '{file}'; put its tokenizer.json "
+            "there"
+        )
+    fallback = "canonicalize" if "siglip" in name.lower() else "whitespace"
+    return convert_hf_tokenizer(file, clean=clean or fallback), _pad_id(file, text)
+
+
+def _pad_id(file: Path, text: Mapping[str, Any]) -> int:
+    """What fills up short texts: the padding of tokenizer.json, the named token beside it, or the configuration's."""
+    tokenizer = Tokenizer.from_file(str(file))
+    if tokenizer.padding:
+        return int(tokenizer.padding["pad_id"])
+    beside = file.with_name("tokenizer_config.json")
+    token = json.loads(beside.read_text(encoding="utf-8")).get("pad_token") if beside.is_file() else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    found = tokenizer.token_to_id(token) if token else None
+    return int(text.get("pad_id", 0)) if found is None else int(found)
+
+
+def preprocessing_of(vision: Mapping[str, Any], given: Mapping[str, Any]) -> ImagePreprocessing:
+    """What open_clip would do to a picture; fields that are not given have open_clip's defaults."""
+    from open_clip.transform import PreprocessCfg
+
+    wanted = {key: value for key, value in given.items() if value is not None and key != "size"}
+    full = asdict(PreprocessCfg(size=vision.get("image_size", 224), **wanted))
+    size = full["size"]
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    # open_clip takes "random" for bicubic in evaluation, and always scales bicubically to cover an oblong.
+    oblong = full["resize_mode"] == "shortest" and height != width
+    interpolation = "bicubic" if oblong or full["interpolation"] == "random" else str(full["interpolation"])
+    return ImagePreprocessing(
+        width=int(width),
+        height=int(height),
+        mean=_triple(full["mean"]),
+        std=_triple(full["std"]),
+        interpolation=interpolation,
+        resize=str(full["resize_mode"]),
+        fill=int(full["fill_color"]),
+    )
+
+
+def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

@@ -1,0 +1,208 @@
+"""open_clip checkpoints -> an encoder folder: two graphs, a tokenizer and a manifest, with parity measured.
+
+A manifest's fingerprint names the weights and the preprocessing, not the precision: an int8 export is held to vectors
+that can be searched among those of the fp32 export, so a pack built with one serves a box that has the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gog_edge.errors import CheckpointError
+from gog_edge.exporting.clip.blocks import read_image_tower, read_text_tower
+from gog_edge.exporting.clip.checkpoint import ClipCheckpoint
+from gog_edge.exporting.clip.graph import write_image_tower, write_text_tower
+from gog_edge.exporting.clip.parity import SAMPLES, as_json, measure_parity, noise_batches, picture_batches
+from gog_edge.exporting.graph import Form
+from gog_edge.exporting.output_folder import replacing
+from gog_edge.exporting.quantization import ROWS
+from gog_edge.files import MODEL_MANIFEST, describe_files, sha256_of, write_json
+from gog_edge.retrieval.encoder import SCHEMA, image_spec
+
+OPSET = 20  # of graphs that torch.onnx writes
+
+# Protocol buffers stop at 2 GiB; larger weights go to a file beside the graph.
+EMBEDDED_BYTES = 2**30
+PRECISIONS: dict[str, Form] = {"fp32": "fp32", "int8": ROWS}
+PARITY_TEXTS = ("the flag of France", "A red circle on white!", "", "Łódź, São Tomé e Príncipe; 日本", "word " * 200)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tower:
+    """One half of a model, as PyTorch runs it, and how it is written."""
+
+    file: str
+    input: str
+    module: nn.Module
+    batches: Sequence[Tensor]  # what parity is measured on; the first is also what torch.onnx traces
+    write: Callable[[Path, Form], None]  # from its blocks; CheckpointError where it is made of other parts
+
+
+def export_clip(
+    checkpoint: ClipCheckpoint, out: Path, *, precision: str = "fp32", pictures: Path = SAMPLES
+) -> dict[str, Any]:
+    """Write the encoder folder and return its manifest. `out` is replaced only when all went well.
+
+    Args:
+        checkpoint: what `load_clip` gives.
+        out: a new or empty folder, or that of an encoder.
+        precision: "fp32", or "int8": matrix products of whole numbers, about three times as fast.
+        pictures: folder of pictures that parity is measured on, whole and in crops (the atlas's samples).
+
+    Raises:
+        CheckpointError: the graphs do not give what the model gives, the precision is not to be had for this model,
+            `out` holds something else, or the disk is full.
+    """
+    if precision not in PRECISIONS:
+        raise CheckpointError(f"encoders cannot be exported in '{precision}'; there are {', '.join(PRECISIONS)}")
+    towers = _towers(checkpoint, pictures)
+    with replacing(out, "encoder") as part:
+        lowering = {tower.file: _write(tower, part, checkpoint.name, precision) for tower in towers}
+        image, text = (
+            measure_parity(part / f"{tower.file}.onnx", tower.module, tower.input, tower.batches, precision)
+            for tower in towers
+        )
+        checkpoint.tokenizer.save(str(part / "tokenizer.json"))
+        made = {"precision": precision, "lowering": lowering, "parity": as_json(image, text, precision)}
+        manifest = _manifest(checkpoint, part, made)
+        write_json(part / MODEL_MANIFEST, manifest)
+    return manifest
+
+
+def _towers(checkpoint: ClipCheckpoint, pictures: Path) -> tuple[_Tower, _Tower]:
+    model, spec = checkpoint.model, image_spec(asdict(checkpoint.image))
+    tokens = tokenize(checkpoint.tokenizer, PARITY_TEXTS, checkpoint.context_length, checkpoint.pad_id)
+    texts = [torch.from_numpy(tokens), torch.from_numpy(tokens[:1])]
+    seen = [*noise_batches(spec), *picture_batches(pictures, spec)]
+    return (
+        _Tower("image", "pixels", _ImageTower(model).eval(), seen,
+               lambda path, form: write_image_tower(path, read_image_tower(model), form)),
+        _Tower("text", "tokens", _TextTower(model).eval(), texts,
+               lambda path, form: write_text_tower(path, read_text_tower(model), form)),
+    )  # fmt: skip
+
+
+def _write(tower: _Tower, folder: Path, name: str, precision: str) -> str:
+    """Write a tower's graph; returns who wrote it."""
+    path = folder / f"{tower.file}.onnx"
+    try:
+        tower.write(path, PRECISIONS[precision])
+    except CheckpointError as exc:
+        if precision != "fp32":
+            raise CheckpointError(
+                f"open_clip model '{name}': {exc}; only open_clip's own transformers can be exported in {precision}: "
+                "export it in fp32"
+            ) from exc
+        _export_tower(tower.module, tower.batches[0], tower.input, path)
+        return "torch.onnx"
+    return "blocks"
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int, pad_id: int) -> NDArray[np.int64]:
+    """[n, length] int64, cut and filled up as the runtime does it."""
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=pad_id)
+    return np.array([encoding.ids for encoding in tokenizer.encode_batch(list(texts))], dtype=np.int64)
+
+
+def _manifest(checkpoint: ClipCheckpoint, out: Path, made: Mapping[str, Any]) -> dict[str, Any]:
+    """What a box must know; `made`: how the graphs were made."""
+    names = ["image.onnx", "text.onnx", "tokenizer.json"]
+    names += [f"{name}.data" for name in names[:2] if (out / f"{name}.data").is_file()]
+    files = [entry.to_json() for entry in describe_files(out, names)]
+    image = asdict(checkpoint.image)
+    text = {"context_length": checkpoint.context_length, "pad_id": checkpoint.pad_id}
+    tokenizer = next(entry["sha256"] for entry in files if entry["path"] == "tokenizer.json")
+    recipe = json.dumps({"image": image, "text": text, "tokenizer": tokenizer}, sort_keys=True)
+    scale = checkpoint.model.logit_scale
+    return {
+        "schema": SCHEMA,
+        "kind": "encoder",
+        "name": checkpoint.name,
+        "dim": checkpoint.dim,
+        "image": image,
+        "text": text,
+        "weights_sha256": sha256_of(checkpoint.weights),
+        "preprocessing_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
+        "logit_scale": float(scale.exp().mean()) if isinstance(scale, Tensor) else 1.0,
+        **made,
+        "files": files,
+    }
+
+
+# --- graphs that torch.onnx writes -------------------------------------------------------------
+
+
+class _ImageTower(nn.Module):
+    """[n, 3, height, width] float32 -> [n, dim] of unit length."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return functional.normalize(self.model.encode_image(pixels), dim=-1)  # type: ignore[operator]
+
+
+class _TextTower(nn.Module):
+    """[n, context_length] int64 -> [n, dim] of unit length."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return functional.normalize(self.model.encode_text(tokens), dim=-1)  # type: ignore[operator]
+
+
+def _export_tower(tower: nn.Module, example: Tensor, name: str, path: Path) -> None:
+    """Write one tower as a graph with a free batch size."""
+    size = sum(value.numel() * value.element_size() for value in tower.state_dict().values())
+    program = _traced(tower, example, name, path)
+    for node in program.model.graph:
+        node.metadata_props.clear()  # where in the sources of this machine it comes from
+        for value in node.outputs:
+            # The exporter calls the output of a token table "embedding" too, and does not see the clash.
+            if value.name == "embedding" and not value.is_graph_output():
+                value.name = "token_embedding"
+    program.save(path, external_data=size > EMBEDDED_BYTES)
+
+
+def _traced(tower: nn.Module, example: Tensor, name: str, path: Path) -> torch.onnx.ONNXProgram:
+    for logger in ("torch.onnx", "onnxscript"):  # they tell of their own internals
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    program, reason = None, "gave no graph"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # likewise
+        try:
+            program = torch.onnx.export(
+                tower.eval(),
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[name],
+                output_names=["embedding"],
+                dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as exc:
+            reason = f"failed ({str(exc.__cause__ or exc).splitlines()[0]})"
+    if program is None:
+        raise CheckpointError(
+            f"{path.name}: torch.onnx {reason} for {type(tower).__name__}; use the torch of pyproject, or another model"
+        )
+    return program

@@ -1,0 +1,1 @@
+"""Vector storage and search: shards on disk, FAISS indexes on CPU and GPU, and a Milvus client."""
