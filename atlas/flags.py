@@ -1,4 +1,4 @@
-"""Flags as pixels: the real ones from the npm package flag-icons (MIT), and invented ones that no pack holds."""
+"""Flags as pixels: real ones from the npm package flag-icons (MIT), and invented ones, which are in no pack."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 import math
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from gog_edge.errors import ArtifactError
@@ -19,10 +20,16 @@ from gog_edge.types import Pixels
 FLAG_LICENCE = "MIT"
 FLAG_ATTRIBUTION = "flag-icons 7.5.0, Panayiotis Lipiridis and contributors"
 FLAG_WIDTH, FLAG_HEIGHT = 320, 240
+# Seeds of invented flags for training and for test sets; the ranges are disjoint.
+TRAIN_INVENTED = range(0, 5000)
+TEST_INVENTED = range(10_000, 12_000)
+# Two flags count as the same if no block of their downscaled pixels (0..255) differs by this much. The blues of Chad
+# and Romania differ by 56; an emblem differs by 100 or more.
+TWIN_DIFFERENCE = 64.0
 
 
 def _package_files(source: Path) -> Iterator[tuple[str, bytes]]:
-    """(name within the package, content) of every file that matters, from a folder or an npm tarball."""
+    """Yield (name within the package, content) of country.json and the 4:3 SVG files, from a folder or npm tarball."""
     wanted = ("country.json", "flags/4x3/")
     if source.is_dir():
         for path in [source / "country.json", *sorted((source / "flags" / "4x3").glob("*.svg"))]:
@@ -37,15 +44,20 @@ def _package_files(source: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def load_flag_icons(source: Path) -> tuple[dict[str, bytes], dict[str, str]]:
-    """PNG bytes (320x240 RGB) and names by flag key, from `flag-icons` 7.5.0 as a folder or an npm tarball.
+    """Return PNG bytes (320x240 RGB) and country names, both by flag key, from the npm package flag-icons 7.5.0.
+
+    Args:
+        source: the package as a folder or as an npm tarball.
 
     Raises:
-        ArtifactError: nothing there, or not that package.
+        ArtifactError: `source` does not exist or is another package.
     """
     import resvg_py
 
     if not source.exists():
-        raise ArtifactError(f"flag-icons: there is no '{source}'; run `npm pack flag-icons@7.5.0` and name its file")
+        raise ArtifactError(
+            f"flag-icons: '{source}' does not exist; run `npm pack flag-icons@7.5.0` and pass the file as --flags"
+        )
     try:
         files = dict(_package_files(source))
         names = {row["code"]: row["name"] for row in json.loads(files["country.json"])}
@@ -57,12 +69,12 @@ def load_flag_icons(source: Path) -> tuple[dict[str, bytes], dict[str, str]]:
             if name.endswith(".svg")
         }
     except (OSError, EOFError, tarfile.TarError, zlib.error, KeyError, TypeError, ValueError) as exc:
-        raise ArtifactError(f"flag-icons: '{source}' is not the npm package flag-icons 7.5.0 ({exc})") from exc
+        raise ArtifactError(f"flag-icons: '{source}' must be the npm package flag-icons 7.5.0 ({exc})") from exc
     return flags, names
 
 
 def png_pixels(png: bytes) -> Pixels:
-    """Decode a PNG of our own."""
+    """Decode a PNG that the atlas tools wrote: [height, width, 3] uint8 RGB. Not for untrusted files."""
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
@@ -143,9 +155,9 @@ def _charge(draw: ImageDraw.ImageDraw, rng: np.random.Generator, colours: Sequen
 
 
 def invented_flag(seed: int) -> Pixels:
-    """A flag of no country: [240, 320, 3] uint8. The same seed gives the same flag."""
+    """Draw a flag that belongs to no country: [240, 320, 3] uint8 RGB. The same seed gives the same flag."""
     rng = np.random.default_rng([seed, 77])
-    scale = 2  # drawn twice as large and reduced, for smooth edges
+    scale = 2  # drawn at twice the size and downscaled, for smooth edges
     w, h = FLAG_WIDTH * scale, FLAG_HEIGHT * scale
     picked = rng.choice(len(_COLOURS), size=5, replace=False)
     colours = [_COLOURS[k] for k in picked]
@@ -155,3 +167,27 @@ def invented_flag(seed: int) -> Pixels:
     for _ in range(int(rng.integers(1, 3))):
         _charge(draw, rng, colours[3:], w, h)
     return np.asarray(image.resize((FLAG_WIDTH, FLAG_HEIGHT), Image.Resampling.LANCZOS))
+
+
+def invented_key(seed: int) -> str:
+    """Return the flag key of an invented flag."""
+    return f"invented {seed}"
+
+
+def _block_means(pixels: Pixels) -> NDArray[np.float64]:
+    """Return the block means of a flag: [24, 32, 3] float64."""
+    height, width = pixels.shape[0] // 24, pixels.shape[1] // 32
+    blocks: NDArray[np.float64] = pixels[: height * 24, : width * 32].reshape(24, height, 32, width, 3).mean((1, 3))
+    return blocks
+
+
+def distinguishable_flags(flags: Mapping[str, Pixels]) -> dict[str, list[str]]:
+    """Return for each flag the keys of the flags that can be told apart from it, most similar first."""
+    keys = sorted(flags)
+    small = np.stack([_block_means(flags[key]) for key in keys])
+    found = {}
+    for index, key in enumerate(keys):
+        difference = np.abs(small - small[index])
+        order, largest = np.argsort(difference.mean((1, 2, 3)), kind="stable"), difference.max((1, 2, 3))
+        found[key] = [keys[k] for k in order if largest[k] >= TWIN_DIFFERENCE]
+    return found

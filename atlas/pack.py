@@ -1,4 +1,4 @@
-"""The atlas as a pack: articles of countries, their flags, and a calibration from scenes of real and invented flags."""
+"""Build the atlas pack: articles about countries, their flags, and calibrations fitted on generated queries."""
 
 from __future__ import annotations
 
@@ -11,35 +11,34 @@ from pathlib import Path
 
 import numpy as np
 
-from atlas.articles import article, listed
-from atlas.countries import ATTRIBUTION, COUNTRIES_FILE, Country, save_countries
-from atlas.flags import FLAG_ATTRIBUTION, FLAG_LICENCE, invented_flag, png_pixels
+from atlas.countries import ATTRIBUTION, COUNTRIES_FILE, Country, article, join_names, save_countries
+from atlas.flags import FLAG_ATTRIBUTION, FLAG_LICENCE, distinguishable_flags, invented_flag, png_pixels
 from atlas.scenes import draw_scene, make_spec
-from atlas.testset import look_alikes
-from gog_edge.agent.actions import gaze_query, mend_box
+from gog_edge.agent.actions import clamp_box, gaze_query
 from gog_edge.config import GazeConfig
-from gog_edge.indexing.calibration import HeldOut, calibrate_looks, calibrate_texts, write_calibration
-from gog_edge.indexing.generation import ArticleDraft, ImageDraft, PackWriter, Snapshot
+from gog_edge.indexing.calibration import HeldOutImageQueries, calibrate_images, calibrate_texts, write_calibration
+from gog_edge.indexing.generation import PackWriter
+from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord
 from gog_edge.picture import Picture
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.fusion import Key, Look
-from gog_edge.retrieval.manifest import Manifest, read_manifest
+from gog_edge.retrieval.fusion import ArticleKey, ImageMatches
+from gog_edge.retrieval.manifest import Manifest, Snapshot, read_manifest
 from gog_edge.retrieval.pack import Pack
 from gog_edge.retrieval.retriever import Retriever
-from gog_edge.retrieval.text.words import name_key
+from gog_edge.retrieval.text.tokens import name_key
 from gog_edge.types import Box, ImageQuery, Pixels
 
 NAME = "atlas"
 TEXT_LICENCE = "CC BY 4.0"
-SCENES = 240  # for the calibration of pictures
-BATCH = 64  # of them, embedded at a time
-FALSE_ACCEPT = 0.01  # drawn flags are told apart well: less may be taken for what it is not than elsewhere
-SCENE_WIDTH = 512
-SHAKE = 0.08  # standard deviation of a side's error, in sides: about what the policy does
-FIRST_SCENE_SEED = 9_000_000  # far from the seeds of training and test scenes
+SCENES = 240  # pictures drawn to calibrate the image search
+BATCH = 64  # queries embedded at a time
+FALSE_ACCEPT = 0.01  # target rate, lower than the default because drawn flags are easy to tell apart
+SCENE_WIDTH = 512  # pixels
+BOX_ERROR = 0.08  # standard deviation of each side of a box, relative to its length: about that of the policy
+FIRST_SCENE_SEED = 9_000_000  # disjoint from the seeds of training and test scenes
 FIRST_INVENTED_SEED = 9_000_000
-TEXTS = 400  # of each kind, for the calibration of words
-_ASKED = (
+TEXTS = 400  # queries about known names, and as many about unknown ones, to calibrate the text search
+_TEXT_QUERIES = (
     "capital of {name}",
     "What is the currency of {name}?",
     "population of {name}",
@@ -49,7 +48,7 @@ _ASKED = (
     "dialling code of {name}",
     "{name}",
 )
-_ASKED_BACK = ("Which country has the capital {name}?", "country whose capital is {name}")
+_CAPITAL_QUERIES = ("Which country has the capital {name}?", "country whose capital is {name}")
 _SYLLABLES = (
     "bal cor dre fen gol har jor kel lum mor nev oth pra quel ros sil tar ul vel wak xan yor zem",
     "a e i o u an el ir or un ath esh ond",
@@ -57,11 +56,11 @@ _SYLLABLES = (
 )
 
 
-def atlas_articles(countries: Sequence[Country]) -> list[ArticleDraft]:
-    """One article a country, one fact a paragraph."""
+def atlas_articles(countries: Sequence[Country]) -> list[ArticleRecord]:
+    """Return one article per country with one fact per paragraph."""
     names = {country.iso: country.name for country in countries}
     return [
-        ArticleDraft(
+        ArticleRecord(
             country.name,
             tuple((paragraph.section, paragraph.text) for paragraph in article(country, names)),
             f"{TEXT_LICENCE}, facts: {ATTRIBUTION}",
@@ -71,25 +70,25 @@ def atlas_articles(countries: Sequence[Country]) -> list[ArticleDraft]:
     ]
 
 
-def atlas_images(countries: Sequence[Country], flags: Mapping[str, bytes]) -> list[ImageDraft]:
-    """One image a flag, naming all that fly it, the one with most people first, then those whose flags look the same.
+def atlas_images(countries: Sequence[Country], flags: Mapping[str, bytes]) -> list[ImageRecord]:
+    """Return one image per flag. It names the countries that use the flag by population, then those of similar flags.
 
-    Look-alikes (Chad and Romania) keep images of their own: where a picture is good the encoder tells them apart, and
-    where it does not, the evidence names both.
+    Flags that look the same (Chad and Romania) keep separate images: in a good picture the encoder tells them apart,
+    and otherwise the evidence names both countries.
     """
     by_people = sorted(countries, key=lambda country: (-country.population, country.iso))
     owners: dict[bytes, list[Country]] = {}
     for country in by_people:
         owners.setdefault(flags[country.flag], []).append(country)
-    different = look_alikes({country.flag: png_pixels(flags[country.flag]) for country in countries})
-    drafts = []
-    for png, bearers in owners.items():
-        others = set(different[bearers[0].flag])
-        twins = [country for country in by_people if country.flag not in others and country not in bearers]
-        titles = tuple(country.name for country in (*bearers, *twins))
-        caption = f"Flag of {listed([country.name for country in bearers])}"
-        drafts.append(ImageDraft(png, caption, FLAG_LICENCE, FLAG_ATTRIBUTION, titles))
-    return drafts
+    different = distinguishable_flags({country.flag: png_pixels(flags[country.flag]) for country in countries})
+    records = []
+    for png, users in owners.items():
+        others = set(different[users[0].flag])
+        twins = [country for country in by_people if country.flag not in others and country not in users]
+        titles = tuple(country.name for country in (*users, *twins))
+        caption = f"Flag of {join_names([country.name for country in users])}"
+        records.append(ImageRecord(png, caption, FLAG_LICENCE, FLAG_ATTRIBUTION, titles))
+    return records
 
 
 def build_atlas(
@@ -100,17 +99,17 @@ def build_atlas(
     flags: Mapping[str, bytes],
     scenes: int = SCENES,
 ) -> Manifest:
-    """Write the atlas pack with its calibration, and the facts as `countries.json` in the same folder.
+    """Write the atlas pack with its calibrations, and the facts as `countries.json` in the same folder.
 
     Args:
-        folder: new or empty.
-        encoder: the encoder that the box will run.
+        folder: does not exist or is empty.
+        encoder: the encoder that will search the pack.
         countries: every country that has a flag.
         flags: PNG bytes by flag key.
-        scenes: pictures drawn to calibrate the search with pictures.
+        scenes: number of pictures drawn to calibrate the image search.
 
     Raises:
-        PackError: the folder is not empty, or there are too few scenes to calibrate.
+        PackError: the folder is not empty, or `scenes` is too small for a calibration.
     """
     snapshot = _snapshot(countries, flags)
     with PackWriter(folder, name=NAME, snapshot=snapshot, encoder=encoder) as writer:
@@ -138,27 +137,27 @@ def _calibrate(
         pixels = {country.flag: png_pixels(flags[country.flag]) for country in countries}
         known, unknown = calibration_crops(pixels, scenes)
         retriever = Retriever(encoder, [pack])
-        bearers = _bearers(pack, countries)
-        looks = HeldOut(
-            _looks(retriever, [query for _, query in known]), [bearers[key] for key, _ in known],
-            _looks(retriever, unknown),
+        articles = _articles_by_flag(pack, countries)
+        queries = HeldOutImageQueries(
+            _match(retriever, [query for _, query in known]), [articles[key] for key, _ in known],
+            _match(retriever, unknown),
         )  # fmt: skip
-        image = calibrate_looks(looks, FALSE_ACCEPT)
+        image = calibrate_images(queries, FALSE_ACCEPT)
         text = calibrate_texts(pack, *calibration_texts(countries), target_false_accept=FALSE_ACCEPT)
     finally:
         pack.close()
     write_calibration(folder, image=image, text=text)
 
 
-def _looks(retriever: Retriever, queries: Sequence[ImageQuery]) -> list[Look]:
-    return [look for at in range(0, len(queries), BATCH) for look in retriever.look(queries[at : at + BATCH])]
+def _match(retriever: Retriever, queries: Sequence[ImageQuery]) -> list[ImageMatches]:
+    return [one for at in range(0, len(queries), BATCH) for one in retriever.match_images(queries[at : at + BATCH])]
 
 
-def _bearers(pack: Pack, countries: Sequence[Country]) -> dict[str, frozenset[Key]]:
-    """The articles of the countries that fly each flag."""
-    hits = pack.store.named([name_key(country.name) for country in countries])
+def _articles_by_flag(pack: Pack, countries: Sequence[Country]) -> dict[str, frozenset[ArticleKey]]:
+    """Return the articles of the countries that use each flag."""
+    hits = pack.store.find_names([name_key(country.name) for country in countries])
     articles = {hit.key: hit.article for hit in hits if not hit.redirect}
-    found: dict[str, frozenset[Key]] = {}
+    found: dict[str, frozenset[ArticleKey]] = {}
     for country in countries:
         key = pack.name, articles[name_key(country.name)]
         found[country.flag] = found.get(country.flag, frozenset()) | {key}
@@ -168,25 +167,34 @@ def _bearers(pack: Pack, countries: Sequence[Country]) -> dict[str, frozenset[Ke
 def calibration_crops(
     flags: Mapping[str, Pixels], scenes: int
 ) -> tuple[list[tuple[str, ImageQuery]], list[ImageQuery]]:
-    """Looks as a policy takes them, none of them exact: at real flags, by key; at invented ones, and at several."""
+    """Return image queries like those of a policy, with inexact boxes.
+
+    Args:
+        flags: pixels of the stored flags by key.
+        scenes: number of pictures to draw.
+
+    Returns:
+        Queries of stored flags with their keys, and queries of what is not stored: invented flags, and whole pictures
+        of three or more flags.
+    """
     known: list[tuple[str, ImageQuery]] = []
     unknown: list[ImageQuery] = []
     gaze = GazeConfig()
     keys = sorted(flags)
     for seed in range(FIRST_SCENE_SEED, FIRST_SCENE_SEED + scenes):
         rng = np.random.default_rng([seed, 11])
-        shown = dict(_shown(rng, keys, flags))
+        shown = dict(_sample_flags(rng, keys, flags))
         spec = make_spec(seed, list(shown))
         pixels = draw_scene(spec, shown, SCENE_WIDTH)
         picture = Picture(pixels)
         size = picture.size
         for index, key in enumerate(shown):
             box = spec.box(index, size)
-            shake = rng.normal(0, SHAKE, 4) * [box.width, box.height, box.width, box.height]
-            shaken, _ = mend_box(
-                Box(*(np.array([box.x0, box.y0, box.x1, box.y1]) + shake).tolist()), size, gaze.min_side
+            error = rng.normal(0, BOX_ERROR, 4) * [box.width, box.height, box.width, box.height]
+            inexact, _ = clamp_box(
+                Box(*(np.array([box.x0, box.y0, box.x1, box.y1]) + error).tolist()), size, gaze.min_side
             )
-            query = gaze_query(picture, shaken, "", gaze)
+            query = gaze_query(picture, inexact, "", gaze)
             if key in flags:
                 known.append((key, query))
             else:
@@ -196,8 +204,10 @@ def calibration_crops(
     return known, unknown
 
 
-def _shown(rng: np.random.Generator, keys: Sequence[str], flags: Mapping[str, Pixels]) -> Iterator[tuple[str, Pixels]]:
-    """One to four flags, about half of them invented."""
+def _sample_flags(
+    rng: np.random.Generator, keys: Sequence[str], flags: Mapping[str, Pixels]
+) -> Iterator[tuple[str, Pixels]]:
+    """Yield one to four flags with their keys, about half of them invented."""
     for _ in range(int(rng.integers(1, 5))):
         if rng.random() < 0.5:
             key = keys[int(rng.integers(len(keys)))]
@@ -208,23 +218,24 @@ def _shown(rng: np.random.Generator, keys: Sequence[str], flags: Mapping[str, Pi
 
 
 def calibration_texts(countries: Sequence[Country]) -> tuple[list[str], list[str]]:
-    """Queries about countries, and the same about names that nobody bears."""
+    """Return text queries about the countries, and as many about invented names."""
     rng = np.random.default_rng(13)
-    borne = {country.name.lower() for country in countries} | {country.capital.lower() for country in countries}
+    names = {country.name.lower() for country in countries} | {country.capital.lower() for country in countries}
     known = []
     for _ in range(TEXTS):
         country = countries[int(rng.integers(len(countries)))]
         if country.capital and rng.random() < 0.2:
-            known.append(_pick(rng, _ASKED_BACK).format(name=country.capital))
+            known.append(_pick(rng, _CAPITAL_QUERIES).format(name=country.capital))
         elif country.currency and rng.random() < 0.1:
             known.append(f"countries that use the {country.currency}")
         else:
-            known.append(_pick(rng, _ASKED).format(name=_pick(rng, (country.name, *country.aliases[2:]))))
+            known.append(_pick(rng, _TEXT_QUERIES).format(name=_pick(rng, (country.name, *country.aliases[2:]))))
     unknown: list[str] = []
     while len(unknown) < TEXTS:
         name = "".join(_pick(rng, part.split()) for part in _SYLLABLES).capitalize()
-        if name.lower() not in borne:
-            unknown.append(_pick(rng, (*_ASKED, *_ASKED_BACK, "countries that use the {name}")).format(name=name))
+        if name.lower() not in names:
+            forms = (*_TEXT_QUERIES, *_CAPITAL_QUERIES, "countries that use the {name}")
+            unknown.append(_pick(rng, forms).format(name=name))
     return known, unknown
 
 
@@ -233,16 +244,16 @@ def _pick(rng: np.random.Generator, values: Sequence[str]) -> str:
 
 
 def stored_flags(pack: Pack, countries: Sequence[Country]) -> dict[str, Pixels]:
-    """The flags as the pack holds them, by flag key."""
+    """Return the pixels of the flags as stored in the pack, by flag key."""
     keys = {country.name: country.flag for country in countries}
     flags = {}
     rows = pack.store.images(pack.store.image_ids().tolist())
     for row in rows.values():
-        picture = pack.picture(row.id)
+        picture = pack.image_file(row.id)
         if picture is None:
             continue
         pixels = png_pixels(picture.data)
-        # The first title is the image's own; the others may fly one that only looks the same.
+        # The first title is the country whose flag this is; the flags of the others may only look the same.
         flags.update({keys[title]: pixels for title in row.titles[::-1] if title in keys and keys[title] not in flags})
         flags[keys[row.titles[0]]] = pixels
     return flags

@@ -1,6 +1,6 @@
-"""Questions about atlas scenes, in varied everyday wording; what is asked stays with the text.
+"""Questions about scenes of flags, in varied everyday wording.
 
-Training asks them of made-up countries, the test sets of held-out real ones: the wording has one source.
+Training asks them about fictional countries, the test sets about held-out real ones; both take the wording from here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PLACES: dict[str, tuple[str, ...]] = {
 }
 SINGLE = ("this flag", "the flag in the picture", "the flag shown here")
 
-# {s}: the country, in words; {f}: the flag, in words.
+# {s} is replaced by a noun phrase for the country, {f} by one for the flag.
 FACT_QUESTIONS: dict[str, tuple[str, ...]] = {
     "name": ("Which country does {f} belong to?", "Which country has {f}?", "Name the country of {f}."),
     "capital": ("What is the capital of {s}?", "Name the capital city of {s}.", "Which city is the capital of {s}?"),
@@ -59,44 +59,47 @@ SAME_CURRENCY = (
     "Which other country uses the same currency as {s}?",
     "Who else pays with the currency of {s}?",
 )
-BESIDE = ("Beside the flag of {k} hangs another flag. {q}", "One flag is that of {k}. About the other one: {q}")
+OTHER_FLAG_QUESTIONS = (
+    "Beside the flag of {k} hangs another flag. {q}",
+    "One flag is that of {k}. About the other one: {q}",
+)
 OTHER_FLAG = "the other flag"
 CAPITAL_OF = ("Which country has the capital {c}?", "Of which country is {c} the capital?")
 
 
 def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    """One of the wordings."""
+    """Choose one of the wordings at random."""
     return options[int(rng.integers(len(options)))]
 
 
 def ask_fact(rng: np.random.Generator, fact: str, flag: str) -> str:
-    """A question about the country of a flag; `flag` is a noun phrase such as 'the leftmost flag'."""
+    """Return a question about the country of a flag; `flag` is a noun phrase such as 'the leftmost flag'."""
     subject = pick(rng, OF_FLAG).format(f=flag)
     return pick(rng, FACT_QUESTIONS[fact]).format(s=subject, f=flag)
 
 
 def ask_fact_of(rng: np.random.Generator, fact: str, name: str) -> str:
-    """A question about a country that is named."""
+    """Return a question about the country called `name`."""
     return pick(rng, FACT_QUESTIONS[fact]).format(s=name)
 
 
 def ask_hop(rng: np.random.Generator, wordings: Sequence[str], flag: str) -> str:
-    """A question that needs a second search: BORDERING or SAME_CURRENCY."""
+    """Return a question that requires a second search; `wordings` is BORDERING or SAME_CURRENCY."""
     return pick(rng, wordings).format(s=pick(rng, OF_FLAG).format(f=flag))
 
 
-def ask_beside(rng: np.random.Generator, known: str, fact: str) -> str:
-    """A question about the flag that is not the known country's."""
-    return pick(rng, BESIDE).format(k=known, q=ask_fact(rng, fact, OTHER_FLAG))
+def ask_about_other(rng: np.random.Generator, known: str, fact: str) -> str:
+    """Return a question about the other of two flags, of which one is that of the country called `known`."""
+    return pick(rng, OTHER_FLAG_QUESTIONS).format(k=known, q=ask_fact(rng, fact, OTHER_FLAG))
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question of a test set, without its picture."""
+    """One question of a test set, without its picture. The hash of a test set covers these field names."""
 
     kind: Kind
     text: str
     fact: str  # key of FACT_QUESTIONS, or "count", "larger", "bordering", "same currency"
-    relation: str  # place word of the asked flag; empty where none
-    asked: int | None  # index of the asked flag in its scene
-    answers: tuple[str, ...]  # any of these is right; empty when it must be refused
+    relation: str  # key of PLACES for the flag asked about; "other" or empty if there is none
+    asked: int | None  # index in the scene of the flag asked about
+    answers: tuple[str, ...]  # the accepted answers; empty if the policy must refuse

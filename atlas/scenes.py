@@ -1,7 +1,7 @@
-"""Scenes: several flags at once over a procedural background, described by a spec and drawn at any size.
+"""Scenes: pictures of several flags over a procedural background, described by a `SceneSpec` and drawn at any size.
 
-A spec holds only numbers in units of the picture (0..1), so that the test sets are fixed by a seed and a hash
-whatever the drawing library's version.
+A spec contains only numbers relative to the picture (0..1). A test set is therefore fixed by a seed and a hash of its
+specs, whatever the version of the drawing library.
 """
 
 from __future__ import annotations
@@ -14,41 +14,45 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from atlas.flags import invented_flag
 from gog_edge.types import Box, Pixels, Size
 
 Corner = tuple[float, float]
 MAX_FLAGS = 6
-GAP = 0.015  # least distance between two flags, in picture widths
+GAP = 0.015  # minimum distance between two flags, in picture widths
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedFlag:
-    """One flag of a scene. Corners and the occluder are in units of the picture's width and height."""
+    """One flag of a scene. Coordinates are fractions of the picture's width and height.
 
-    flag: str
-    corners: tuple[Corner, Corner, Corner, Corner]  # of the cloth: top left, top right, bottom right, bottom left
-    light: float  # brightness factor at the left edge; the right edge has 2 - light
+    The hash of a test set covers the field names of `PlacedFlag` and `SceneSpec`.
+    """
+
+    flag: str  # flag key
+    corners: tuple[Corner, Corner, Corner, Corner]  # top left, top right, bottom right, bottom left
+    light: float  # brightness factor at the left edge; at the right edge it is 2 - light
     occluder: tuple[float, float, float, float, int] | None = None  # x0, y0, x1, y1, colour seed
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
-        """x0, y0, x1, y1 around the four corners, in units of the picture."""
+        """Return x0, y0, x1, y1 of the bounding box, as fractions of the picture."""
         xs, ys = [c[0] for c in self.corners], [c[1] for c in self.corners]
         return min(xs), min(ys), max(xs), max(ys)
 
 
 @dataclass(frozen=True, slots=True)
 class SceneSpec:
-    """All that is needed to draw a picture."""
+    """The complete description of a picture."""
 
-    seed: int
+    seed: int  # of background and noise
     aspect: float  # width / height
     placed: tuple[PlacedFlag, ...]
-    blur: float  # Gaussian radius in thousandths of the width
-    exposure: float  # factor on everything
+    blur: float  # radius of the Gaussian blur, in thousandths of the width
+    exposure: float  # factor on all pixels
 
     def box(self, index: int, size: Size) -> Box:
-        """The box of one flag in a picture of that size."""
+        """Return the bounding box of a flag in pixels of a picture of `size`."""
         x0, y0, x1, y1 = self.placed[index].bounds
         return Box(x0 * size.width, y0 * size.height, x1 * size.width, y1 * size.height)
 
@@ -57,7 +61,7 @@ class SceneSpec:
 
 
 def _cells(rng: np.random.Generator, count: int) -> list[tuple[float, float, float, float]]:
-    """Cells (x0, y0, x1, y1) for `count` flags: a row, a column, a grid, or a scattered choice of grid cells."""
+    """Sample `count` cells (x0, y0, x1, y1): a row, a column, a grid, or a random subset of a grid."""
     if count == 1:
         return [(0.0, 0.0, 1.0, 1.0)]
     row = count <= 4 and rng.random() < 0.4
@@ -71,7 +75,7 @@ def _cells(rng: np.random.Generator, count: int) -> list[tuple[float, float, flo
             columns = 3
     xs = _edges(rng, columns)
     ys = _edges(rng, rows)
-    if rows == 1:  # a row need not use the full height
+    if rows == 1:  # a row may be lower than the picture
         depth = rng.uniform(0.4, 0.75)
         top = rng.uniform(0, 1 - depth)
         ys = [top, top + depth]
@@ -89,12 +93,19 @@ def _edges(rng: np.random.Generator, parts: int) -> list[float]:
     return [0.0, *(np.cumsum(widths) / widths.sum()).tolist()]
 
 
-def _cloth(
+def sample_corners(
     rng: np.random.Generator, cell: tuple[float, float, float, float], aspect: float, *, fill: tuple[float, float]
 ) -> tuple[Corner, Corner, Corner, Corner]:
-    """A 4:3 cloth, turned and seen in perspective, inside its cell."""
+    """Sample the corners of a 4:3 flag inside a cell, rotated and in perspective.
+
+    Args:
+        rng: source of randomness.
+        cell: x0, y0, x1, y1 as fractions of the picture.
+        aspect: of the picture, width / height.
+        fill: range of the flag's size relative to the largest that fits in the cell.
+    """
     x0, y0, x1, y1 = cell
-    w, h = (x1 - x0 - GAP) * aspect, y1 - y0 - GAP * aspect  # in units of the picture's height
+    w, h = (x1 - x0 - GAP) * aspect, y1 - y0 - GAP * aspect  # in picture heights
     scale = min(w / 4, h / 3) * rng.uniform(*fill)
     half_w, half_h = scale * 4 / 2 * rng.uniform(0.88, 1.08), scale * 3 / 2 * rng.uniform(0.88, 1.08)
     angle = rng.normal(0, 0.06)
@@ -111,13 +122,13 @@ def _cloth(
     return (corners[0], corners[1], corners[2], corners[3])
 
 
-def _occluder(
+def sample_occluder(
     rng: np.random.Generator, bounds: tuple[float, float, float, float]
 ) -> tuple[float, float, float, float, int]:
-    """A pole or a blob that hides a tenth to a quarter of the flag."""
+    """Sample a pole or an ellipse that covers a tenth to a quarter of the flag: x0, y0, x1, y1, colour seed."""
     x0, y0, x1, y1 = bounds
     w, h = x1 - x0, y1 - y0
-    if rng.random() < 0.5:  # a pole from top to bottom
+    if rng.random() < 0.5:  # a pole of full height
         at = rng.uniform(x0 + 0.1 * w, x1 - 0.25 * w)
         return float(at), float(y0 - 0.02), float(at + w * rng.uniform(0.08, 0.16)), float(y1 + 0.02), 0
     bw, bh = w * rng.uniform(0.25, 0.45), h * rng.uniform(0.3, 0.5)
@@ -133,18 +144,26 @@ def make_spec(
     occluded: int | None = None,
     occlusion_rate: float = 0.12,
 ) -> SceneSpec:
-    """Place the given flags; `occluded` is the index of a flag that surely gets an occluder."""
+    """Sample a layout of the given flags.
+
+    Args:
+        seed: the same arguments and seed give the same spec.
+        flags: flag keys, one to MAX_FLAGS.
+        aspect: of the picture, width / height.
+        occluded: index of a flag that always gets an occluder.
+        occlusion_rate: probability of an occluder for every other flag.
+    """
     rng = np.random.default_rng([seed, 1])
     cells = _cells(rng, len(flags))
     order = rng.permutation(len(flags))
     fill = (0.72, 1.0) if len(flags) == 1 else (0.6, 1.0)
     placed = []
     for index, flag in enumerate(flags):
-        corners = _cloth(rng, cells[order[index]], aspect, fill=fill)
+        corners = sample_corners(rng, cells[order[index]], aspect, fill=fill)
         item = PlacedFlag(flag, corners, float(rng.uniform(0.8, 1.2)))
         hide = rng.random() < occlusion_rate or index == occluded
         if hide:
-            item = PlacedFlag(flag, corners, item.light, _occluder(rng, item.bounds))
+            item = PlacedFlag(flag, corners, item.light, sample_occluder(rng, item.bounds))
         placed.append(item)
     return SceneSpec(seed, aspect, tuple(placed), float(rng.choice([0, 0, 0.8, 1.6])), float(rng.uniform(0.75, 1.12)))
 
@@ -153,14 +172,14 @@ def make_spec(
 
 
 def _noise(rng: np.random.Generator, size: Size, cells: int) -> NDArray[np.float32]:
-    """Smooth noise in [-1, 1]: [height, width] float32."""
+    """Sample smooth noise in [-1, 1]: [height, width] float32."""
     coarse = rng.uniform(-1, 1, (max(2, cells * size.height // size.width), cells)).astype(np.float32)
     image = Image.fromarray(coarse, mode=None).resize((size.width, size.height), Image.Resampling.BICUBIC)
     return np.asarray(image, dtype=np.float32)
 
 
-def _background(rng: np.random.Generator, size: Size) -> Image.Image:
-    """Wall, sky and ground, stripes or bricks, with uneven light: muted, so that flags stand out by shape too."""
+def draw_background(rng: np.random.Generator, size: Size) -> Image.Image:
+    """Draw a wall, sky and ground, boards, bricks or plain shapes in uneven light."""
     base = rng.uniform(60, 210, 3)
     ys = np.linspace(0, 1, size.height, dtype=np.float32)[:, None, None]
     other = np.clip(base + rng.normal(0, 35, 3), 20, 235)
@@ -185,7 +204,7 @@ def _background(rng: np.random.Generator, size: Size) -> Image.Image:
             draw.line((0, y, size.width, y), fill=colour, width=max(1, size.width // 400))
             for x in range(-(row % 2) * step, size.width, 2 * step):
                 draw.line((x, y, x, y + step), fill=colour, width=max(1, size.width // 400))
-    elif kind < 0.7:  # plain things that are no flags: discs, posts, plates
+    elif kind < 0.7:  # distractors: discs and posts
         for _ in range(int(rng.integers(1, 5))):
             cx, cy = rng.uniform(0, size.width), rng.uniform(0, size.height)
             r = size.width * rng.uniform(0.02, 0.1)
@@ -198,7 +217,7 @@ def _background(rng: np.random.Generator, size: Size) -> Image.Image:
 
 
 def _perspective(source: Sequence[Corner], target: Sequence[Corner]) -> tuple[float, ...]:
-    """Eight coefficients that map target to source coordinates, as `Image.transform` wants them."""
+    """Return the eight coefficients for `Image.transform` that map target to source coordinates."""
     rows, values = [], []
     for (sx, sy), (tx, ty) in zip(source, target, strict=True):
         rows.append([tx, ty, 1, 0, 0, 0, -sx * tx, -sx * ty])
@@ -207,13 +226,13 @@ def _perspective(source: Sequence[Corner], target: Sequence[Corner]) -> tuple[fl
     return tuple(np.linalg.solve(np.array(rows), np.array(values)).tolist())
 
 
-def _paste(canvas: Image.Image, flag: Pixels, item: PlacedFlag) -> None:
-    """Warp one flag into the canvas."""
+def paste_flag(canvas: Image.Image, flag: Pixels, item: PlacedFlag) -> None:
+    """Warp a flag into the canvas, in place."""
     size = Size(*canvas.size)
     x0, y0, x1, y1 = item.bounds
     left, top = math.floor(x0 * size.width) - 1, math.floor(y0 * size.height) - 1
     width, height = math.ceil(x1 * size.width) - left + 2, math.ceil(y1 * size.height) - top + 2
-    # The source is reduced to about the target's size first: a transform alone would alias.
+    # Downscale the source to about the size of the target first, because a transform alone would alias.
     reduce = min(1.0, max(width / flag.shape[1], height / flag.shape[0]) * 1.1)
     source = Image.fromarray(flag)
     if reduce < 1:
@@ -230,7 +249,8 @@ def _paste(canvas: Image.Image, flag: Pixels, item: PlacedFlag) -> None:
     canvas.paste(cloth, (left, top), mask.resize(box, Image.Resampling.BOX))
 
 
-def _hide(canvas: Image.Image, occluder: tuple[float, float, float, float, int]) -> None:
+def draw_occluder(canvas: Image.Image, occluder: tuple[float, float, float, float, int]) -> None:
+    """Draw an occluder (x0, y0, x1, y1, colour seed) on the canvas: a pole for seed 0, else an ellipse."""
     x0, y0, x1, y1, seed = occluder
     bounds = (x0 * canvas.width, y0 * canvas.height, x1 * canvas.width, y1 * canvas.height)
     rng = np.random.default_rng([seed, 3])
@@ -245,16 +265,19 @@ def _hide(canvas: Image.Image, occluder: tuple[float, float, float, float, int])
 def draw_scene(spec: SceneSpec, flags: Mapping[str, Pixels], width: int) -> Pixels:
     """Draw a scene: [height, width, 3] uint8 RGB with height = width / aspect.
 
-    `flags` maps flag keys to pixels (any size; 4:3).
+    Args:
+        spec: what to draw.
+        flags: pixels by flag key, 4:3 in any resolution.
+        width: in pixels.
     """
     size = Size(width, round(width / spec.aspect))
     rng = np.random.default_rng([spec.seed, 2])
-    canvas = _background(rng, size)
+    canvas = draw_background(rng, size)
     for item in spec.placed:
-        _paste(canvas, flags[item.flag], item)
+        paste_flag(canvas, flags[item.flag], item)
     for item in spec.placed:
         if item.occluder is not None:
-            _hide(canvas, item.occluder)
+            draw_occluder(canvas, item.occluder)
     if spec.blur:
         canvas = canvas.filter(ImageFilter.GaussianBlur(spec.blur * width / 1000))
     pixels = np.asarray(canvas, dtype=np.float32) * spec.exposure
@@ -263,15 +286,23 @@ def draw_scene(spec: SceneSpec, flags: Mapping[str, Pixels], width: int) -> Pixe
     return drawn
 
 
-# --- which flag is meant ----------------------------------------------------------------------
+def flags_of_scene(spec: SceneSpec, flags: Mapping[str, Pixels]) -> dict[str, Pixels]:
+    """Return the pixels of the flags in a scene by flag key: from `flags`, or drawn if they are invented."""
+    return {
+        item.flag: invented_flag(int(item.flag.split()[1])) if item.flag.startswith("invented ") else flags[item.flag]
+        for item in spec.placed
+    }
 
-# A flag is `second from the left` only when its neighbours in that order are clearly apart.
-CLEARLY_APART = 0.06  # of the picture's width or height
-CLEARLY_LARGER = 1.25  # ratio of areas
+
+# --- which flag a place word refers to ----------------------------------------------------------
+
+# A place word is used only if it is unambiguous: "second from the left" requires clearly separated positions.
+MIN_DISTANCE = 0.06  # of the picture's width or height
+MIN_AREA_RATIO = 1.25
 
 
 def _ranked(values: Sequence[float], apart: float) -> list[int] | None:
-    """Indices in rising order, or None where two values are too near to call."""
+    """Return the indices in ascending order of their values, or None if two values differ by less than `apart`."""
     order = sorted(range(len(values)), key=values.__getitem__)
     if any(values[b] - values[a] < apart for a, b in zip(order, order[1:], strict=False)):
         return None
@@ -279,7 +310,7 @@ def _ranked(values: Sequence[float], apart: float) -> list[int] | None:
 
 
 def _extreme(values: Sequence[float], apart: float) -> int | None:
-    """Index of the clearly smallest value."""
+    """Return the index of the smallest value, or None if the next one differs by less than `apart`."""
     order = sorted(range(len(values)), key=values.__getitem__)
     return order[0] if len(order) < 2 or values[order[1]] - values[order[0]] >= apart else None
 
@@ -291,7 +322,10 @@ RELATIONS = (
 
 
 def relations(spec: SceneSpec) -> dict[str, int]:
-    """Which flag (index) each place, order or size word means, where it is unambiguous; needs two flags or more."""
+    """Return the index of the flag that each of RELATIONS refers to, without ambiguous ones.
+
+    Empty for a scene of one flag.
+    """
     bounds = [item.bounds for item in spec.placed]
     if len(bounds) < 2:
         return {}
@@ -299,7 +333,7 @@ def relations(spec: SceneSpec) -> dict[str, int]:
     ys = [(b[1] + b[3]) / 2 for b in bounds]
     areas = [math.log((b[2] - b[0]) * (b[3] - b[1])) for b in bounds]
     meant: dict[str, int | None] = {}
-    row = _ranked(xs, CLEARLY_APART)
+    row = _ranked(xs, MIN_DISTANCE)
     if row is not None:
         meant |= {"left1": row[0], "right1": row[-1]}
         if len(row) >= 3:
@@ -309,9 +343,9 @@ def relations(spec: SceneSpec) -> dict[str, int]:
         if len(row) >= 4:
             meant["left3"] = row[2]
     else:
-        meant |= {"left1": _extreme(xs, CLEARLY_APART), "right1": _extreme([-x for x in xs], CLEARLY_APART)}
-    meant |= {"top1": _extreme(ys, CLEARLY_APART), "bottom1": _extreme([-y for y in ys], CLEARLY_APART)}
-    larger = math.log(CLEARLY_LARGER)
+        meant |= {"left1": _extreme(xs, MIN_DISTANCE), "right1": _extreme([-x for x in xs], MIN_DISTANCE)}
+    meant |= {"top1": _extreme(ys, MIN_DISTANCE), "bottom1": _extreme([-y for y in ys], MIN_DISTANCE)}
+    larger = math.log(MIN_AREA_RATIO)
     meant |= {"largest": _extreme([-a for a in areas], larger), "smallest": _extreme(areas, larger)}
     if max(ys) - min(ys) > 0.2 and max(xs) - min(xs) > 0.2:
         for name, sx, sy in (

@@ -1,12 +1,12 @@
-"""How fast are prefill, append and decoding, and how near the limit of the memory? Ours, and the peers that run here.
+"""Measure prefill, append and decoding, relative to the memory bandwidth and to the peers that are available.
 
     python -m benchmarks.bench_decode --peers all --peer-env llamacpp=/opt/llama.cpp/build/bin
 
-All engines have the same shape and the same random weights, four bits each (transformers: bfloat16). Each round, the
-engines take turns: a prompt of 512 tokens, then in a new conversation 300 tokens after 1,200, then an answer of 80
-tokens, of which three in four stand word for word in those 300. Random weights quote nothing, so which token our engine
-chooses is scripted, with drafts and without; looking up, verifying, rolling back and all matrix work are real. Peers
-say as many tokens of their own, one at a time. Figures are medians over the rounds; read the ratios.
+All engines have the same shape and the same random weights in 4 bits (transformers: bfloat16). In each round, the
+engines take turns: a prompt of 512 tokens; then, in a new conversation, 300 tokens after 1,200, and an answer of 80
+tokens of which three in four are quoted from those 300. Random weights quote nothing, so the tokens of our engine are
+scripted, with drafts and without; draft lookup, verification, rollback and all matrix multiplications are real. Peers
+generate as many tokens of their own, one at a time. Figures are medians over the rounds; compare the ratios.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from rich.table import Table
+from gog_edge.cli.common import command_imports, command_main
 
-from benchmarks.bandwidth import read_bandwidth
-from benchmarks.peers.base import Answer, Peer
-from benchmarks.peers.ours import bytes_a_token
-from benchmarks.race import OURS, PLAIN, Race, open_race, publish, run_race
-from benchmarks.workload import Writer
+with command_imports(__name__):
+    import numpy as np
+    from rich.table import Table
 
-MEASURES = {"prefill_tok_s": "prefill", "append_tok_s": "append", "decode_tok_s": "decode"}
-Figures = Mapping[str, Mapping[str, float]]  # engine -> measure -> tokens a second
+    from benchmarks.peers.base import Engine
+    from benchmarks.peers.comparison import OURS, PLAIN, Comparison, comparison_parser, open_comparison
+    from benchmarks.peers.session_engine import bytes_per_token
+    from benchmarks.peers.workload import Answer, Writer
+    from benchmarks.resources import read_bandwidth
+
+METRICS = {"prefill_tok_s": "prefill", "append_tok_s": "append", "decode_tok_s": "decode"}
+Figures = Mapping[str, Mapping[str, float]]  # by engine and metric: tokens per second
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +39,28 @@ class Load:
     prefill: int = 512
     before: int = 1200
     append: int = 300
-    say: int = 80
+    generate: int = 80
 
     def scaled(self, scale: float) -> Load:
-        """The same, smaller or larger; at least two tokens each."""
-        counts = (self.prefill, self.before, self.append, self.say)
+        """Return the counts multiplied with `scale`, at least two tokens each."""
+        counts = (self.prefill, self.before, self.append, self.generate)
         return Load(*(max(2, round(scale * count)) for count in counts))
 
     @property
     def context(self) -> int:
-        """Tokens in the cache while decoding, on average."""
-        return self.before + self.append + self.say // 2
+        """Return the mean number of tokens in the cache while decoding."""
+        return self.before + self.append + self.generate // 2
 
 
-def measure(engine: Peer, load: Load, writer: Writer) -> dict[str, float]:
-    """One engine's part in a round, in tokens a second."""
+def measure(engine: Engine, load: Load, writer: Writer) -> dict[str, float]:
+    """Measure one engine in one round; return tokens per second by metric."""
     one = Answer((*writer.words(1),))
     engine.reset()
     prefill = engine.turn(writer.opening(load.prefill), one)
     engine.reset()
     engine.turn(writer.opening(load.before), one)
     passage = writer.words(load.append)
-    turn = engine.turn(passage, writer.quoting(passage, load.say))
+    turn = engine.turn(passage, writer.quoting(passage, load.generate))
     return {
         "prefill_tok_s": load.prefill / prefill.prefill_s,
         "append_tok_s": load.append / turn.prefill_s,
@@ -65,73 +68,76 @@ def measure(engine: Peer, load: Load, writer: Writer) -> dict[str, float]:
     }
 
 
-def run(race: Race, load: Load, repeats: int, threads: int) -> tuple[Figures, list[tuple[float, float]]]:
-    """Medians of each engine; for each plain round of ours, tokens a second and the memory's bytes a second around it.
+def run(comparison: Comparison, load: Load, repeats: int, threads: int) -> tuple[Figures, list[tuple[float, float]]]:
+    """Measure all engines.
 
-    What a virtual machine's memory gives changes from minute to minute: what was measured at another time is no limit.
+    Returns:
+        The medians of each engine; and for each round of ours without drafts, its tokens per second and the memory
+        bandwidth around it in bytes per second. The bandwidth of a virtual machine changes from minute to minute, so
+        that only a value measured at the same time is a limit.
     """
-    found: dict[str, list[dict[str, float]]] = {engine.name: [] for engine in race.engines}
-    beside = []
-    for seed, engine in race.rounds(repeats):
+    found: dict[str, list[dict[str, float]]] = {engine.name: [] for engine in comparison.engines}
+    with_bandwidth = []
+    for seed, engine in comparison.rounds(repeats):
         before = read_bandwidth(threads)
-        measured = measure(engine, load, Writer(seed, race.vocab))
+        measured = measure(engine, load, Writer(seed, comparison.vocab))
         found[engine.name].append(measured)
         if engine.name == PLAIN:
-            beside.append((measured["decode_tok_s"], max(before, read_bandwidth(threads))))
+            with_bandwidth.append((measured["decode_tok_s"], max(before, read_bandwidth(threads))))
     medians = {
-        name: {key: round(float(np.median([one[key] for one in parts])), 2) for key in MEASURES}
+        name: {key: round(float(np.median([one[key] for one in parts])), 2) for key in METRICS}
         for name, parts in found.items()
     }
-    return medians, beside
+    return medians, with_bandwidth
 
 
-def ratios(figures: Figures, race: Race, load: Load, beside: Sequence[tuple[float, float]]) -> dict[str, object]:
-    """What the last line says of ours. Decoding is compared without drafts: all engines say one token a step."""
-    plain, quick = figures[PLAIN], figures[OURS]
-    size = bytes_a_token(race.policy, race.model, load.context)
-    bandwidth = float(np.median([found for _, found in beside]))
-    drafter = race.ours[0]
+def ratios(
+    figures: Figures, comparison: Comparison, load: Load, with_bandwidth: Sequence[tuple[float, float]]
+) -> dict[str, object]:
+    """Return the figures of the JSON line. Peers are compared without drafts, since all decode one token per step."""
+    plain, drafted = figures[PLAIN], figures[OURS]
+    size = bytes_per_token(comparison.policy, comparison.model, load.context)
+    bandwidth = float(np.median([found for _, found in with_bandwidth]))
     line: dict[str, object] = {
         **plain,
-        "drafted_tok_s": quick["decode_tok_s"],
-        "drafted_ratio": round(quick["decode_tok_s"] / plain["decode_tok_s"], 3),
-        "accepted_share": round(drafter.accepted / drafter.drafted, 3) if drafter.drafted else 0.0,
+        "drafted_tok_s": drafted["decode_tok_s"],
+        "drafted_ratio": round(drafted["decode_tok_s"] / plain["decode_tok_s"], 3),
+        "accepted_share": comparison.acceptance,
         "bandwidth_gb_s": round(bandwidth / 1e9, 2),
         "bytes_a_token": size,
         "limit_tok_s": round(bandwidth / size, 2),
-        "decode_over_limit": round(float(np.median([said * size / found for said, found in beside])), 3),
+        "decode_over_limit": round(float(np.median([speed * size / found for speed, found in with_bandwidth])), 3),
     }
-    for peer in race.peers:
-        for key, word in MEASURES.items():
+    for peer in comparison.peers:
+        for key, word in METRICS.items():
             line[f"{word}_over_{peer.name}"] = round(plain[key] / figures[peer.name][key], 3)
     return line
 
 
 def as_table(figures: Figures, missing: Mapping[str, str]) -> Table:
-    """Engines as rows, each measure beside its ratio."""
-    table = Table("engine", title="tokens a second (ours, plain = 1.00)")
-    for word in MEASURES.values():
+    """Return a table with engines as rows; each metric has its ratio to ours without drafts."""
+    table = Table("engine", title="tokens per second (relative to ours, plain)")
+    for word in METRICS.values():
         table.add_column(word, justify="right")
     for name, parts in figures.items():
-        table.add_row(name, *(f"{parts[key]:.1f} ({parts[key] / figures[PLAIN][key]:.2f})" for key in MEASURES))
+        table.add_row(name, *(f"{parts[key]:.1f} ({parts[key] / figures[PLAIN][key]:.2f})" for key in METRICS))
     for name in missing:
-        table.add_row(name, *["missing"] * len(MEASURES))
+        table.add_row(name, *["missing"] * len(METRICS))
     return table
 
 
+@command_main
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 when ours cannot run."""
-    return run_race(_race, __doc__ or "", argv)
-
-
-def _race(args: argparse.Namespace) -> None:
+    """Run the benchmark."""
+    args: argparse.Namespace = comparison_parser(__doc__ or "").parse_args(argv)
     load = Load().scaled(args.scale)
-    with open_race(args, names=(OURS, PLAIN)) as race:
-        figures, beside = run(race, load, args.repeats, args.threads)
-        line = ratios(figures, race, load, beside) | {"engines": figures}
-    groups = {word: {name: parts[key] for name, parts in figures.items()} for key, word in MEASURES.items()}
+    with open_comparison(args, names=(OURS, PLAIN)) as comparison:
+        figures, with_bandwidth = run(comparison, load, args.repeats, args.threads)
+        line = ratios(figures, comparison, load, with_bandwidth) | {"engines": figures}
+    groups = {word: {name: parts[key] for name, parts in figures.items()} for key, word in METRICS.items()}
     title = "prefill, append, decode (longer is better)"
-    publish(race, args, "decode", line, as_table(figures, race.missing), title, groups, "tok/s")
+    comparison.publish(args, "decode", line, as_table(figures, comparison.missing), title, groups, "tok/s")
+    return 0
 
 
 if __name__ == "__main__":

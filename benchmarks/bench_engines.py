@@ -1,10 +1,10 @@
-"""Do engines of released models build on a machine without a GPU: how long, in how much memory, of what size?
+"""Measure building TensorRT for RTX engines of released models on a machine without a GPU: time, memory, sizes.
 
     python -m benchmarks.bench_engines --shapes qwen2.5-vl-7b,qwen3-vl-8b --work DIR
 
-For each shape: a policy of random weights in int4 (kept in --work and used again) beside the atlas's encoder, and
-TensorRT for RTX's engines for several GPUs in one. Building is a process of its own, which is watched with all that it
-starts. A machine card, a table, last line: JSON.
+For each shape: a policy of random weights in int4 (created once, kept in --work) with the atlas's encoder, and the
+engines for several GPUs. Each build is a process of its own, which is measured with its children. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -19,68 +19,71 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.building.watch import EVERY, taken
-from benchmarks.machine import machine_card
-from gog_edge.bundle import DEFAULT_BUNDLE
-from gog_edge.engines.manifest import MANIFEST, TENSORRT_RTX, BuiltEngines
+from gog_edge.cli.common import command_imports, command_main
 from gog_edge.errors import BackendError
-from gog_edge.files import read_json, write_json
+
+with command_imports(__name__):
+    from rich.table import Table
+
+    from benchmarks.reporting import RESULTS, machine_card, print_results
+    from benchmarks.resources import SAMPLE_S, process_usage
+    from gog_edge.bundle import DEFAULT_BUNDLE
+    from gog_edge.engines.manifest import MANIFEST, TENSORRT_RTX, EngineManifest
+    from gog_edge.files import read_json
 
 
-def prepared(shape: str, work: Path) -> Path:
-    """A bundle whose policy has that shape; made where it is not there yet, and kept."""
+def make_bundle(shape: str, work: Path) -> Path:
+    """Return a bundle whose policy has a shape; create it if it does not exist."""
     bundle, checkpoint = work / shape, work / f"{shape}-checkpoint"
     if (bundle / "policy" / "manifest.json").is_file():
         return bundle
     shutil.rmtree(checkpoint, ignore_errors=True)
     shutil.copytree(DEFAULT_BUNDLE, bundle, ignore=shutil.ignore_patterns("policy", "engines"), dirs_exist_ok=True)
-    watched(["export.random_checkpoint", "--like", shape, str(checkpoint)])
-    watched(["export.export_policy", str(checkpoint), str(bundle / "policy"), "--precision", "int4", "--second", "none",
-             "--no-parity", "--name", shape])  # fmt: skip
+    run_measured(["export.random_checkpoint", "--like", shape, str(checkpoint)])
+    run_measured(["export.export_policy", str(checkpoint), str(bundle / "policy"), "--precision", "int4",
+                  "--cpu-layout", "none", "--no-parity", "--name", shape])  # fmt: skip
     shutil.rmtree(checkpoint)
     return bundle
 
 
-def watched(command: Sequence[str]) -> tuple[dict[str, Any], float]:
-    """Run one of our commands: its last line, and the most MiB that it and its children had at a time; pages of
-    files count for each that maps them.
+def run_measured(command: Sequence[str]) -> tuple[dict[str, Any], float]:
+    """Run a `python -m` command; return its JSON line, and the peak memory of it and its children in MiB.
 
-    BackendError with what it said where it fails.
+    Raises:
+        BackendError: the command failed; contains the end of its output.
     """
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True)
     peak = 0.0
     while process.poll() is None:
-        peak = max(peak, taken(process.pid)[0])
-        time.sleep(EVERY)
-    said = process.communicate()[0]
+        peak = max(peak, process_usage(process.pid).memory_mib)
+        time.sleep(SAMPLE_S)
+    output = process.communicate()[0]
     if process.returncode:
-        raise BackendError(f"{' '.join(command)} failed:\n{said[-2000:]}")
-    return dict(json.loads(said.splitlines()[-1])), peak
+        raise BackendError(f"{' '.join(command)} failed:\n{output[-2000:]}")
+    return dict(json.loads(output.splitlines()[-1])), peak
 
 
 def measure(shape: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Build the engines of a shape, and throw them away."""
-    bundle, out = prepared(shape, args.work), args.work / f"{shape}-engines"
+    """Build the engines of a shape, measure, and delete them."""
+    bundle, out = make_bundle(shape, args.work), args.work / f"{shape}-engines"
     options = ["--sm", args.sm, "--out", str(out), *([] if args.parity else ["--no-parity"])]
-    said, peak = watched(["export.build_engines", str(bundle), "--engine", TENSORRT_RTX, *options])
-    engines = BuiltEngines.from_json(read_json(out / MANIFEST, what="engines"))
+    report, peak = run_measured(["export.build_engines", str(bundle), "--engine", TENSORRT_RTX, *options])
+    engines = EngineManifest.from_json(read_json(out / MANIFEST, what="engines"))
     shutil.rmtree(out)
-    one_each = {entry["name"]: entry for entry in said["graphs"]}  # the GPUs share them
-    for entry in one_each.values():
+    graphs = {entry["name"]: entry for entry in report["graphs"]}  # all GPUs share the graphs
+    for entry in graphs.values():
         del entry["sm"]
     return {
-        "peak_mib": round(peak), "seconds": round(sum(entry["seconds"] for entry in one_each.values()), 1),
+        "peak_mib": round(peak), "seconds": round(sum(entry["seconds"] for entry in graphs.values()), 1),
         "sms": engines.sms, "version": engines.version, "context": engines.context, "parity": engines.parity,
-        "graphs": list(one_each.values()),
+        "graphs": list(graphs.values()),
     }  # fmt: skip
 
 
 def as_table(figures: dict[str, dict[str, Any]]) -> Table:
-    """A row for each graph, one for all of a shape."""
-    table = Table("shape", "graph", "seconds", "peak MiB", "weights MB", "engine MB", "layers", "KV", "attention")
+    """Return a table with a row for each graph, and one for each shape as a whole."""
+    table = Table("shape", "graph", "seconds", "peak MiB", "weights MB", "engine MB", "layers", "KV updates",
+                  "attention")  # fmt: skip
     for shape, figure in figures.items():
         for entry in figure["graphs"]:
             sizes = (f"{entry[key] / 1e6:,.0f}" for key in ("weights", "bytes"))
@@ -90,22 +93,23 @@ def as_table(figures: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
+@command_main
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="qwen2.5-vl-7b,qwen3-vl-8b", help="as export.random_checkpoint knows them")
-    parser.add_argument("--sm", default="86,89,120", help="GPUs")
-    parser.add_argument("--parity", action="store_true", help="check the lifted graphs, too: it takes long")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-engines"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engines.json"))
+    parser.add_argument("--shapes", default="qwen2.5-vl-7b,qwen3-vl-8b",
+                        help="of export.random_checkpoint, comma-separated (default %(default)s)")  # fmt: skip
+    parser.add_argument("--sm", default="86,89,120", help="compute capabilities of the GPUs (default %(default)s)")
+    parser.add_argument("--parity", action="store_true", help="check the converted graphs, too, which takes long")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench-engines"),
+                        help="folder for bundles and engines (default %(default)s)")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=RESULTS / "engines.json",
+                        help="file for the JSON (default %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     figures = {shape: measure(shape, args) for shape in args.shapes.split(",")}
-    line = {"shapes": figures, "machine": machine_card()}
-    Console().print(*(f"{key}: {value}" for key, value in machine_card().items()), sep="\n", highlight=False)
-    Console().print(as_table(figures))
-    write_json(args.out, line)
-    print(json.dumps(line))
+    card = machine_card()
+    print_results(card, [as_table(figures)], {"shapes": figures, "machine": card}, args.out)
     return 0
 
 

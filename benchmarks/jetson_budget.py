@@ -1,14 +1,14 @@
-"""What fits a Jetson's memory? Reckoned from the true shapes of the models by the planner's formulae; nothing is run.
+"""Compute what fits the memory of a Jetson from the shapes of the models and the planner's formulas; run nothing.
 
     python -m benchmarks.jetson_budget --context 4096,8192
 
-Engines are taken as `export.build_engines` makes them: matrices of the decoder's layers in halves, or in 4 bits with a
-scale for each block of 128; all other matrices in halves, vectors in single precision. Beside them: keys and values of
-every conversation and of the prompt in halves, scratch memory of the vision tower and of one prefill step, encoder and
-packs (`--index`), the program, and what is left to the system and to CUDA (`--system`: assumed, not measured).
+Engines are assumed as `export.build_engines` creates them: weight matrices of the decoder's layers in fp16, or in int4
+with a scale for each block of 128; all other matrices in fp16, vectors in fp32. Added are the KV cache of every
+conversation and of the prompt in fp16, scratch memory of the vision tower and of one prefill step, encoder and packs
+(--index), the program, and memory for the system and for CUDA (--system; assumed, not measured).
 
-The limit of decoding is the memory's bandwidth: each token reads the decoder and the cache once. Bandwidths and
-memories are as published, not measured; the Nano's is that of its newer firmware. The last line is a JSON object.
+The limit of decoding is the memory bandwidth: each token reads the decoder and the KV cache once. Bandwidth and memory
+are the published values, not measured; the Nano's with its newer firmware. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -21,23 +21,27 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from gog_edge.cli.common import command_imports, command_main
 
-from gog_edge.exporting.policy.checkpoint import DEFAULT_MAX_PIXELS, Checkpoint
-from gog_edge.exporting.policy.export import DEFAULT_BLOCK
-from gog_edge.exporting.policy.random_checkpoint import SHAPES, shape_of
-from gog_edge.files import write_json
-from gog_edge.planner import HALF_BYTES, MemoryPlan, as_size, kv_bytes, parse_size, prefill_bytes, vision_bytes
-from gog_edge.policy.manifest import TextSpec, VisionSpec
+with command_imports(__name__):
+    from rich.console import Console
+    from rich.table import Table
+
+    from gog_edge.exporting.policy.checkpoint import DEFAULT_MAX_PIXELS, Checkpoint
+    from gog_edge.exporting.policy.export import DEFAULT_BLOCK
+    from gog_edge.exporting.policy.random_checkpoint import SHAPES, shape_of
+    from gog_edge.files import write_json
+    from gog_edge.planner import FP16_BYTES, MemoryPlan, format_size, kv_bytes, parse_size, prefill_bytes, vision_bytes
+    from gog_edge.policy.manifest import TextSpec
+    from gog_edge.policy.vision import VisionSpec
 
 PRECISIONS = ("int4", "fp16")
-NOTE = "reckoned, not run: no Jetson was at hand"
+NOTE = "computed, not measured on a Jetson"
 
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """A Jetson, as it is sold."""
+    """A Jetson module with its published figures."""
 
     name: str
     memory: int  # GiB
@@ -50,27 +54,27 @@ BOARDS = (Board("Orin Nano", 8, 102.0), Board("Orin NX", 16, 102.4), Board("AGX 
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """Bytes of a model's engines."""
+    """Sizes of a model's engines in bytes."""
 
-    decoder: int  # all that a token reads, the head too
+    decoder: int  # all that a token reads, including the head
     vision: int
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """One model in one precision with one length of conversations."""
+    """The budget of one model in one precision with one context length."""
 
     model: str
     precision: str
     context: int
     engines: Engines
-    total: int  # bytes, of all that `MemoryPlan` counts
-    left: dict[str, int]  # board -> bytes left; below 0 it does not fit
-    tokens_s: dict[str, float]  # board -> tokens a second that bandwidth allows with a full cache; where it fits
+    total: int  # bytes, of everything in `MemoryPlan`
+    left: dict[str, int]  # by board: bytes left; negative if it does not fit
+    tokens_s: dict[str, float]  # by board, if it fits: tokens per second that the bandwidth allows with a full cache
 
 
 def engine_bytes(name: str, precision: str) -> Engines:
-    """Bytes of the engines of a released shape. Raises CheckpointError for a shape there is not."""
+    """Return the engine sizes of a released shape. Raises CheckpointError for an unknown shape."""
     shape = shape_of(name)
     tensors = shape.tensors()
     sizes = {"vision": 0, "decoder": 0}
@@ -78,18 +82,18 @@ def engine_bytes(name: str, precision: str) -> Engines:
         part = "vision" if "visual." in tensor else "decoder"
         matrix, embeddings = value.dim() > 1, "embed_tokens" in tensor
         if embeddings and not shape.config.tie_word_embeddings:
-            continue  # the host looks them up in a mapped file; where they are tied, they are the head
-        quarter = precision == "int4" and matrix and ".layers." in tensor
-        wide = (0.5 + HALF_BYTES / DEFAULT_BLOCK) if quarter else HALF_BYTES if matrix else 2 * HALF_BYTES
-        sizes[part] += int(wide * value.numel())
+            continue  # the host reads them from a mapped file; tied embeddings are the head
+        int4 = precision == "int4" and matrix and ".layers." in tensor
+        size = (0.5 + FP16_BYTES / DEFAULT_BLOCK) if int4 else FP16_BYTES if matrix else 2 * FP16_BYTES
+        sizes[part] += int(size * value.numel())
     return Engines(sizes["decoder"], sizes["vision"])
 
 
-def reckon(name: str, precision: str, context: int, args: argparse.Namespace) -> Budget:
-    """The plan of a model, and what it leaves of each board's memory."""
+def compute_budget(name: str, precision: str, context: int, args: argparse.Namespace) -> Budget:
+    """Plan the memory of a model and return what is left on each board."""
     text, vision = _specs(name)
     engines = engine_bytes(name, precision)
-    cache = context * kv_bytes(text, HALF_BYTES)
+    cache = context * kv_bytes(text, FP16_BYTES)
     plan = MemoryPlan(
         weights=engines.decoder + engines.vision,
         conversations=(1 + args.concurrent) * cache,
@@ -103,14 +107,14 @@ def reckon(name: str, precision: str, context: int, args: argparse.Namespace) ->
     return Budget(name, precision, context, engines, plan.total, left, tokens)
 
 
-def reckon_all(args: argparse.Namespace) -> list[Budget]:
-    """All released shapes in both precisions, with each length of conversations."""
-    return [reckon(name, precision, int(context), args) for name in SHAPES for precision in PRECISIONS
+def compute_all(args: argparse.Namespace) -> list[Budget]:
+    """Return the budgets of all released shapes in both precisions with each context length."""
+    return [compute_budget(name, precision, int(context), args) for name in SHAPES for precision in PRECISIONS
             for context in args.context.split(",")]  # fmt: skip
 
 
 def _specs(name: str) -> tuple[TextSpec, VisionSpec]:
-    """A released shape as the exporter reads it from a checkpoint's folder."""
+    """Return the specifications that the exporter reads from a checkpoint of the shape."""
     shape = shape_of(name)
     config = json.loads(shape.config.to_json_string(use_diff=False)) | {"architectures": [shape.architecture.__name__]}
     with tempfile.TemporaryDirectory() as folder:
@@ -120,9 +124,9 @@ def _specs(name: str) -> tuple[TextSpec, VisionSpec]:
 
 
 def as_rows(budgets: Sequence[Budget]) -> list[list[str]]:
-    """For each budget: model, precision, context, what it takes, and for each board what is left and the limit."""
+    """Return model, precision, context, memory, and for each board GiB left and the limit of tokens per second."""
     return [
-        [one.model, one.precision, f"{one.context:,}", as_size(one.total),
+        [one.model, one.precision, f"{one.context:,}", format_size(one.total),
          *(f"{one.left[board.name] / 2**30:.1f} ({one.tokens_s[board.name]:.0f}/s)"
            if board.name in one.tokens_s else "no" for board in BOARDS)]
         for one in budgets
@@ -130,28 +134,34 @@ def as_rows(budgets: Sequence[Budget]) -> list[list[str]]:
 
 
 def _table(budgets: Sequence[Budget]) -> Table:
-    table = Table("model", "", "context", "takes", *(f"{one.name} {one.memory}" for one in BOARDS),
-                  title=f"GiB left, and the limit of tokens a second ({NOTE})")  # fmt: skip
+    table = Table("model", "", "context", "memory", *(f"{one.name} {one.memory}" for one in BOARDS),
+                  title=f"GiB left, and the limit of tokens per second ({NOTE})")  # fmt: skip
     for row in as_rows(budgets):
         table.add_row(*row)
     return table
 
 
-def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options of the command."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the options of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--context", default="4096,8192", help="tokens of a conversation, with commas between")
-    parser.add_argument("--concurrent", type=int, default=1, help="questions answered at the same time")
-    parser.add_argument("--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="of the largest picture")
-    parser.add_argument("--index", type=parse_size, default="512M", help="encoder and packs")
-    parser.add_argument("--system", type=parse_size, default="2G", help="left to the system, a desktop, CUDA itself")
+    parser.add_argument("--context", default="4096,8192",
+                        help="tokens of a conversation, comma-separated (default %(default)s)")  # fmt: skip
+    parser.add_argument("--concurrent", type=int, default=1,
+                        help="conversations at the same time (default %(default)s)")  # fmt: skip
+    parser.add_argument("--max-pixels", type=int, default=DEFAULT_MAX_PIXELS,
+                        help="of the largest picture (default %(default)s)")  # fmt: skip
+    parser.add_argument("--index", type=parse_size, default="512M",
+                        help="memory of encoder and packs (default %(default)s)")  # fmt: skip
+    parser.add_argument("--system", type=parse_size, default="2G",
+                        help="memory for the system, a desktop and CUDA (default %(default)s)")  # fmt: skip
     return parser.parse_args(argv)
 
 
+@command_main
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, and all of it as a last line of JSON."""
-    args = parsed(argv)
-    budgets = reckon_all(args)
+    """Print the table and the results as a last line of JSON."""
+    args = parse_arguments(argv)
+    budgets = compute_all(args)
     Console(width=140).print(_table(budgets))
     print(json.dumps({"note": NOTE, "max_pixels": args.max_pixels, "index": args.index, "system": args.system,
                       "concurrent": args.concurrent, "boards": [asdict(one) for one in BOARDS],

@@ -1,1 +1,1 @@
-"""Commands that turn checkpoints into what a box runs."""
+"""Modules of the checkout that run the commands of `gog-edge export` under their older names."""

@@ -1,9 +1,9 @@
-"""Glance-or-Gaze on a box that is never online."""
+"""Glance-or-Gaze: answer questions about pictures offline, from a local snapshot of Wikipedia."""
 
 import os
 
 __version__ = "0.1.0"
 
-# The one thing done at import: ONNX Runtime 1.31 sends telemetry unless this is set before it is loaded, and nothing
-# here may reach the network. Its own `disable_telemetry_events` comes too late.
+# Set before ONNX Runtime is loaded: version 1.31 sends telemetry otherwise. Its own `disable_telemetry_events` takes
+# effect too late.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"

@@ -1,4 +1,4 @@
-"""A bundle is what a box serves: one policy, one encoder, packs, limits and sample pictures, in one folder."""
+"""A bundle: what a box serves. One folder with a policy, an encoder, packs, limits and sample pictures."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gog_edge.config import Limits, MilvusConfig, RemoteConfig
+from gog_edge.config import Limits, MilvusConfig, Name, RemoteConfig, Seconds, check_milvus_uri
 from gog_edge.errors import BundleError
 from gog_edge.files import MODEL_MANIFEST, read_json, verify_files
+from gog_edge.tables import build
 
 SCHEMA = 1
 FILE = "bundle.toml"
-LISTING = "samples.json"
+SAMPLES_FILE = "samples.json"
 DEFAULT_BUNDLE = Path(__file__).parent / "data" / "atlas"
-_KEYS = {"schema", "name", "policy", "encoder", "packs", "limits", "samples"}
-_PART_KEYS = {"path"}
-_SERVER_KEYS = {"path", "milvus", "key_env", "timeout_s"}
-# Files of a pack that a box needs only where it searches the vectors itself.
+# Folders of a pack that a box needs only if it searches the vectors itself, except for those of paragraphs.
 VECTOR_FOLDERS = ("vectors/", "index/")
 
 
@@ -31,175 +29,200 @@ class Sample:
     picture: Path
     title: str
     questions: tuple[str, ...]
+    expected: tuple[tuple[str, ...], ...] = ()  # accepted answers of each question; empty if unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Where the parts are. Each part checks its own files when it is opened."""
+    """The parts of a bundle. Each part verifies its own files when it is opened."""
 
     root: Path
     name: str
-    policy: Path | RemoteConfig  # on this box, or run by another server
+    policy: Path | RemoteConfig  # a folder on this box, or another server
     encoder: Path
     packs: tuple[Path, ...]
     limits: Limits
     samples: tuple[Sample, ...]
-    servers: Mapping[Path, MilvusConfig] = field(default_factory=dict)  # by pack: who searches its vectors, if not we
+    servers: Mapping[Path, MilvusConfig] = field(default_factory=dict)  # packs whose vectors a Milvus server searches
+    text_encoder: Path | None = None  # of the packs that have vectors of paragraphs
 
     @property
     def manifests(self) -> tuple[Path, ...]:
-        """The manifest of each part that lies here: policy, encoder, packs."""
-        parts = (self.policy, self.encoder, *self.packs)
+        """Return the manifest of each local part: policy, encoders, packs."""
+        parts = (self.policy, self.encoder, self.text_encoder, *self.packs)
         return tuple(_manifest(part) for part in parts if isinstance(part, Path))
 
     def verify(self, *, full: bool = True) -> None:
-        """Check every file of every part against its manifest; BundleError names the first that differs.
+        """Compare every file of every part with its manifest.
 
-        Without `full`, large files are compared by size only.
+        Args:
+            full: hash every file; otherwise files above `files.HASH_AT_OPEN_BYTES` are compared by size only.
+
+        Raises:
+            BundleError: names the first file that differs.
         """
         for manifest in self.manifests:
             what = f"bundle '{self.name}', {manifest.parent.name}"
             entries = read_json(manifest, what=what, error=BundleError).get("files")
             if not isinstance(entries, list):
-                raise BundleError(f"{what}: '{manifest}' has no list 'files'; build it again")
+                raise BundleError(f"{what}: '{manifest}' must have a list 'files'; build this part again")
             if manifest.parent in self.servers:
-                entries = [entry for entry in entries if not str(entry.get("path")).startswith(VECTOR_FOLDERS)]
+                entries = [entry for entry in entries if not _on_server(str(entry.get("path")))]
             verify_files(manifest.parent, entries, what=what, error=BundleError, full=full)
 
 
-def open_bundle(folder: Path) -> Bundle:
-    """Read bundle.toml and check that everything it names is there.
+# --- the tables of bundle.toml ------------------------------------------------------------------
 
-    Raises BundleError with the file and the key that is missing, unknown or wrong.
+
+@dataclass(frozen=True, slots=True)
+class _BundleTable:
+    """bundle.toml as a whole; its tables are validated one by one."""
+
+    schema: int
+    name: Name
+    policy: Mapping[str, Any]
+    encoder: _PartTable
+    packs: tuple[_PackTable, ...]
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    samples: _PartTable | None = None
+    text_encoder: _PartTable | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _PartTable:
+    """A table that names a folder of the bundle."""
+
+    path: Name
+
+
+@dataclass(frozen=True, slots=True)
+class _PackTable:
+    """One table of [[packs]]: a folder, and optionally the Milvus server that searches its vectors."""
+
+    path: Name
+    milvus: str | None = None
+    key_env: str = ""
+    timeout_s: Seconds = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _SampleTable:
+    """One entry of samples.json."""
+
+    picture: Name
+    title: Name
+    questions: tuple[str, ...]
+    expected: tuple[tuple[str, ...], ...] = ()
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Read bundle.toml and check that every part that it names exists.
+
+    Raises:
+        BundleError: names the file and the key that is missing, unknown or invalid.
     """
     root = Path(folder)
-    where = root / FILE
-    table = _read_toml(where)
-    _check_keys(table, _KEYS, where, "")
-    if table.get("schema") != SCHEMA:
-        raise BundleError(f"{where}: schema = {table.get('schema')!r}; this version of gog_edge reads schema {SCHEMA}")
-    packs = table.get("packs")
-    if not isinstance(packs, list) or not packs:
-        raise BundleError(f"{where}: [[packs]] is missing; name at least one pack with its path")
-    parts = [_pack(root, pack, where) for pack in packs]
+    where = str(root / FILE)
+    raw = _read_toml(root / FILE)
+    if raw.get("schema") != SCHEMA:
+        raise BundleError(f"{where}: schema = {raw.get('schema')!r}; this version of gog_edge reads schema {SCHEMA}")
+    table = build(_BundleTable, raw, "", error=BundleError, where=where)
+    if not table.packs:
+        raise BundleError(f"{where}: [[packs]] is empty; name at least one pack with its 'path'")
+    packs = [_folder(root, pack.path, "[[packs]]", where) for pack in table.packs]
     bundle = Bundle(
         root=root,
-        name=_text(table, "name", where, ""),
-        policy=_policy(root, table.get("policy"), where),
-        encoder=_part(root, table.get("encoder"), where, "[encoder]"),
-        packs=tuple(path for path, _ in parts),
-        servers={path: server for path, server in parts if server is not None},
-        limits=Limits.from_table(_table(table.get("limits", {}), where, "[limits]"), where=str(where)),
-        samples=_samples(root, table.get("samples"), where),
+        name=table.name,
+        policy=_policy(root, table.policy, where),
+        encoder=_folder(root, table.encoder.path, "[encoder]", where),
+        packs=tuple(packs),
+        servers={path: server for path, pack in zip(packs, table.packs, strict=True)
+                 if (server := _milvus(root, pack, where)) is not None},
+        limits=Limits.from_table(table.limits, where=where),
+        samples=read_samples(_folder(root, table.samples.path, "[samples]", where)) if table.samples else (),
+        text_encoder=_folder(root, table.text_encoder.path, "[text_encoder]", where) if table.text_encoder else None,
     )
     for manifest in bundle.manifests:
         if not manifest.is_file():
-            raise BundleError(f"{where}: there is no '{manifest}'; build or copy this part again")
+            raise BundleError(f"{where}: '{manifest}' does not exist; build or copy this part again")
     return bundle
+
+
+def read_samples(folder: Path) -> tuple[Sample, ...]:
+    """Read the sample pictures of a folder with a samples.json. Raises BundleError."""
+    where = folder / SAMPLES_FILE
+    try:
+        entries = json.loads(where.read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as exc:
+        raise BundleError(f"{where}: cannot be read ({exc})") from exc
+    if not isinstance(entries, list):
+        raise BundleError(f"{where}: must contain a list of samples")
+    return tuple(_sample(folder, entry, str(where)) for entry in entries)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"there is no '{path}'; is this the folder of a bundle?") from None
+        raise BundleError(f"'{path}' does not exist; is '{path.parent}' the folder of a bundle?") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise BundleError(f"{path}: this is not TOML ({exc})") from exc
+        raise BundleError(f"{path}: cannot be parsed as TOML ({exc})") from exc
 
 
-def _check_keys(table: Mapping[str, Any], known: set[str], where: Path, section: str) -> None:
-    for key in table:
-        if key not in known:
-            raise BundleError(f"{where}: unknown key {section}'{key}'; known are {', '.join(sorted(known))}")
-
-
-def _table(value: Any, where: Path, section: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise BundleError(f"{where}: {section} is missing or no table")
-    return value
-
-
-def _text(table: Mapping[str, Any], key: str, where: Path, section: str) -> str:
-    value = table.get(key)
-    if not isinstance(value, str) or not value:
-        raise BundleError(f"{where}: {section}'{key}' is missing or no text; it is {value!r}")
-    return value
-
-
-def _policy(root: Path, value: Any, where: Path) -> Path | RemoteConfig:
-    """A folder of the bundle, or with `url` a server and the dialect that its model speaks."""
-    table = _table(value, where, "[policy]")
+def _policy(root: Path, table: Mapping[str, Any], where: str) -> Path | RemoteConfig:
+    """Return the policy's folder; or with `url` the server and the dialect that its model uses."""
     if "url" not in table:
-        return _part(root, table, where, "[policy]")
-    config = RemoteConfig.from_table(table, where=str(where))
+        return _folder(root, build(_PartTable, table, "policy", error=BundleError, where=where).path, "[policy]", where)
+    config = RemoteConfig.from_table(table, where=where)
     if not str(config.dialect).endswith(".toml"):
         return config
-    path = _inside(root, table, "dialect", where, "[policy]")
+    path = _inside(root, str(config.dialect), "[policy] 'dialect'", where)
     if not path.is_file():
-        raise BundleError(f"{where}: [policy] 'dialect' = '{config.dialect}' is no file in {root}")
+        raise BundleError(f"{where}: [policy] 'dialect' = '{config.dialect}' does not exist in {root}")
     return replace(config, dialect=path)
 
 
-def _pack(root: Path, value: Any, where: Path) -> tuple[Path, MilvusConfig | None]:
-    """A folder of the bundle, and with `milvus` the server that searches its vectors."""
-    table = _table(value, where, "[[packs]]")
-    if "milvus" not in table:
-        return _part(root, table, where, "[[packs]]"), None
-    _check_keys(table, _SERVER_KEYS, where, "[[packs]] ")
-    path = _part(root, {key: table[key] for key in table if key in _PART_KEYS}, where, "[[packs]]")
-    return path, MilvusConfig.from_table(table, root=root, where=str(where))
+def _milvus(root: Path, pack: _PackTable, where: str) -> MilvusConfig | None:
+    if pack.milvus is None:
+        if pack.key_env:
+            raise BundleError(f"{where}: [[packs]] 'key_env' requires 'milvus', the server whose token it names")
+        return None
+    uri = pack.milvus
+    check_milvus_uri(uri, where=where)
+    return MilvusConfig(uri if "://" in uri else str(root / uri), pack.key_env, float(pack.timeout_s))
 
 
-def _part(root: Path, value: Any, where: Path, section: str) -> Path:
-    """The folder that a table names, which must lie inside the bundle."""
-    table = _table(value, where, section)
-    _check_keys(table, _PART_KEYS, where, section + " ")
-    path = _inside(root, table, "path", where, section)
+def _folder(root: Path, name: str, section: str, where: str) -> Path:
+    path = _inside(root, name, f"{section} 'path'", where)
     if not path.is_dir():
-        raise BundleError(f"{where}: {section} 'path' = '{table['path']}' is no folder in {root}")
+        raise BundleError(f"{where}: {section} 'path' = '{name}' is not a folder in {root}")
     return path
 
 
-def _inside(root: Path, table: Mapping[str, Any], key: str, where: Path, section: str) -> Path:
-    name = _text(table, key, where, section + " ")
+def _inside(root: Path, name: str, key: str, where: str) -> Path:
     path = root / name
     if not path.resolve().is_relative_to(root.resolve()):
-        raise BundleError(f"{where}: {section} '{key}' = '{name}' lies outside the bundle")
+        raise BundleError(f"{where}: {key} = '{name}' is outside the bundle")
     return path
+
+
+def _on_server(path: str) -> bool:
+    """Return whether a file of a pack is not needed if a Milvus server searches its vectors."""
+    return path.startswith(VECTOR_FOLDERS) and "-paragraphs" not in path
 
 
 def _manifest(part: Path) -> Path:
-    """Packs write MANIFEST.json, models manifest.json."""
+    """Return the manifest of a part: MANIFEST.json of a pack, manifest.json of a model."""
     return next((path for path in (part / "MANIFEST.json", part / MODEL_MANIFEST) if path.is_file()),
                 part / MODEL_MANIFEST)
 
 
-def _samples(root: Path, value: Any, where: Path) -> tuple[Sample, ...]:
-    if value is None:
-        return ()
-    return read_samples(_part(root, value, where, "[samples]"))
-
-
-def read_samples(folder: Path) -> tuple[Sample, ...]:
-    """The sample pictures of a folder with a samples.json. Raises BundleError."""
-    where = folder / LISTING
-    try:
-        listing = json.loads(where.read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as exc:
-        raise BundleError(f"{where}: cannot be read ({exc})") from exc
-    if not isinstance(listing, list):
-        raise BundleError(f"{where}: holds no list of samples")
-    return tuple(_sample(folder, entry) for entry in listing)
-
-
-def _sample(folder: Path, entry: Any) -> Sample:
-    where = folder / LISTING
-    table = _table(entry, where, "an entry")
-    _check_keys(table, {"picture", "title", "questions"}, where, "")
-    picture = folder / Path(_text(table, "picture", where, "")).name
-    questions = table.get("questions")
-    if not isinstance(questions, list) or not all(isinstance(question, str) for question in questions):
-        raise BundleError(f"{where}: 'questions' of '{picture.name}' is no list of texts")
+def _sample(folder: Path, entry: Any, where: str) -> Sample:
+    table = build(_SampleTable, entry, "sample", error=BundleError, where=where)
+    picture = folder / Path(table.picture).name
     if not picture.is_file():
-        raise BundleError(f"{where}: there is no '{picture}'")
-    return Sample(picture, _text(table, "title", where, ""), tuple(questions))
+        raise BundleError(f"{where}: '{picture}' does not exist")
+    if table.expected and len(table.expected) != len(table.questions):
+        raise BundleError(f"{where}: 'expected' of '{picture.name}' must have one list of answers for each question, "
+                          f"got {len(table.expected)} for {len(table.questions)} questions")
+    return Sample(picture, table.title, table.questions, table.expected)

@@ -1,25 +1,25 @@
-"""The one error tree.
+"""The error tree.
 
     GogEdgeError
-    ├── InputError            what the caller gave: the request is refused, nothing else is lost
+    ├── InputError            the caller's input: the request is refused, nothing else is affected
     │   ├── PictureError      not a picture, truncated, too large
     │   ├── QuestionError     empty, too long, not text
-    │   ├── RequestError      a request body of another shape than the route takes
-    │   ├── TooLarge          more bytes than are read
-    │   └── NotFound          a sample, pack or image that is not here
-    ├── ArtifactError         what lies on disk: a bundle, a pack, an encoder, a policy, a trace
+    │   ├── RequestError      a request body that does not match the schema of the route
+    │   ├── TooLarge          more bytes than are accepted
+    │   └── NotFound          a sample, pack or image that does not exist
+    ├── ArtifactError         a file or folder on disk: a bundle, a pack, an encoder, a policy, a trace
     │   ├── BundleError
     │   ├── PackError
-    │   ├── SourceError       a snapshot that cannot be read: truncated, corrupt, of no known kind
+    │   ├── SourceError       a snapshot that cannot be read: truncated, corrupt, of an unknown format
     │   └── CheckpointError   a checkpoint that cannot be exported
-    ├── BackendError          an engine or provider that was asked for and is not to be had
-    │   ├── OutOfDeviceMemory the GPU has not the memory that was asked for
-    │   └── DeviceLost        the GPU is gone for this process, with all that lay on it
-    ├── NotEnoughMemory       a bundle that the free memory cannot hold: refused before it is loaded
+    ├── BackendError          an engine or provider that was requested and is not available
+    │   ├── OutOfDeviceMemory an allocation on the GPU failed
+    │   └── DeviceLost        the GPU is unusable for the rest of this process
+    ├── NotEnoughMemory       a bundle needs more memory than is free: refused before it is loaded
     ├── DialectError          a dialect file that cannot be used
-    │   └── MalformedAction   the policy's text holds no action: a step in the trace, corrected once
-    ├── Busy                  all workers are taken and the line behind them is full
-    └── BudgetExceeded        turns, tokens or milliseconds are spent and no answer could be forced
+    │   └── MalformedAction   the text of the policy contains no valid action; corrected once, then forced to answer
+    ├── Busy                  all workers are busy and the queue is full
+    └── BudgetExceeded        turns, tokens or milliseconds are used up, or the context is full
 
 Every message says what was wrong, with which value, and what to do.
 """
@@ -30,27 +30,27 @@ class GogEdgeError(Exception):
 
 
 class InputError(GogEdgeError):
-    """The caller's input is refused."""
+    """The input of the caller is refused."""
 
 
 class PictureError(InputError):
-    """The bytes given are no picture that can be looked at."""
+    """The bytes cannot be decoded as a picture, or exceed its limits."""
 
 
 class QuestionError(InputError):
-    """The question given cannot be asked."""
+    """The question is empty, too long or not text."""
 
 
 class RequestError(InputError):
-    """The request's body is not of the shape that the route takes."""
+    """The body of a request does not match the schema of the route."""
 
 
 class TooLarge(InputError):
-    """More bytes than are read into memory."""
+    """The input has more bytes or pixels than are accepted."""
 
 
 class NotFound(InputError):
-    """What was named is not here."""
+    """The named sample, pack or image does not exist."""
 
 
 class ArtifactError(GogEdgeError):
@@ -62,11 +62,11 @@ class BundleError(ArtifactError):
 
 
 class PackError(ArtifactError):
-    """A pack cannot be opened or does not belong to this encoder."""
+    """A pack cannot be opened, or was built with another encoder."""
 
 
 class SourceError(ArtifactError):
-    """A snapshot that a pack is to be built from cannot be read."""
+    """A snapshot cannot be read."""
 
 
 class CheckpointError(ArtifactError):
@@ -74,32 +74,32 @@ class CheckpointError(ArtifactError):
 
 
 class BackendError(GogEdgeError):
-    """A backend that was asked for cannot be obtained; there is no silent fall-back."""
+    """A requested backend is not available. There is no silent fall-back."""
 
 
 class OutOfDeviceMemory(BackendError):
-    """The GPU's memory is taken; what was there before still is."""
+    """An allocation on the GPU failed; earlier allocations are intact."""
 
 
 class DeviceLost(BackendError):
-    """The GPU answers no call of this process any more; nothing mends that but a new process."""
+    """The GPU is unusable for the rest of this process; only a new process can use it."""
 
 
 class NotEnoughMemory(GogEdgeError):
-    """What is to be loaded is more than the free memory."""
+    """A bundle needs more memory than is free."""
 
 
 class DialectError(GogEdgeError):
-    """A dialect file is not usable."""
+    """A dialect file cannot be used."""
 
 
 class MalformedAction(DialectError):
-    """The policy's text holds no action that can be carried out."""
+    """The text of the policy contains no action that can be executed."""
 
 
 class Busy(GogEdgeError):
-    """All workers are taken and the line behind them is full."""
+    """All workers are busy and the queue is full."""
 
 
 class BudgetExceeded(GogEdgeError):
-    """The budget of a question is spent."""
+    """The budget of a question, or the context of its session, is used up."""

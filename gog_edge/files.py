@@ -1,4 +1,4 @@
-"""Files that are named by hash: describe, verify, and commit by rename."""
+"""Files of artefacts: describe and verify them by hash, and replace them atomically."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from gog_edge.errors import ArtifactError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Whole-file hashing at open is worth its time up to here; larger files are checked by size, and by `verify`.
+# Files up to this size are hashed when an artefact is opened; larger ones are compared by size, and hashed by `verify`.
 HASH_AT_OPEN_BYTES = 64 * 2**20
-MODEL_MANIFEST = "manifest.json"  # of policies and encoders; packs and engines name theirs
+MODEL_MANIFEST = "manifest.json"  # of policies and encoders; packs and engines have their own
 BLOCK_BYTES = 2**20
 SQLITE_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
-OTHER_FILES = 512  # that a process has open besides its vectors: connections, stores, models
+OTHER_FILES = 512  # open files of a process other than vector shards: connections, stores, models
 OnBytes: TypeAlias = Callable[[int], None]
 
 
@@ -37,12 +37,12 @@ class FileEntry:
     sha256: str  # hex
 
     def to_json(self) -> dict[str, Any]:
-        """Plain fields, as manifests hold them."""
+        """Return the fields as a manifest stores them."""
         return asdict(self)
 
 
 def sha256_of(path: Path, on_bytes: OnBytes | None = None) -> str:
-    """Hex sha256 of a file, read in pieces; `on_bytes` is told how long each is."""
+    """Return the hex sha256 of a file, read in blocks; `on_bytes` is called with the size of each block."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(BLOCK_BYTES):
@@ -53,7 +53,7 @@ def sha256_of(path: Path, on_bytes: OnBytes | None = None) -> str:
 
 
 def describe_files(root: Path, names: Iterable[str]) -> list[FileEntry]:
-    """Size and hash of each named file below `root`, sorted by name."""
+    """Return size and hash of each named file below `root`, sorted by name."""
     return [FileEntry(name, (root / name).stat().st_size, sha256_of(root / name)) for name in sorted(names)]
 
 
@@ -69,8 +69,8 @@ def verify_files(
 ) -> None:
     """Raise `error` naming the first file that is missing or altered.
 
-    Files above `HASH_AT_OPEN_BYTES`, and those of the paths `by_size`, are compared by size only, unless `full`.
-    `on_bytes` is told how much was hashed.
+    Files above `HASH_AT_OPEN_BYTES`, and those whose path is in `by_size`, are compared by size only unless `full`.
+    `on_bytes` is called with the number of bytes hashed.
     """
     for raw in entries:
         entry = raw if isinstance(raw, FileEntry) else FileEntry(**raw)
@@ -88,53 +88,53 @@ def verify_files(
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside, fsync, rename: a reader sees the old file or the new one, never a part."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as stream:
+    """Write to a temporary file, fsync and rename: a reader sees the old file or the new one, never a partial one."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    beside.replace(path)
+    temporary.replace(path)
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
-    """`write_atomic` of an array as numpy's own file, which can be mapped."""
-    import numpy as np  # only who writes arrays: --help is quick
+    """Write an array atomically in NumPy's .npy format, which can be memory-mapped."""
+    import numpy as np  # imported here so that --help stays fast
 
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as stream:
-        # not np.save: it writes to files past Python, and does not say of a full disk that it is full
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as stream:
+        # not np.save: it bypasses Python's file object, and does not report a full disk as such
         rows = np.ascontiguousarray(array)
         np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(rows))
         stream.write(rows.data)
         stream.flush()
         os.fsync(stream.fileno())
-    beside.replace(path)
+    temporary.replace(path)
 
 
-def full_disk(exc: BaseException) -> bool:
-    """Whether this error says that there is no room left, or that a file may not grow (on FAT32, beyond 4 GiB)."""
+def is_disk_full(exc: BaseException) -> bool:
+    """Return whether an error means that the disk is full or a file may not grow (beyond 4 GiB on FAT32)."""
     if isinstance(exc, sqlite3.Error):
         return getattr(exc, "sqlite_errorcode", None) in SQLITE_FULL or "disk is full" in str(exc)
     return isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def full_disk_said(where: Path, error: type[ArtifactError] = ArtifactError) -> Iterator[None]:
-    """Say of a full disk that it is full, as `error`; other errors pass."""
+def full_disk_as(where: Path, error: type[ArtifactError] = ArtifactError) -> Iterator[None]:
+    """Raise `error` with a clear message if the disk is full; other errors pass unchanged."""
     try:
         yield
     except (sqlite3.Error, OSError) as exc:
-        if full_disk(exc):
-            raise error(f"the disk of '{where}' is full ({exc}); make room and run the same command again: it goes on "
-                        "where it stopped") from exc
+        if is_disk_full(exc):
+            raise error(f"the disk of '{where}' is full ({exc}); free some space and run the same command again: it "
+                        "continues where it stopped") from exc
         raise
 
 
 def allow_open_files(more: int) -> None:
-    """Let this process open `more` files and some others, as far as the system allows: 1,024 in all are usual."""
+    """Raise the soft limit of open files so that `more` files fit, as far as the system allows."""
     if sys.platform == "win32":
-        return  # counts handles otherwise
+        return  # has no RLIMIT_NOFILE
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -145,25 +145,25 @@ def allow_open_files(more: int) -> None:
 
 
 def sync_files(paths: Iterable[Path]) -> None:
-    """Bring files to the disk before anything names them."""
+    """Flush files to disk before anything refers to them."""
     for path in paths:
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` of indented UTF-8 JSON."""
+    """Write indented UTF-8 JSON atomically."""
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path, *, what: str, error: type[ArtifactError] = ArtifactError) -> dict[str, Any]:
-    """Read a JSON object; `error` when it is missing or not one."""
+    """Read a JSON object. Raises `error` when the file is missing, not JSON, or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise error(f"{what}: there is no '{path}'; is this the right folder?") from None
+        raise error(f"{what}: '{path}' does not exist; is this the right folder?") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as exc:
         raise error(f"{what}: '{path}' is not JSON ({exc}); copy or build it again") from exc
     if not isinstance(value, dict):
-        raise error(f"{what}: '{path}' holds a {type(value).__name__}, not an object")
+        raise error(f"{what}: '{path}' must contain a JSON object, got a {type(value).__name__}")
     return value

@@ -1,72 +1,129 @@
-"""TOML tables -> dataclasses, checked by the dataclass's own annotations."""
+"""Validate TOML tables against the annotations of a dataclass.
+
+Every table that gog_edge reads (bundle.toml, dialects) is described by a dataclass. Bounds are written with
+`annotated_types`, for example ``turns: Annotated[int, Ge(1)] = 6``.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from gog_edge.errors import DialectError
+from annotated_types import Ge, Gt, Le, MinLen
+
+from gog_edge.errors import DialectError, GogEdgeError
 
 T = TypeVar("T")
 
+_TYPE_NAMES = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
 
-def build(kind: type[T], table: Any, name: str) -> T:
-    """A dataclass from a table; DialectError names the first key that is missing, unknown or of a wrong kind."""
-    if not isinstance(table, dict):
-        raise DialectError(f"[{name}] is {table!r}, which is no table")
-    hints = get_type_hints(kind)
+
+def build(kind: type[T], table: Any, name: str, *, error: type[GogEdgeError] = DialectError, where: str = "") -> T:
+    """Return an instance of the dataclass `kind` with the values of a TOML table.
+
+    Args:
+        kind: its fields are the keys of the table. A field may be a str, int, float, bool, Literal, optional, tuple,
+            mapping, dataclass, or a tuple of dataclasses; `Annotated` bounds are checked.
+        table: the parsed table.
+        name: the name of the table in messages, for example "limits".
+        error: the class of the error that is raised.
+        where: the file, as a prefix of messages.
+
+    Raises:
+        GogEdgeError: of class `error`; names the first key that is missing, unknown, of a wrong type or out of bounds.
+    """
+    try:
+        return _build(kind, table, name)
+    except _Invalid as exc:
+        raise error(f"{where}: {exc}" if where else str(exc)) from None
+
+
+class _Invalid(Exception):
+    """A table that does not match its dataclass."""
+
+
+def _build(kind: type[T], table: Any, name: str) -> T:
+    label = f"[{name}]" if name else "the file"
+    if not isinstance(table, Mapping):
+        raise _Invalid(f"{label} must be a table, got {table!r}")
+    hints = get_type_hints(kind, include_extras=True)
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # callers pass dataclasses
     for key in table:
-        if key not in hints:
-            raise DialectError(f"[{name}] has an unknown key '{key}'; known are {', '.join(hints)}")
-    values = {key: _value(value, hints[key], f"{name}.{key}") for key, value in table.items()}
-    for field in fields(kind):  # type: ignore[arg-type]  # every caller gives a dataclass
-        if field.name in values:
-            _check(field.name, values[field.name], hints[field.name])
-        elif field.default is MISSING:
-            raise DialectError(f"the field '{field.name}' is missing from [{name}]")
+        if key not in known:
+            raise _Invalid(f"{label} has an unknown key '{key}'; known keys are {', '.join(known)}")
+    values: dict[str, Any] = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name in table:
+            path = f"{name}.{field.name}" if name else field.name
+            values[field.name] = _value(table[field.name], hints[field.name], path, f"{label} '{field.name}'")
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise _Invalid(f"{label} requires the key '{field.name}', which is missing")
     return kind(**values)
 
 
-def at_least(least: float, **values: float | None) -> None:
-    """DialectError for the first value below `least`; None is no value."""
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise DialectError(f"{name} is {value!r}, which is less than {least}")
+def _value(value: Any, hint: Any, path: str, label: str) -> Any:
+    """Return a value converted to its annotation: lists become tuples, tables become dataclasses."""
+    if get_origin(hint) is Annotated:
+        inner, *bounds = get_args(hint)
+        converted = _value(value, inner, path, label)
+        for problem in _violations(converted, bounds):
+            raise _Invalid(f"{label} must be {problem}, got {value!r}")
+        return converted
+    if get_origin(hint) in (UnionType, Union):
+        options = [option for option in get_args(hint) if option is not NoneType]
+        return _value(value, next((one for one in options if _matches(value, one)), options[0]), path, label)
+    if is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, path)
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return _tuple(value, get_args(hint), path, label)
+    if not _matches(value, hint):
+        raise _Invalid(f"{label} must be {_describe(hint)}, got {value!r}")
+    return value
 
 
-def _value(value: Any, hint: Any, name: str) -> Any:
-    """Lists become tuples, lists of tables tuples of dataclasses."""
-    if not isinstance(value, list):
-        return value
-    inner = get_args(hint)
-    if len(inner) == 2 and inner[1] is Ellipsis and is_dataclass(inner[0]) and isinstance(inner[0], type):
-        return tuple(build(inner[0], item, name) for item in value)
-    return tuple(value)
+def _tuple(value: list[Any], items: tuple[Any, ...], path: str, label: str) -> tuple[Any, ...]:
+    if len(items) == 2 and items[1] is Ellipsis:
+        return tuple(_value(one, items[0], path, f"{label}[{n}]") for n, one in enumerate(value))
+    if len(value) != len(items):
+        raise _Invalid(f"{label} must be a list of {len(items)} values, got {value!r}")
+    pairs = enumerate(zip(value, items, strict=True))
+    return tuple(_value(one, item, path, f"{label}[{n}]") for n, (one, item) in pairs)
 
 
-def _check(name: str, value: Any, hint: Any) -> None:
+def _matches(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise DialectError(f"{name} {value!r} is none of {', '.join(get_args(hint))}")
-    elif not _fits(value, hint):
-        raise DialectError(f"{name} is {value!r}, which is no {_named(hint)}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    arguments = get_args(hint)
-    if get_origin(hint) is UnionType:
-        return any(_fits(value, one) for one in arguments if one is not NoneType)
-    if get_origin(hint) is tuple and arguments[-1] is Ellipsis:
-        return isinstance(value, tuple) and all(isinstance(one, arguments[0]) for one in value)
-    if get_origin(hint) is tuple:  # of marks: an empty one would be found everywhere
-        texts = isinstance(value, tuple) and all(isinstance(one, str) and one != "" for one in value)
-        return texts and len(value) == len(arguments)
+        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, list)
+    if hint is Any:
+        return True
+    if get_origin(hint) is not None or is_dataclass(hint):
+        return isinstance(value, Mapping)
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is hint
 
 
-def _named(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, get_args(hint)))}"
+    if get_origin(hint) is tuple:
+        return "a list"
+    return _TYPE_NAMES.get(hint, "a table")
+
+
+def _violations(value: Any, bounds: list[Any]) -> Iterator[str]:
+    """Yield what a value must be, for each bound that it violates."""
+    for bound in bounds:
+        match bound:
+            case Ge(ge) if value < ge:
+                yield f"at least {ge}"
+            case Gt(gt) if not value > gt:
+                yield f"greater than {gt}"
+            case Le(le) if value > le:
+                yield f"at most {le}"
+            case MinLen(length) if len(value) < length:
+                yield "a non-empty string" if isinstance(value, str) else f"a list of at least {length}"

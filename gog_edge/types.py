@@ -1,4 +1,4 @@
-"""Plain data that crosses module borders: frozen, typed, without behaviour beyond geometry."""
+"""Plain data shared between modules: frozen dataclasses without behaviour beyond geometry."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ class Box:
 
     @property
     def width(self) -> float:
-        """Pixels; negative when the corners are swapped."""
+        """Return x1 - x0 in pixels; negative when the corners are swapped."""
         return self.x1 - self.x0
 
     @property
     def height(self) -> float:
-        """Pixels; negative when the corners are swapped."""
+        """Return x1 - x0 in pixels; negative when the corners are swapped."""
         return self.y1 - self.y0
 
     @property
     def area(self) -> float:
-        """Square pixels, 0 where there is nothing inside."""
+        """Return the area in square pixels, 0 for an empty box."""
         return max(0.0, self.width) * max(0.0, self.height)
 
     def intersection(self, other: Box) -> Box:
-        """The common part; its area is 0 where there is none."""
+        """Return the intersection; its area is 0 when the boxes do not overlap."""
         return Box(
             max(self.x0, other.x0),
             max(self.y0, other.y0),
@@ -54,26 +54,26 @@ class Box:
         )
 
     def iou(self, other: Box) -> float:
-        """Intersection over union, 0..1."""
+        """Return the intersection over union, 0..1."""
         inside = self.intersection(other)
         shared = inside.area if inside.width > 0 and inside.height > 0 else 0.0
         union = self.area + other.area - shared
         return shared / union if union > 0 else 0.0
 
 
-# --- what the policy can do -------------------------------------------------------------------
+# --- actions of the policy -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Say this and stop."""
+    """Give the answer and end the episode."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class TextSearch:
-    """Search the snapshot with words."""
+    """Search the snapshot with text."""
 
     query: str
 
@@ -93,12 +93,12 @@ class GazeSearch:
 Action: TypeAlias = Answer | TextSearch | ImageSearch | GazeSearch
 
 
-# --- what the snapshot gives back -------------------------------------------------------------
+# --- queries and search results -------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class TextQuery:
-    """Words to search for; `question` is what the person asked, for choosing paragraphs."""
+    """A text query; `question` is the user's question, which selects the paragraphs."""
 
     text: str
     question: str = ""
@@ -106,17 +106,17 @@ class TextQuery:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where the pixels of a query were cut from: what lies nearly there was embedded already, or will be once."""
+    """Where the pixels of a query were cropped from; overlapping crops share one embedding."""
 
-    picture: str  # hash of the whole picture
-    boxes: tuple[Box, ...]  # in its pixels: of the query's own pixels, then of its views
+    picture: str  # hash of the full picture
+    boxes: tuple[Box, ...]  # in its pixels: of the query's own crop, then of its views
 
 
 @dataclass(frozen=True, slots=True)
 class ImageQuery:
-    """Pixels to search for (whole picture or crop); `question` chooses paragraphs of what matches.
+    """An image query (the full picture or a crop); `question` selects the paragraphs of what matches.
 
-    `views` are other framings of the same thing: the one that matches best counts, since boxes are seldom exact.
+    `views` are other framings of the same object; the best match of all views counts, since boxes are rarely exact.
     """
 
     pixels: Pixels
@@ -130,23 +130,23 @@ Query: TypeAlias = TextQuery | ImageQuery
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One paragraph of the snapshot, with what a citation needs."""
+    """One paragraph of the snapshot, with the fields of a citation."""
 
     pack: str
     article: str
     section: str
-    paragraph: int  # id within the pack, stable over generations
+    paragraph: int  # id within the pack, stable across generations
     text: str
     licence: str
-    span: tuple[int, int] = (0, 0)  # where it stands in the article's text, in characters, half-open
+    span: tuple[int, int] = (0, 0)  # character offsets in the article's text, half-open
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """One image of the snapshot; its pixels are at /v1/images/{pack}/{image}."""
+    """One image of the snapshot, served at /v1/images/{pack}/{image}."""
 
     pack: str
-    image: int  # id within the pack, stable over generations
+    image: int  # id within the pack, stable across generations
     caption: str
     licence: str
     attribution: str
@@ -154,7 +154,7 @@ class ImageRef:
 
 @dataclass(frozen=True, slots=True)
 class ChannelRank:
-    """How high one way of searching put a thing; channels are named in `retrieval.channels`."""
+    """The rank that one search channel gave to an article; channel names are defined in `retrieval.fusion`."""
 
     channel: str
     rank: int  # from 1; the best of several queries
@@ -162,54 +162,54 @@ class ChannelRank:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """One thing found: the articles that share it (several territories may share a flag) and what they say."""
+    """One search hit: the articles that share it (several territories may share a flag) and their passages."""
 
     titles: tuple[str, ...]  # best first; never empty
     passages: tuple[Passage, ...]  # best first; may be empty for lower ranks
     image: ImageRef | None
-    score: float  # cosine where only pictures were compared, else fused rank score; comparable within one result only
+    score: float  # cosine if only images were compared, else the fused rank score; comparable within one result only
     ranks: tuple[ChannelRank, ...] = ()  # which channels found it
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """What one query brought back."""
+    """The result of one query."""
 
     evidence: tuple[Evidence, ...]  # best first; empty when nothing matched at all
-    found: float  # calibrated chance, 0..1, that what was searched for is in the snapshot
-    cached: bool = False  # answered from the episode's cache: a near-identical crop was searched before
+    found: float  # calibrated probability, 0..1, that the object of the query is in the snapshot
+    cached: bool = False  # served from the episode's cache: a near-identical crop was searched before
 
 
 @dataclass(frozen=True, slots=True)
 class Citation:
-    """Where an answer comes from."""
+    """A passage that supports an answer, with the image of its article."""
 
     passage: Passage
     image: ImageRef | None
 
 
-# --- between loop and policy ------------------------------------------------------------------
+# --- between the loop and the policy ------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What the loop tells the policy after an action. Exactly one of `result` and `notice` is set."""
+    """What the loop shows the policy after an action. Exactly one of `result` and `notice` is set."""
 
     result: SearchResult | None = None
-    crop: Pixels | None = None  # what was cut out, so that the policy can look at it again
+    crop: Pixels | None = None  # the crop, shown to the policy again
     notice: str | None = None  # key of a dialect text: "malformed", "box_refused", "action_refused", "give_up"
     detail: str = ""  # fills the notice: the reason, in words
-    crop_box: Box | None = None  # what the crop shows, in pixels of the given picture
+    crop_box: Box | None = None  # the region of the crop, in pixels of the given picture
 
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One turn of the policy: its raw text and what the dialect made of it."""
+    """One turn of the policy: its raw text and the action that the dialect parsed from it."""
 
     text: str
     action: Action | None  # None when malformed
     malformed: str  # reason; empty when there is an action
-    prompt_tokens: int  # tokens newly prefilled for this turn (text and image)
+    prompt_tokens: int  # tokens prefilled for this turn (text and image)
     new_tokens: int  # tokens generated
     prefill_ms: float
     decode_ms: float
@@ -217,10 +217,10 @@ class Utterance:
 
 @dataclass(frozen=True, slots=True)
 class PackState:
-    """What is served of a pack."""
+    """The serving state of a pack."""
 
     name: str
     generation: int
-    switches: int  # to other generations since it was opened
+    switches: int  # to other generations since the pack was opened
     refusals: int
-    refused: str  # why what lies there now is not served; empty where it is
+    refused: str  # why the generation on disk is not served; empty if it is

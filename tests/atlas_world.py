@@ -1,4 +1,4 @@
-"""A made-up atlas: countries with invented flags, two of which nobody can tell apart."""
+"""A fictional atlas: thirty countries with invented flags, two of which are the same."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from gog_edge.types import Pixels
 
 COUNT = 30
 MONEY = (("Crown", "CRN"), ("Shell", "SHL"), ("Bead", "BED"), ("Coin", "CON"))
-# Every fifth country is held out (5th, 10th, ...): the fifth flies the flag of the third.
+# Indices of the countries with the same flag. Every fifth country is held out (5th, 10th, ...), so that the second is.
 TWINS = (2, 4)
 
 
 def key(index: int) -> str:
-    """ISO code: AA, AB, ..."""
+    """Return the ISO code of a country: AA, AB, ..."""
     return chr(65 + index // 26) + chr(65 + index % 26)
 
 
 @cache
 def countries() -> tuple[Country, ...]:
-    """Made-up countries in a ring of neighbours."""
+    """Return the countries; each borders the next one."""
     return tuple(
         Country(
             iso=key(n), iso3=key(n) + "X", name=f"Land {key(n)}", capital=f"City {key(n)}", continent="Europe",
@@ -35,12 +35,8 @@ def countries() -> tuple[Country, ...]:
 
 @cache
 def flags() -> dict[str, Pixels]:
-    """Flags by flag key."""
+    """Return the flags by flag key."""
     drawn = {country.flag: invented_flag(20_000 + n) for n, country in enumerate(countries())}
     first, second = (countries()[n].flag for n in TWINS)
     return drawn | {second: drawn[first]}
 
-
-def names() -> dict[str, str]:
-    """Names by ISO code."""
-    return {country.iso: country.name for country in countries()}

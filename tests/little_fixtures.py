@@ -1,4 +1,4 @@
-"""An encoder, a pack and a retriever, made once a run; nothing may change them."""
+"""Fixtures of an encoder, a pack and a retriever, made once per session. Tests must not modify them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The little world as a person keeps it: a folder of flags, a text beside each."""
+"""The little world as a folder: a picture and a text file for each flag."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def write_flag(folder: Path, name: str, news: str = "") -> None:
-    """A picture and what is said of it."""
+    """Write a picture and its text; `news` is one more paragraph."""
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(flag(name)).save(folder / f"{name}.png")
     capital, currency = FACTS[name]
@@ -18,7 +18,7 @@ def write_flag(folder: Path, name: str, news: str = "") -> None:
 
 
 def write_little_folder(folder: Path) -> Path:
-    """Every flag, and a picture that cannot be read."""
+    """Write all flags and a truncated picture."""
     for name in FLAGS:
         write_flag(folder, name)
     (folder / "torn.png").write_bytes((folder / "Spain.png").read_bytes()[:60])

@@ -1,4 +1,4 @@
-"""A pack of a few countries with flags of plain bars, small enough to know by heart."""
+"""A pack of a few countries whose flags are plain bars, small enough for expected results by hand."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gog_edge.indexing.generation import ArticleDraft, ImageDraft, PackOptions, PackWriter, Snapshot
+from gog_edge.indexing.generation import PackOptions, PackWriter
+from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.manifest import Manifest
+from gog_edge.retrieval.manifest import Manifest, Snapshot
 from gog_edge.types import Pixels
 
 SNAPSHOT = Snapshot("little world", "2026-01-01", "00000000-0000-0000-0000-000000000001", "ab" * 32, "CC0")
@@ -45,27 +46,27 @@ REDIRECTS = {"Portugal": ("PT", "Portuguese Republic"), "Italy": ("IT",), "Chad"
 
 
 def bars(*colours: tuple[int, ...], width: int = 60, height: int = 40) -> Pixels:
-    """Upright bars of equal width."""
+    """Return upright bars of equal width."""
     each = width // len(colours)
     row = np.concatenate([np.tile(np.array(colour, dtype=np.uint8), (each, 1)) for colour in colours])
     return np.tile(row, (height, 1, 1))
 
 
 def png(pixels: Pixels) -> bytes:
-    """The file of some pixels."""
+    """Return pixels as a PNG file."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
 
 
 def flag(name: str) -> Pixels:
-    """The flag of a country."""
+    """Return the flag of a country."""
     return bars(*FLAGS[name])
 
 
-def articles() -> list[ArticleDraft]:
-    """One article a country, four facts each."""
-    drafts = []
+def articles() -> list[ArticleRecord]:
+    """Return an article with four facts for each country."""
+    records = []
     for name, (capital, currency) in FACTS.items():
         facts = (
             ("Continent", f"{name} lies in {CONTINENTS.get(name, 'Europe')}."),
@@ -73,20 +74,18 @@ def articles() -> list[ArticleDraft]:
             ("Currency, money", f"The currency of {name} is the {currency}."),
             ("Neighbours, borders", f"{name} borders {'Spain' if name in ('France', 'Portugal') else 'nobody'}."),
         )
-        drafts.append(ArticleDraft(name, facts, "CC0", REDIRECTS.get(name, ())))
-    return drafts
+        records.append(ArticleRecord(name, facts, "CC0", REDIRECTS.get(name, ())))
+    return records
 
 
-def images() -> list[ImageDraft]:
-    """One image a flag; Svalbard flies Norway's."""
-    return [
-        ImageDraft(png(flag(name)), f"Flag of {name}", "MIT", "us", (name, "Svalbard") if name == "Norway" else (name,))
-        for name in FLAGS
-    ]
+def images() -> list[ImageRecord]:
+    """Return an image of each flag; Svalbard has the flag of Norway."""
+    articles = {name: (name,) for name in FLAGS} | {"Norway": ("Norway", "Svalbard")}
+    return [ImageRecord(png(flag(name)), f"Flag of {name}", "MIT", "us", articles[name]) for name in FLAGS]
 
 
 def write_little_pack(folder: Path, encoder: Encoder, *, name: str = "little", **settings) -> Manifest:
-    """Write the pack."""
+    """Write the pack and return its manifest."""
     with PackWriter(folder, name=name, snapshot=SNAPSHOT, encoder=encoder, options=PackOptions(**settings)) as writer:
         writer.add(articles(), images())
         return writer.commit()

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
-from gog_edge.config import Budget, Limits, RemoteConfig
-from gog_edge.errors import BundleError, QuestionError
+from gog_edge.config import Limits, RemoteConfig
+from gog_edge.errors import BundleError
 from gog_edge.files import describe_files, write_json
 
 TOML = """
@@ -54,9 +54,7 @@ def test_a_bundle_names_its_parts_and_limits(folder):
     assert bundle.name == "harbour"
     assert (bundle.policy, bundle.encoder) == (folder / "policy", folder / "encoder")
     assert bundle.packs == (folder / "packs/ships",)
-    assert bundle.limits.budget == Budget(turns=4, deadline_ms=5000)
-    assert bundle.limits.picture.max_pixels == 1000
-    assert bundle.limits.question_chars == Limits().question_chars
+    assert bundle.limits == Limits(turns=4, deadline_ms=5000, picture_pixels=1000)
     assert [sample.title for sample in bundle.samples] == ["At the quay"]
     assert bundle.samples[0].picture.read_bytes() == b"picture"
     bundle.verify(full=True)
@@ -78,7 +76,7 @@ def test_a_policy_may_be_another_servers(folder):
 
 def test_the_dialect_of_a_remote_policy_may_be_a_file_of_the_bundle(folder):
     (folder / "bundle.toml").write_text(REMOTE.replace('"gog"', '"spoken.toml"'))
-    with pytest.raises(BundleError, match=r"'dialect' = 'spoken.toml' is no file"):
+    with pytest.raises(BundleError, match=r"'dialect' = 'spoken.toml' does not exist"):
         open_bundle(folder)
     (folder / "spoken.toml").write_text("")
     assert open_bundle(folder).policy.dialect == folder / "spoken.toml"
@@ -87,31 +85,31 @@ def test_the_dialect_of_a_remote_policy_may_be_a_file_of_the_bundle(folder):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('"http://10.0.0.2:8000/v1"', '"10.0.0.2:8000"', "'url' = '10.0.0.2:8000'; give http"),
-        ('"http://10.0.0.2:8000/v1"', '"file:///etc"', "'url' = 'file"),
-        ('"http://10.0.0.2:8000/v1"', '"http://me:key@host/v1"', "no user"),
-        ('"http://10.0.0.2:8000/v1"', '"http://host/v1?key=1"', "no query"),
+        ('"http://10.0.0.2:8000/v1"', '"10.0.0.2:8000"', "'url' must be http.*, got '10.0.0.2:8000'"),
+        ('"http://10.0.0.2:8000/v1"', '"file:///etc"', "'url' must be http.*, got 'file"),
+        ('"http://10.0.0.2:8000/v1"', '"http://me:key@host/v1"', "without user and query"),
+        ('"http://10.0.0.2:8000/v1"', '"http://host/v1?key=1"', "without user and query"),
         ('"http://10.0.0.2:8000/v1"', '"http://host:99999/v1"', "'url'"),
         ('"http://10.0.0.2:8000/v1"', '"http://[::1/v1"', "'url'"),
-        ('"http://10.0.0.2:8000/v1"', "8000", "'url' = 8000 is of a wrong kind"),
-        ('model = "gog-7b"', "", "'model' is missing"),
-        ('model = "gog-7b"', 'model = ""', "'model' is missing"),
-        ('dialect = "gog"', "", "'dialect' is missing"),
+        ('"http://10.0.0.2:8000/v1"', "8000", "'url' must be a string, got 8000"),
+        ('model = "gog-7b"', "", "requires the key 'model'"),
+        ('model = "gog-7b"', 'model = ""', "'model' must be a non-empty string"),
+        ('dialect = "gog"', "", "requires the key 'dialect'"),
         ('dialect = "gog"', 'dialect = "../gog.toml"', "outside the bundle"),
-        ('dialect = "gog"', 'dialect = "gog"\npath = "policy"', "unknown key .* 'path'; with 'url' known are url"),
-        ('dialect = "gog"', 'dialect = "gog"\ncontinues = "always"', "'continues' = 'always'; it is one of vllm"),
-        ('dialect = "gog"', 'dialect = "gog"\npicture = "gif"', "'picture' = 'gif'"),
-        ('dialect = "gog"', 'dialect = "gog"\nfactor = 0', "'factor' = 0"),
-        ('dialect = "gog"', 'dialect = "gog"\nmax_pixels = 3000', "'max_pixels' = 3000; it is at least .* 3136"),
-        ('dialect = "gog"', 'dialect = "gog"\nretries = true', "'retries' = True is of a wrong kind"),
-        ('dialect = "gog"', 'dialect = "gog"\nretries = -1', "'retries' = -1"),
-        ('dialect = "gog"', 'dialect = "gog"\nread_s = 0', "'read_s' = 0"),
-        ('dialect = "gog"', 'dialect = "gog"\nread_s = inf', "'read_s' = inf"),
-        ('dialect = "gog"', 'dialect = "gog"\ntemperature = -0.1', "'temperature' = -0.1"),
-        ('dialect = "gog"', 'dialect = "gog"\ntop_p = 0', "'top_p' = 0"),
-        ('dialect = "gog"', 'dialect = "gog"\noptions = 3', "'options' = 3"),
-        ('dialect = "gog"', 'dialect = "gog"\noptions = { messages = 1 }', "messages cannot be set here"),
-        ('dialect = "gog"', 'dialect = "gog"\noptions = { day = 2026-01-01 }', "only what JSON can hold"),
+        ('dialect = "gog"', 'dialect = "gog"\npath = "policy"', "unknown key 'path'; known keys are url"),
+        ('dialect = "gog"', 'dialect = "gog"\ncontinues = "always"', "must be one of 'vllm', .*, got 'always'"),
+        ('dialect = "gog"', 'dialect = "gog"\npicture = "gif"', "'picture' must be one of .*, got 'gif'"),
+        ('dialect = "gog"', 'dialect = "gog"\nfactor = 0', "'factor' must be at least 1, got 0"),
+        ('dialect = "gog"', 'dialect = "gog"\nmax_pixels = 3000', "'max_pixels' must be at least .* 3136, got 3000"),
+        ('dialect = "gog"', 'dialect = "gog"\nretries = true', "'retries' must be an integer, got True"),
+        ('dialect = "gog"', 'dialect = "gog"\nretries = -1', "'retries' must be at least 0, got -1"),
+        ('dialect = "gog"', 'dialect = "gog"\nread_s = 0', "'read_s' must be greater than 0, got 0"),
+        ('dialect = "gog"', 'dialect = "gog"\nread_s = inf', "'read_s' must be a finite number, got inf"),
+        ('dialect = "gog"', 'dialect = "gog"\ntemperature = -0.1', "'temperature' must be at least 0, got -0.1"),
+        ('dialect = "gog"', 'dialect = "gog"\ntop_p = 0', "'top_p' must be greater than 0, got 0"),
+        ('dialect = "gog"', 'dialect = "gog"\noptions = 3', "'options' must be a table, got 3"),
+        ('dialect = "gog"', 'dialect = "gog"\noptions = { messages = 1 }', "must not set messages"),
+        ('dialect = "gog"', 'dialect = "gog"\noptions = { day = 2026-01-01 }', "must contain JSON values only"),
     ],
 )
 def test_what_is_wrong_with_a_remote_policy_is_named(folder, old, new, words):
@@ -153,21 +151,21 @@ def test_limits_and_samples_may_be_left_out(folder):
     [
         ("schema = 1", "schema = 2", "schema = 2"),
         ("schema = 1", "", "schema = None"),
-        ('name = "harbour"', "", "'name' is missing"),
-        ('name = "harbour"', "name = 3", "'name'.* 3"),
+        ('name = "harbour"', "", "requires the key 'name'"),
+        ('name = "harbour"', "name = 3", "'name' must be a string, got 3"),
         ('name = "harbour"', 'name = "h"\ncolour = "red"', "unknown key 'colour'"),
-        ("[policy]\npath", "[policy]\nfile", r"unknown key \[policy\] 'file'"),
-        ('[policy]\npath = "policy"', "", r"\[policy\] is missing"),
-        ('path = "policy"', 'path = "elsewhere"', "'elsewhere' is no folder"),
+        ("[policy]\npath", "[policy]\nfile", r"\[policy\] has an unknown key 'file'"),
+        ('[policy]\npath = "policy"', "", r"requires the key 'policy'"),
+        ('path = "policy"', 'path = "elsewhere"', "'elsewhere' is not a folder"),
         ('path = "policy"', 'path = "../.."', "outside the bundle"),
-        ('path = "policy"', 'path = "samples"', "there is no .*manifest.json"),
-        ('[[packs]]\npath = "packs/ships"', "", r"\[\[packs\]\] is missing"),
+        ('path = "policy"', 'path = "samples"', "manifest.json' does not exist"),
+        ('[[packs]]\npath = "packs/ships"', "", r"requires the key 'packs'"),
         ('path = "packs/ships"', 'path = "packs/trains"', "packs/trains"),
-        ("turns = 4", "turn = 4", r"unknown key 'turn' in \[limits\]; known are turns,"),
-        ("turns = 4", "turns = 0", "turns = 0 is no positive whole number"),
-        ("turns = 4", "turns = true", "turns = True"),
-        ("turns = 4", 'turns = "4"', "turns = '4'"),
-        ("schema = 1", "schema = ", "not TOML"),
+        ("turns = 4", "turn = 4", r"\[limits\] has an unknown key 'turn'; known keys are turns,"),
+        ("turns = 4", "turns = 0", "'turns' must be at least 1, got 0"),
+        ("turns = 4", "turns = true", "'turns' must be an integer, got True"),
+        ("turns = 4", 'turns = "4"', "'turns' must be an integer, got '4'"),
+        ("schema = 1", "schema = ", "cannot be parsed as TOML"),
     ],
 )
 def test_what_is_wrong_is_named(folder, old, new, words):
@@ -179,21 +177,21 @@ def test_what_is_wrong_is_named(folder, old, new, words):
 
 
 def test_a_folder_without_bundle_toml(tmp_path):
-    with pytest.raises(BundleError, match="there is no .*bundle.toml"):
+    with pytest.raises(BundleError, match="bundle.toml' does not exist"):
         open_bundle(tmp_path)
-    with pytest.raises(BundleError, match="there is no .*bundle.toml"):
+    with pytest.raises(BundleError, match="bundle.toml' does not exist"):
         open_bundle(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
     ("samples", "words"),
     [
-        ("{}", "no list"),
+        ("{}", "must contain a list"),
         ("[", "cannot be read"),
-        ('["quay.jpg"]', "no table"),
+        ('["quay.jpg"]', "must be a table"),
         ('[{"picture": "gone.jpg", "title": "t", "questions": []}]', "gone.jpg"),
-        ('[{"picture": "quay.jpg", "questions": []}]', "'title' is missing"),
-        ('[{"picture": "quay.jpg", "title": "t", "questions": "why"}]', "'questions' of 'quay.jpg'"),
+        ('[{"picture": "quay.jpg", "questions": []}]', "requires the key 'title'"),
+        ('[{"picture": "quay.jpg", "title": "t", "questions": "why"}]', "'questions' must be a list, got 'why'"),
     ],
 )
 def test_wrong_samples_are_named(folder, samples, words):
@@ -211,22 +209,10 @@ def test_verify_finds_what_is_altered_missing_or_unlisted(folder):
     with pytest.raises(BundleError, match="missing"):
         bundle.verify(full=False)
     write_json(folder / "encoder" / "manifest.json", {"schema": 1})
-    with pytest.raises(BundleError, match="no list 'files'"):
+    with pytest.raises(BundleError, match="must have a list 'files'"):
         bundle.verify()
 
 
 def test_the_default_bundle_is_whole():
     open_bundle(DEFAULT_BUNDLE).verify(full=True)
 
-
-@pytest.mark.parametrize(
-    ("question", "words"),
-    [("", "empty"), (" \n\t ", "empty"), ("x" * 2001, "2001 characters"), ("a\x00b", "x00"), ("\ud800", "ud800")],
-)
-def test_what_is_no_question(question, words):
-    with pytest.raises(QuestionError, match=words):
-        Limits().check_question(question)
-
-
-def test_a_question_is_kept_as_asked():
-    assert Limits().check_question("  Wessen Fahne? 旗は? <|im_end|>\n") == "Wessen Fahne? 旗は? <|im_end|>"

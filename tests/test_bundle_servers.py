@@ -13,8 +13,8 @@ from gog_edge.indexing.milvus_loading import load_export
 from gog_edge.indexing.parquet_export import export_parquet
 from gog_edge.planner import plan_memory
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.registry import Shelf
-from gog_edge.retrieval.vectors.milvus import MilvusServer
+from gog_edge.retrieval.registry import PackRegistry
+from gog_edge.retrieval.vectors.milvus import MilvusConnection
 from gog_edge.runtime import pack_opener
 from gog_edge.types import ImageQuery
 
@@ -68,16 +68,16 @@ def test_a_pack_may_be_searched_by_another(box):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('"http://10.0.0.5:19530"', '"10.0.0.5:19530"', r"'milvus' = '10.0.0.5:19530'; give http:// or https://"),
-        ('"http://10.0.0.5:19530"', '"http://root:Milvus@10.0.0.5"', "no user and no query"),
-        ('"http://10.0.0.5:19530"', '"file:///data/m.db"', "'milvus' = 'file:"),
-        ('"http://10.0.0.5:19530"', "19530", "'milvus' = 19530"),
-        ('"MILVUS_KEY"', "7", "'key_env' = 7 is no name"),
-        ("timeout_s = 2", "timeout_s = 0", "'timeout_s' = 0; it is a number of seconds above 0"),
-        ("timeout_s = 2", "timeout_s = true", "'timeout_s' = True"),
-        ("timeout_s = 2", "retries = 2", r"unknown key \[\[packs\]\] 'retries'; known are key_env, milvus, path"),
-        ('path = "packs/little"\n', "", r"\[\[packs\]\] 'path' is missing"),
-        ('milvus = "http://10.0.0.5:19530"\n', "", r"unknown key \[\[packs\]\] 'key_env'; known are path"),
+        ('"http://10.0.0.5:19530"', '"10.0.0.5:19530"', r"must be http:// or https://.*, got '10.0.0.5:19530'"),
+        ('"http://10.0.0.5:19530"', '"http://root:Milvus@10.0.0.5"', "without user and query"),
+        ('"http://10.0.0.5:19530"', '"file:///data/m.db"', "'milvus' must be .*, got 'file:"),
+        ('"http://10.0.0.5:19530"', "19530", "'milvus' must be a string, got 19530"),
+        ('"MILVUS_KEY"', "7", "'key_env' must be a string, got 7"),
+        ("timeout_s = 2", "timeout_s = 0", "'timeout_s' must be greater than 0, got 0"),
+        ("timeout_s = 2", "timeout_s = true", "'timeout_s' must be a finite number, got True"),
+        ("timeout_s = 2", "retries = 2", r"unknown key 'retries'; known keys are path, milvus, key_env"),
+        ('path = "packs/little"\n', "", r"requires the key 'path'"),
+        ('milvus = "http://10.0.0.5:19530"\n', "", r"'key_env' requires 'milvus'"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(box, old, new, words):
@@ -96,14 +96,14 @@ def test_the_bundles_packs_are_opened_with_their_server(box):
     bundle = open_bundle(folder)
     config = bundle.servers[bundle.packs[0]]
     assert config.uri == str(folder / "m.db")
-    server = MilvusServer.open(config)
+    server = MilvusConnection.open(config)
     export_parquet(whole, folder / "export")
     load_export(folder / "export", server)
-    shelf = Shelf(bundle.packs, Encoder.open(bundle.encoder, threads=1), pack_opener(bundle))
-    with shelf.lease() as retriever:
+    packs = PackRegistry(bundle.packs, Encoder.open(bundle.encoder, threads=1), pack_opener(bundle))
+    with packs.lease() as retriever:
         (result,) = retriever.search([ImageQuery(flag("Norway"))])
     assert result.evidence[0].titles == ("Norway", "Svalbard") and result.evidence[0].image.caption == "Flag of Norway"
-    shelf.close()
+    packs.close()
     server.close()
     server_manager_instance.release_server(config.uri)
 
@@ -111,7 +111,7 @@ def test_the_bundles_packs_are_opened_with_their_server(box):
 def test_a_server_that_is_away_is_named(box):
     (box[0] / "bundle.toml").write_text(TOML.replace("10.0.0.5:19530", "127.0.0.1:9").replace(
         'key_env = "MILVUS_KEY"', ""))  # fmt: skip
-    with pytest.raises(BackendError, match="the Milvus server at http://127.0.0.1:9 is away"):
+    with pytest.raises(BackendError, match="the Milvus server at http://127.0.0.1:9 is not available"):
         pack_opener(open_bundle(box[0]))
 
 
@@ -122,6 +122,6 @@ def test_a_bundle_without_servers_opens_packs_as_ever(box):
     shutil.copytree(whole, folder / "packs/little")
     bundle = open_bundle(folder)
     assert bundle.servers == {}
-    shelf = Shelf(bundle.packs, Encoder.open(bundle.encoder, threads=1), pack_opener(bundle))
-    assert [state.generation for state in shelf.states()] == [1]
-    shelf.close()
+    packs = PackRegistry(bundle.packs, Encoder.open(bundle.encoder, threads=1), pack_opener(bundle))
+    assert [state.generation for state in packs.states()] == [1]
+    packs.close()

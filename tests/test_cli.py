@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from played import BOXES, QUESTION, played_runtime, scene
+from playback import BOXES, QUESTION, SCRIPT, PlaybackPolicy, playback_runtime, scene
 from typer.testing import CliRunner
 
 from gog_edge import runtime
 from gog_edge.agent.trace import read_trace
 from gog_edge.cli import app
+from gog_edge.types import Answer
 
 
 @pytest.fixture
@@ -22,8 +23,8 @@ def picture(tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs `gog-edge` with a played runtime in place of a bundle."""
-    monkeypatch.setattr(runtime, "open_runtime", lambda folder, threads, choice: played_runtime(tmp_path))
+    """Runs `gog-edge` with a scripted runtime in place of a bundle."""
+    monkeypatch.setattr(runtime, "open_runtime", lambda folder, threads, choice: playback_runtime(tmp_path))
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
 
 
@@ -51,6 +52,16 @@ def test_ask_shows_steps_answer_and_source(run, picture):
     assert "gazes at (400, 60) to (520, 140)" in text
     assert "The Romanian leu." in text
     assert "[1]" in text and "The currency of Romania is the Romanian leu." in text and "CC0" in text
+
+
+def test_ask_shows_a_passage_without_the_answer_as_related(run, picture, monkeypatch, tmp_path):
+    script = [SCRIPT[0], ("", Answer("a sort of money"))]
+    monkeypatch.setattr(runtime, "open_runtime",
+                        lambda folder, threads, choice: playback_runtime(tmp_path, PlaybackPolicy(script)))
+    text = " ".join(run("ask", picture, QUESTION).stdout.split())
+    assert "Related: The currency of Romania is the Romanian leu." in text and "[1]" not in text
+    value = json.loads(run("ask", picture, QUESTION, "--json").stdout)
+    assert value["citations"] == [] and value["related"][0]["article"] == "Romania"
 
 
 def test_ask_writes_a_trace(run, picture, tmp_path):
@@ -91,9 +102,9 @@ def test_missing_bundle(picture, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "says"), [
-    (["--engine", "cuda"], "known are ort, ort-cuda, tensorrt, tensorrt-rtx"),
+    (["--engine", "cuda"], "must be one of ort, ort-cuda, tensorrt, tensorrt-rtx"),
     (["--engines", "somewhere"], "name the engine that they were built for"),
-    (["--engine", "tensorrt-rtx", "--engines", "nowhere"], "no engines in 'nowhere'; build them: python -m export."),
+    (["--engine", "tensorrt-rtx", "--engines", "nowhere"], "no engines in 'nowhere'; build them: gog-edge export "),
 ])
 def test_engines_that_cannot_be_had_are_one_line_and_exit_code_2(picture, words, says):
     done = CliRunner().invoke(app, ["ask", str(picture), "Which?", *words])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gog_edge.errors import PackError
-from gog_edge.files import full_disk_said, sha256_of, write_array
+from gog_edge.files import full_disk_as, sha256_of, write_array
 
 
 @pytest.mark.parametrize("array", [
@@ -27,7 +27,7 @@ def test_a_full_disk_is_said_and_the_older_file_stays(tmp_path):
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, usual[1]))  # as a disk that takes no more
     try:
-        with pytest.raises(PackError, match="disk of .* is full"), full_disk_said(tmp_path, PackError):
+        with pytest.raises(PackError, match="disk of .* is full"), full_disk_as(tmp_path, PackError):
             write_array(tmp_path / "a.npy", np.zeros((1000, 512), np.float16))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from gog_edge.errors import PictureError
-from gog_edge.picture import PictureLimits, decode_picture
+from gog_edge.picture import decode_picture
 from gog_edge.types import Box, Size
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -58,12 +58,12 @@ def test_each_format_is_read(fmt):
     ("data", "words"),
     [
         (b"", "empty"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no JPEG"),
-        (b"%PDF-1.7 not a picture", "no JPEG"),
-        (b"\x89PNG\r\n\x1a\n", "no JPEG"),
-        (b"\xff\xd8\xff", "no JPEG"),
-        (encoded(two_halves(), "PPM"), "no JPEG"),
-        (encoded(two_halves(), "ICO"), "no JPEG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a JPEG"),
+        (b"%PDF-1.7 not a picture", "not a JPEG"),
+        (b"\x89PNG\r\n\x1a\n", "not a JPEG"),
+        (b"\xff\xd8\xff", "not a JPEG"),
+        (encoded(two_halves(), "PPM"), "not a JPEG"),
+        (encoded(two_halves(), "ICO"), "not a JPEG"),
         (hollow_png(20, 20), "damaged"),
     ],
 )
@@ -88,12 +88,12 @@ def test_a_bomb_is_refused_by_its_header():
 def test_limits_are_the_callers():
     data = encoded(two_halves())
     with pytest.raises(PictureError, match="limit is 799"):
-        decode_picture(data, PictureLimits(max_pixels=799))
+        decode_picture(data, max_pixels=799)
     with pytest.raises(PictureError, match=f"{len(data)} bytes"):
-        decode_picture(data, PictureLimits(max_bytes=len(data) - 1))
-    with pytest.raises(PictureError, match="each side needs 21"):
-        decode_picture(data, PictureLimits(min_side=21))
-    assert decode_picture(data, PictureLimits(len(data), 800, 20)).size == Size(40, 20)
+        decode_picture(data, max_bytes=len(data) - 1)
+    with pytest.raises(PictureError, match="each side must have at least 21"):
+        decode_picture(data, min_side=21)
+    assert decode_picture(data, max_bytes=len(data), max_pixels=800, min_side=20).size == Size(40, 20)
 
 
 def test_pillows_own_settings_are_as_before():
@@ -228,7 +228,7 @@ def test_damaged_bytes_never_raise_anything_else(fmt):
         for _ in range(chance.randint(1, 6)):
             data[chance.randrange(len(data))] = chance.randrange(256)
         try:
-            picture = decode_picture(bytes(data), PictureLimits(max_pixels=1_000_000))
+            picture = decode_picture(bytes(data), max_pixels=1_000_000)
         except PictureError:
             continue
         assert picture.pixels.ndim == 3

@@ -1,4 +1,4 @@
-"""open_clip checkpoints of two layers with random weights: any of its kinds, as its own folder."""
+"""Write open_clip checkpoints of two layers with random weights, for any model type of open_clip."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_tiny_clip(
     folder: Path, vision: dict = VISION, text: dict = TEXT, *, custom: bool = False,
     change: Callable[[Any], None] = lambda model: None, **more: Any,
 ) -> Any:
-    """Write the folder and return the model; `change` may spoil its weights before."""
+    """Write the folder and return the model; `change` may modify its weights before."""
     import_torchvision()
     from open_clip.model import CLIP, CustomTextCLIP
 
@@ -31,7 +31,7 @@ def write_tiny_clip(
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     model = (CustomTextCLIP if custom else CLIP)(**settings).eval()
     for name, value in model.named_parameters():
-        if value.ndim == 1 and "logit" not in name:  # norms and biases that do nothing would hide an error
+        if value.ndim == 1 and "logit" not in name:  # norms and biases at their initial values would hide errors
             value.data += 0.1 * torch.randn_like(value)
     change(model)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")

@@ -1,6 +1,6 @@
-"""A real ONNX encoder of a few kilobytes: colours of a coarse grid, and words that stand for colours.
+"""A small ONNX encoder: it projects the colours of a coarse grid, and words that name colours, into one space.
 
-Pictures of the same colours in the same places lie near each other; the word 'red' lies near red pictures.
+Pictures with the same colours in the same places are near each other; the word 'red' is near red pictures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def write_tiny_encoder(folder: Path, *, seed: int = 0, name: str = "tiny") -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     projection = rng.normal(size=(3 * GRID * GRID, DIM)).astype(np.float32)
-    words = np.zeros((len(COLOURS) + 2, DIM), dtype=np.float32)  # [PAD] and [UNK] say nothing
+    words = np.zeros((len(COLOURS) + 2, DIM), dtype=np.float32)  # [PAD] and [UNK] are zero
     for row, colour in enumerate(COLOURS.values(), 2):
         flat = np.repeat(np.array(colour, dtype=np.float32) * 2 - 1, GRID * GRID)
         words[row] = flat @ projection

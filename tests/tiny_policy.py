@@ -1,4 +1,4 @@
-"""Tiny random Qwen2.5-VL and Qwen3-VL checkpoints and their exports, made once a run; conftest files import them."""
+"""Fixtures: tiny random Qwen2.5-VL and Qwen3-VL checkpoints and their exports, created once per test run."""
 
 import json
 from functools import cache
@@ -28,7 +28,7 @@ MIN_PIXELS, MAX_PIXELS, CROP_PIXELS = 3136, 78_400, 12_544
 
 
 def write_tokenizer(folder: Path):
-    """A small byte-level BPE with Qwen's special tokens."""
+    """Train and save a small byte-level BPE tokenizer with the special tokens of Qwen."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -43,9 +43,9 @@ def write_tokenizer(folder: Path):
 
 
 def write_checkpoint(folder: Path, *, tied: bool, qwen3: bool = False, wide: bool = False) -> Path:
-    """A random model with grouped queries, and everything an export reads; windows, or features for first layers.
+    """Write a random checkpoint with grouped queries and all files that an export reads.
 
-    `wide`: its heads are 64 wide, as the native operators take them.
+    Qwen2.5-VL has window attention, Qwen3-VL deepstack features. `wide`: heads of 64, as the native operators require.
     """
     from gog_edge.exporting.torchvision_shim import import_torchvision
 
@@ -61,7 +61,7 @@ def write_checkpoint(folder: Path, *, tied: bool, qwen3: bool = False, wide: boo
     torch.manual_seed(7)
     config = (qwen3_config if qwen3 else qwen25_config)(tied, tokenizer.get_vocab_size() + 3, ids, wide)
     model = (Qwen3VLForConditionalGeneration if qwen3 else Qwen2_5_VLForConditionalGeneration)(config).eval()
-    with torch.no_grad():  # wide enough that attention and positions matter
+    with torch.no_grad():  # large enough weights that attention and positions affect the logits
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
                 weight.mul_(6.0)
@@ -98,7 +98,7 @@ def qwen3_config(tied: bool, vocab: int, ids: dict[str, int], wide: bool):
     from transformers import Qwen3VLConfig
 
     head_dim, fed, sections = (64, 96, [12, 10, 10]) if wide else (32, 80, [6, 5, 5])
-    vocab += -vocab % 64 if wide else 0  # all weights fill blocks and panels then; not so Qwen2.5-VL's
+    vocab += -vocab % 64 if wide else 0  # then all weights fill whole blocks and panels, unlike those of Qwen2.5-VL
     return Qwen3VLConfig(
         vision_config={"depth": 4, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96, "out_hidden_size": 64,
                        "patch_size": 16, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]},
@@ -168,46 +168,46 @@ def _model(folder: Path):
     return PolicyModel.open(folder, threads=1)
 
 
-# Several folders import these fixtures; the cached functions let them share one export.
+# The cached functions build on each other; the fixtures below expose them.
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[bool, Path]:
-    """By whether the head is tied."""
+    """Qwen2.5-VL checkpoints, by whether the head is tied."""
     return _checkpoints(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
 def policies(tmp_path_factory) -> dict[bool, Path]:
-    """Exported policy folders, by whether the head is tied; read only."""
+    """Exported Qwen2.5-VL policy folders, by whether the head is tied; read-only."""
     return _policies(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
 def qwen3_checkpoints(tmp_path_factory) -> dict[bool, Path]:
-    """Qwen3-VL ones, by whether the head is tied."""
+    """Qwen3-VL checkpoints, by whether the head is tied."""
     return _qwen3(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
 def qwen3_policy(tmp_path_factory) -> Path:
-    """An exported Qwen3-VL policy folder; read only."""
+    """An exported Qwen3-VL policy folder; read-only."""
     return _qwen3_policy(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
 def wide_checkpoints(tmp_path_factory) -> dict[bool, Path]:
-    """With heads 64 wide: Qwen2.5-VL's, in groups of three, and Qwen3-VL's, in pairs; by whether it is Qwen3-VL."""
+    """Checkpoints with heads of 64, by whether it is Qwen3-VL: groups of two query heads there, of three otherwise."""
     return _wide(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
 def native_policies(tmp_path_factory) -> dict[bool, Path]:
-    """The same exported in int4, with a decoder for the native operators; read only."""
+    """The wide checkpoints exported in int4 with native graphs, by whether it is Qwen3-VL; read-only."""
     return _native_policies(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
 def tiny_model(policies):
-    """The tied policy, open on one thread."""
+    """The Qwen2.5-VL policy with a tied head, open on one thread."""
     return _model(policies[True])

@@ -1,1 +1,1 @@
-"""Training of the atlas encoder: crops, losses, measurements."""
+"""Training and evaluation of the atlas encoder, an open_clip model of a small configuration (model.json)."""

@@ -1,4 +1,4 @@
-"""Crops of flags as the runtime cuts them out of scenes, made one at a time and cheaply."""
+"""Training crops for the encoder: flags as the runtime cuts them out of scenes, drawn one at a time."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from atlas import scenes
 from atlas.scenes import PlacedFlag
 from gog_edge.types import Box, Pixels, Size
 
-PAD = 0.04  # the runtime's margin around a box, of its width and height
-JITTER = 0.08  # a box given by a policy is off by up to this much on each side
+PAD = 0.04  # the runtime's margin around a box, relative to its width and height
+JITTER = 0.08  # largest error of each side of a policy's box, relative to its length
 _BACKGROUND = Size(480, 360)
 
 
 def draw_backgrounds(count: int, seed: int) -> list[Image.Image]:
-    """A pool of scene backgrounds, 480x360."""
-    return [scenes._background(np.random.default_rng([seed, 5, k]), _BACKGROUND) for k in range(count)]
+    """Draw scene backgrounds of 480x360 pixels."""
+    return [scenes.draw_background(np.random.default_rng([seed, 5, k]), _BACKGROUND) for k in range(count)]
 
 
 def crop_padded(pixels: Pixels, box: Box, pad: float = PAD) -> Pixels:
-    """The box and its margin, cut at the picture's border: [h, w, 3]."""
+    """Return the box and its margin, clipped to the picture: [h, w, 3], each side at least two pixels."""
     height, width = pixels.shape[:2]
     x0, x1 = round(box.x0 - pad * box.width), round(box.x1 + pad * box.width)
     y0, y1 = round(box.y0 - pad * box.height), round(box.y1 + pad * box.height)
@@ -32,20 +32,20 @@ def crop_padded(pixels: Pixels, box: Box, pad: float = PAD) -> Pixels:
 
 
 def squash(pixels: Pixels, side: int) -> Pixels:
-    """The encoder's resize: bicubic, both sides to `side`, aspect ignored."""
+    """Resize as the encoder does: bicubic to `side` x `side` pixels without keeping the aspect ratio."""
     return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC))
 
 
 class CropMaker:
-    """Draws one flag on a window of background, with everything that scenes do to it, and cuts it out."""
+    """Draws a flag on a piece of background with the distortions that scenes apply, and crops it."""
 
     def __init__(self, flags: Sequence[Pixels], *, seed: int, backgrounds: int = 240) -> None:
-        self._flags = flags  # neighbours are taken from here
+        self._flags = flags  # neighbouring flags are sampled from these
         self._backgrounds = draw_backgrounds(backgrounds, seed)
         self._rng = np.random.default_rng([seed, 9])
 
     def crop(self, flag: Pixels, side: int) -> Pixels:
-        """[side, side, 3] uint8: one random view of the flag, through the encoder's resize."""
+        """Return a random view of the flag, resized as by the encoder: [side, side, 3] uint8."""
         rng = self._rng
         width = int(np.exp(rng.uniform(np.log(40), np.log(300))))
         canvas, item = self._draw(flag, width)
@@ -62,7 +62,7 @@ class CropMaker:
         return squash(view, side)
 
     def _jittered(self, box: Box) -> Box:
-        """The box as a policy would give it; now and then much too wide, as where one flag fills most of a picture."""
+        """Return the box with errors like a policy's; sometimes much too wide, as for a flag that fills the picture."""
         rng = self._rng
         kind = rng.random()
         if kind < 0.2:
@@ -76,8 +76,11 @@ class CropMaker:
             box.y1 + bottom * box.height,
         )
 
-    def nothing(self, side: int) -> Pixels:
-        """[side, side, 3] uint8 with no single flag: a scene of several, bare background, or a box gone astray."""
+    def negative(self, side: int) -> Pixels:
+        """Return a crop that shows no single flag: a scene of several, background, or a misplaced box.
+
+        Shape [side, side, 3], uint8.
+        """
         rng = self._rng
         if rng.random() < 0.2:
             background = np.asarray(self._backgrounds[rng.integers(len(self._backgrounds))])
@@ -92,7 +95,7 @@ class CropMaker:
         return squash(self._window(picture, [spec.box(k, size) for k in range(len(chosen))]), side)
 
     def _window(self, picture: Pixels, flags: Sequence[Box]) -> Pixels:
-        """A random part of the picture that hardly overlaps any one flag; the whole picture where none is found."""
+        """Return a random part of the picture with IoU below 0.3 for every flag; the whole picture if none is found."""
         rng = self._rng
         height, width = picture.shape[:2]
         for _ in range(20):
@@ -109,32 +112,32 @@ class CropMaker:
         background = self._backgrounds[rng.integers(len(self._backgrounds))]
         scale = rng.uniform(0.3, 1)
         w, h = int(_BACKGROUND.width * scale), int(_BACKGROUND.height * scale)
-        left, top = rng.integers(_BACKGROUND.width - w + 1), rng.integers(_BACKGROUND.height - h + 1)
+        left, top = int(rng.integers(_BACKGROUND.width - w + 1)), int(rng.integers(_BACKGROUND.height - h + 1))
         canvas = background.resize((size.width, size.height), Image.Resampling.BILINEAR, (left, top, left + w, top + h))
         cell = (0.15, 0.15, 0.85, 0.85)
-        corners = scenes._cloth(rng, cell, size.width / size.height, fill=(0.85, 1.0))
+        corners = scenes.sample_corners(rng, cell, size.width / size.height, fill=(0.85, 1.0))
         occluder = None
         item = PlacedFlag("", corners, float(rng.uniform(0.8, 1.2)))
         if rng.random() < 0.22:
-            occluder = scenes._occluder(rng, item.bounds)
+            occluder = scenes.sample_occluder(rng, item.bounds)
             item = PlacedFlag("", corners, item.light, occluder)
         if rng.random() < 0.12:
             self._paste_neighbour(canvas, item)
-        scenes._paste(canvas, flag, item)
+        scenes.paste_flag(canvas, flag, item)
         if occluder is not None:
-            scenes._hide(canvas, occluder)
+            scenes.draw_occluder(canvas, occluder)
         return canvas, item
 
     def _paste_neighbour(self, canvas: Image.Image, item: PlacedFlag) -> None:
-        """Another flag close by, a sliver of which may stand in the crop."""
+        """Paste another flag next to this one, so that the crop may include its edge."""
         rng = self._rng
         x0, y0, x1, y1 = item.bounds
         side = 1 if rng.random() < 0.5 else -1
         gap = rng.uniform(1.02, 1.1)
         dx, dy = (side * gap * (x1 - x0), 0.0) if rng.random() < 0.6 else (0.0, side * gap * (y1 - y0))
         a, b, c, d = ((x + dx, y + dy) for x, y in item.corners)
-        flag = self._flags[rng.integers(len(self._flags))]
-        scenes._paste(canvas, flag, PlacedFlag("", (a, b, c, d), 1.0))
+        flag = self._flags[int(rng.integers(len(self._flags)))]
+        scenes.paste_flag(canvas, flag, PlacedFlag("", (a, b, c, d), 1.0))
 
     def _jpeg(self, view: Pixels) -> Pixels:
         stream = io.BytesIO()

@@ -1,1 +1,1 @@
-"""Training of the atlas policy: a tiny model in the Qwen2.5-VL configuration, taught from nothing."""
+"""Training of the atlas policy, a small model of the Qwen2.5-VL architecture, from random weights."""

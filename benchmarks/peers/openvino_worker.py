@@ -1,7 +1,7 @@
-"""OpenVINO GenAI with paged attention and its prefix cache: `python openvino_worker.py FOLDER THREADS`, JSON lines.
+"""OpenVINO GenAI with paged attention and prefix cache: `python openvino_worker.py FOLDER THREADS`, JSON lines.
 
-Stands alone: the Python that runs it need not have gog_edge. Its chat mode (stateful attention) was tried beside:
-appends took twice as long there, so the prefix cache stands for OpenVINO.
+Self-contained: the Python that runs it need not have gog_edge. Its chat mode (stateful attention) was tried as well,
+but takes twice as long to append, so the prefix cache represents OpenVINO.
 """
 
 import json
@@ -13,11 +13,11 @@ import openvino
 import openvino_genai
 
 CACHE_GB = 1
-BATCH = 4096  # tokens prefilled in one step, at most
+BATCH = 4096  # largest number of tokens prefilled in one step
 
 
 class Conversation:
-    """A pipeline, and all tokens so far: the pipeline finds what it has seen in its cache."""
+    """A pipeline and all tokens so far; the pipeline finds the known ones in its cache."""
 
     def __init__(self, folder: str, threads: int) -> None:
         scheduler = openvino_genai.SchedulerConfig()
@@ -29,11 +29,11 @@ class Conversation:
         )
         self.history: list[int] = []
 
-    def turn(self, tokens: list[int], say: int) -> dict[str, float]:
-        """Append and say."""
+    def turn(self, tokens: list[int], generate: int) -> dict[str, float]:
+        """Append tokens, then generate `generate` tokens."""
         self.history += tokens
         config = openvino_genai.GenerationConfig()
-        config.max_new_tokens, config.ignore_eos, config.do_sample = say, True, False
+        config.max_new_tokens, config.ignore_eos, config.do_sample = generate, True, False
         ids = np.array([self.history], np.int64)
         inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
         started = time.perf_counter()
@@ -41,11 +41,11 @@ class Conversation:
         seconds = time.perf_counter() - started
         self.history += result.tokens[0]
         first = result.perf_metrics.get_ttft().mean / 1e3
-        return {"prefill_s": first, "decode_s": seconds - first, "said": len(result.tokens[0])}
+        return {"prefill_s": first, "decode_s": seconds - first, "generated": len(result.tokens[0])}
 
 
 def main() -> None:
-    """Answer lines until the input ends."""
+    """Answer requests until the input ends."""
     folder, threads = sys.argv[1:]
     conversation = Conversation(folder, int(threads))
     conversation.turn(list(range(64)), 2)
@@ -58,7 +58,7 @@ def main() -> None:
             conversation.history.clear()
             print("{}", flush=True)
         else:
-            print(json.dumps(conversation.turn(request["tokens"], request["say"])), flush=True)
+            print(json.dumps(conversation.turn(request["tokens"], request["generate"])), flush=True)
 
 
 if __name__ == "__main__":

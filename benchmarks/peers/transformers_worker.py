@@ -1,6 +1,6 @@
-"""transformers in bfloat16 with a kept DynamicCache: `python transformers_worker.py FOLDER THREADS`, JSON lines.
+"""transformers in bfloat16 with a persistent DynamicCache: `python transformers_worker.py FOLDER THREADS`, JSON lines.
 
-Stands alone: the Python that runs it need not have gog_edge. A plain greedy loop, which costs less than `generate`.
+Self-contained: the Python that runs it need not have gog_edge. A plain greedy loop has less overhead than `generate`.
 """
 
 import json
@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import suppress
 
-with suppress(ImportError):  # an environment with open_clip has a torchvision that needs help
+with suppress(ImportError):  # an environment with open_clip may have a torchvision that does not match its torch
     from gog_edge.exporting.torchvision_shim import import_torchvision
 
     import_torchvision()
@@ -21,38 +21,39 @@ class Conversation:
     """A model and its cache."""
 
     def __init__(self, folder: str) -> None:
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        self.model.train(False)
         self.reset()
 
     def reset(self) -> None:
-        """Forget."""
+        """Start a new conversation."""
         self.cache = transformers.DynamicCache()
         self.pending: list[int] = []
 
-    def turn(self, tokens: list[int], say: int) -> dict[str, float]:
-        """Append and say."""
+    def turn(self, tokens: list[int], generate: int) -> dict[str, float]:
+        """Append tokens, then generate `generate` tokens."""
         started = time.perf_counter()
         token = self.step(self.pending + tokens)
         ready = time.perf_counter()
-        for _ in range(say - 1):
+        for _ in range(generate - 1):
             token = self.step([token])
         self.pending = [token]
-        return {"prefill_s": ready - started, "decode_s": time.perf_counter() - ready, "said": say}
+        return {"prefill_s": ready - started, "decode_s": time.perf_counter() - ready, "generated": generate}
 
     @torch.inference_mode()
     def step(self, tokens: list[int]) -> int:
-        """The likeliest token after these."""
+        """Return the most likely token after these."""
         output = self.model(torch.tensor([tokens]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return int(output.logits[0, -1].argmax())
 
 
 def main() -> None:
-    """Answer lines until the input ends."""
+    """Answer requests until the input ends."""
     folder, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     conversation = Conversation(folder)
     conversation.turn(list(range(64)), 2)
-    about = f"transformers {transformers.__version__}, torch {torch.__version__}, bfloat16, kept DynamicCache"
+    about = f"transformers {transformers.__version__}, torch {torch.__version__}, bfloat16, persistent DynamicCache"
     print(json.dumps({"about": about}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -60,7 +61,7 @@ def main() -> None:
             conversation.reset()
             print("{}", flush=True)
         else:
-            print(json.dumps(conversation.turn(request["tokens"], request["say"])), flush=True)
+            print(json.dumps(conversation.turn(request["tokens"], request["generate"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What the retrieval benchmark searches, and the engines that search it."""
+"""The corpus of the retrieval benchmark, and the engines that search it."""

@@ -1,1 +1,1 @@
-"""The loop: budgets, steps, traces."""
+"""The episode loop: actions, budgets, events and traces."""

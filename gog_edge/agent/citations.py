@@ -1,47 +1,63 @@
-"""Which passages an answer comes from."""
+"""Which passages an answer cites.
+
+A passage is a citation only if it contains the answer after normalisation. Anything else is at most *related*.
+"""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from gog_edge.types import Citation, SearchResult
 
-# Below this an answer that stands in no passage ("not in my snapshot") is not given a source it does not have.
-LIKELY_FOUND = 0.5
+# Results less likely than this to show the subject have no related passage: "not in my snapshot" needs none.
+MIN_RELATED_FOUND = 0.5
 
 
-def cite(answer: str, results: Sequence[SearchResult]) -> tuple[tuple[Citation, ...], float | None]:
-    """The passages that carry the answer, and the chance that what they were found for is in the snapshot.
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The passages of an answer, and the calibrated probability of the result that they are from."""
 
-    The latest result that has a passage containing the answer gives all such passages. Where none does, the first
-    passage of the last result stands for it, if that result was more likely found than not. The chance is that of
-    the result cited from, else of the last one; None when nothing was searched.
+    citations: tuple[Citation, ...] = ()  # the passages that contain the answer
+    related: tuple[Citation, ...] = ()  # without citations: the first passage of the last result, if that is likely
+    found: float | None = None  # None when nothing was searched
+
+
+def find_sources(answer: str, results: Sequence[SearchResult]) -> Sources:
+    """Return the sources of an answer among the results of an episode, which are in the order of the searches.
+
+    All passages that contain the answer are cited from the latest result that has any. `found` is the probability of
+    that result, otherwise of the last one.
     """
-    wanted = plain(answer)
+    wanted = normalize_answer(answer)
     for result in reversed(results):
-        carrying = tuple(citation for citation in _citations(result) if _holds(citation, wanted))
-        if carrying:
-            return carrying, result.found
+        citations = tuple(citation for citation in _passages(result) if contains_answer(citation, wanted))
+        if citations:
+            return Sources(citations, found=result.found)
     if not results:
-        return (), None
+        return Sources()
     last = results[-1]
-    likely = bool(wanted) and last.found >= LIKELY_FOUND
-    return (_citations(last)[:1] if likely else ()), last.found
+    likely = bool(wanted) and last.found >= MIN_RELATED_FOUND
+    return Sources(related=_passages(last)[:1] if likely else (), found=last.found)
 
 
-def plain(text: str) -> str:
-    """Lower case without accents, articles and punctuation; digits keep their decimal point."""
+def normalize_answer(text: str) -> str:
+    """Return the text in lower case without accents, articles and punctuation; numbers keep their decimal point.
+
+    This extends the answer normalisation of SQuAD by accents and by thousands separators.
+    """
     text = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
     text = re.sub(r"(?<=\d),(?=\d)", "", text)
     text = re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w\s.]|_", " ", text)
     return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
 
 
-def _citations(result: SearchResult) -> tuple[Citation, ...]:
+def contains_answer(citation: Citation, answer: str) -> bool:
+    """Return whether a passage contains a normalised, non-empty answer at word boundaries."""
+    return bool(answer) and f" {answer} " in f" {normalize_answer(citation.passage.text)} "
+
+
+def _passages(result: SearchResult) -> tuple[Citation, ...]:
     return tuple(Citation(passage, evidence.image) for evidence in result.evidence for passage in evidence.passages)
-
-
-def _holds(citation: Citation, wanted: str) -> bool:
-    return bool(wanted) and f" {wanted} " in f" {plain(citation.passage.text)} "

@@ -1,4 +1,4 @@
-"""What a question turns into while it is answered: events for who watches, a record for who keeps."""
+"""The events of an episode, the steps it consists of, and the answer record it ends with."""
 
 from __future__ import annotations
 
@@ -28,50 +28,50 @@ _NAMES: dict[type, str] = {
 
 
 class Workflow(StrEnum):
-    """Which actions the policy may take."""
+    """The actions that are open to the policy."""
 
-    GOG = "gog"  # all of them
-    FULL_IMAGE = "full_image"  # the whole picture is searched first; no gaze
-    DIRECT = "direct"  # one answer, no search
+    GOG = "gog"  # all actions
+    FULL_IMAGE = "full_image"  # the whole picture is searched first; gazing is refused
+    DIRECT = "direct"  # one answer without a search
 
 
-def name_of(action: Action | None) -> str:
-    """The action's name in events, traces and records."""
+def action_name(action: Action | None) -> str:
+    """Return the name of an action in events, traces and records; "malformed" for None."""
     return _NAMES[type(action)] if action else "malformed"
 
 
 def box_json(box: Box | None) -> list[float] | None:
-    """[x0, y0, x1, y1] in pixels of the given picture, to a hundredth."""
+    """Return [x0, y0, x1, y1] in pixels of the given picture, rounded to two decimals."""
     return [round(edge, 2) for edge in (box.x0, box.y0, box.x1, box.y1)] if box else None
 
 
 def citation_json(citation: Citation) -> dict[str, Any]:
-    """The passage's fields, and the image's under `image`."""
+    """Return the fields of the passage, and those of the image under "image"."""
     return {**asdict(citation.passage), "image": asdict(citation.image) if citation.image else None}
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One turn: what the policy said, what was done, what came back."""
+    """One turn of an episode: the generated text, the action taken and its result."""
 
     index: int
-    utterance: Utterance | None  # None for the search that a workflow makes by itself
+    utterance: Utterance | None  # None for the search that the workflow FULL_IMAGE begins with
     action: str  # "answer", "text_search", "image_search", "gaze_search", "malformed"
     box: Box | None = None  # as searched, in pixels of the given picture
     query: str | None = None
-    note: str = ""  # what was mended, or why it was refused
+    note: str = ""  # how the box was corrected, or why the action was refused
     result: SearchResult | None = None
-    search_ms: float = 0.0  # waited for
-    hidden_ms: float = 0.0  # of the search, while the policy still spoke
+    search_ms: float = 0.0  # time spent waiting for the search
+    hidden_ms: float = 0.0  # time that the search ran while the policy was still generating
 
     @property
     def ms(self) -> float:
-        """Time of the whole turn."""
-        spoken = self.utterance.prefill_ms + self.utterance.decode_ms if self.utterance else 0.0
-        return spoken + self.search_ms
+        """Return the duration of the turn: prefill, decoding and waiting for the search."""
+        generation = self.utterance.prefill_ms + self.utterance.decode_ms if self.utterance else 0.0
+        return generation + self.search_ms
 
     def to_json(self) -> dict[str, Any]:
-        """As in an answer record."""
+        """Return the step as it appears in an answer record."""
         return {
             "action": self.action,
             "box": box_json(self.box),
@@ -84,15 +84,15 @@ class Step:
         }
 
     def to_trace(self) -> dict[str, Any]:
-        """With the raw text and the counts that a replay needs."""
-        spoken = self.utterance
+        """Return the step as it appears in a trace: with the raw text and the token counts that a replay needs."""
+        turn = self.utterance
         return {
             "index": self.index,
-            "text": spoken.text if spoken else None,
-            "prompt_tokens": spoken.prompt_tokens if spoken else 0,
-            "new_tokens": spoken.new_tokens if spoken else 0,
-            "prefill_ms": round(spoken.prefill_ms, 2) if spoken else 0.0,
-            "decode_ms": round(spoken.decode_ms, 2) if spoken else 0.0,
+            "text": turn.text if turn else None,
+            "prompt_tokens": turn.prompt_tokens if turn else 0,
+            "new_tokens": turn.new_tokens if turn else 0,
+            "prefill_ms": round(turn.prefill_ms, 2) if turn else 0.0,
+            "decode_ms": round(turn.decode_ms, 2) if turn else 0.0,
             "search_ms": round(self.search_ms, 2),
             "hidden_ms": round(self.hidden_ms, 2),
             **self.to_json(),
@@ -101,22 +101,24 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class AnswerRecord:
-    """The answer, where it comes from, and what it took."""
+    """The answer with its sources, steps and timings."""
 
     answer: str  # empty only when the policy could not be made to answer
-    found: float | None  # chance that the thing is in the snapshot; None when nothing was searched
-    citations: tuple[Citation, ...]
+    found: float | None  # calibrated probability that the subject is in the snapshot; None when nothing was searched
+    citations: tuple[Citation, ...]  # the passages that contain the answer
     steps: tuple[Step, ...]
     timings_ms: dict[str, float]  # prefill, decode, search, total
     ended: str  # "answer", or what forced it: "turns", "tokens", "deadline", "searches", "context", or a notice
     trace: str | None = None  # path of the trace file
+    related: tuple[Citation, ...] = ()  # without citations: the best passage of a likely result
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `gog-edge ask --json` prints."""
+        """Return the object that `gog-edge ask --json` prints and POST /v1/ask answers with."""
         return {
             "answer": self.answer,
             "found": self.found,
             "citations": [citation_json(citation) for citation in self.citations],
+            "related": [citation_json(citation) for citation in self.related],
             "steps": [step.to_json() for step in self.steps],
             "timings_ms": {stage: round(ms, 2) for stage, ms in self.timings_ms.items()},
             "ended": self.ended,
@@ -125,13 +127,16 @@ class AnswerRecord:
 
 
 class _Event:
-    """What watchers get: `kind` names it, `to_json` is what crosses a network."""
+    """Base of all events: `kind` names an event, `to_json` returns what is sent over the network."""
 
     __slots__ = ()
     kind: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Kind and fields; sizes are [width, height], boxes [x0, y0, x1, y1], results and records are spread out."""
+        """Return the kind and the fields.
+
+        Sizes become [width, height] and boxes [x0, y0, x1, y1]; the fields of results and records are merged in.
+        """
         value: dict[str, Any] = {"kind": self.kind}
         for field in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             value |= _field_json(field.name, getattr(self, field.name))
@@ -155,7 +160,7 @@ def _field_json(name: str, value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Started(_Event):
-    """The episode is open."""
+    """The episode has begun."""
 
     kind = "started"
     question: str
@@ -165,7 +170,7 @@ class Started(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Spoke(_Event):
-    """A piece of the policy's text, as it is decoded."""
+    """A piece of generated text, as it is decoded."""
 
     kind = "spoke"
     step: int
@@ -174,19 +179,19 @@ class Spoke(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Acted(_Event):
-    """The policy has decided; a search begins, or the answer follows."""
+    """The policy has chosen an action: a search starts, or the answer follows."""
 
     kind = "acted"
     step: int
     action: str  # "answer", "text_search", "image_search", "gaze_search"
-    box: Box | None = None  # as searched: mended, without the pad
+    box: Box | None = None  # as searched: corrected, without padding
     query: str | None = None
-    note: str = ""  # what was mended
+    note: str = ""  # how the box was corrected
 
 
 @dataclass(frozen=True, slots=True)
 class Found(_Event):
-    """A search has come back."""
+    """A search has returned."""
 
     kind = "found"
     step: int
@@ -196,7 +201,7 @@ class Found(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Refused(_Event):
-    """What the policy said cannot be carried out."""
+    """The turn contained no action that can be carried out."""
 
     kind = "refused"
     step: int
@@ -205,7 +210,7 @@ class Refused(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Answered(_Event):
-    """The end of every episode."""
+    """The episode has ended; always the last event."""
 
     kind = "answered"
     record: AnswerRecord

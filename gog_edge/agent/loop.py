@@ -1,19 +1,23 @@
-"""The policy speaks in its own thread, so that its words can be passed on while it still speaks."""
+"""The episode loop: the policy chooses actions until it answers or its budget is exhausted."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
-from queue import SimpleQueue
-from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
-from gog_edge.agent.actions import Ahead, Memory, Refusal, Target, aim, gaze_of
-from gog_edge.agent.budget import EpisodeBudget, Overdrawn, Spending
-from gog_edge.agent.citations import cite
+from gog_edge.agent.actions import (
+    ActionRefused,
+    SearchCache,
+    SearchTarget,
+    SpeculativeSearch,
+    merge_gaze_config,
+    resolve_action,
+)
+from gog_edge.agent.budget import BudgetTracker, EpisodeBudget, SearchLimitReached
+from gog_edge.agent.citations import find_sources
 from gog_edge.agent.events import (
     Acted,
     Answered,
@@ -25,69 +29,27 @@ from gog_edge.agent.events import (
     Started,
     Step,
     Workflow,
-    name_of,
+    action_name,
 )
-from gog_edge.agent.trace import TraceWriter
 from gog_edge.config import Budget, GazeConfig
 from gog_edge.errors import BudgetExceeded, GogEdgeError
 from gog_edge.picture import Picture
-from gog_edge.policy.base import Conversation, Policy
-from gog_edge.types import Action, Answer, GazeSearch, ImageSearch, Observation, Query, SearchResult, Utterance
+from gog_edge.policy.base import Policy
+from gog_edge.types import Action, Answer, GazeSearch, ImageSearch, Observation, Utterance
+
+if TYPE_CHECKING:
+    from gog_edge.agent.trace import TraceWriter
+    from gog_edge.retrieval.retriever import Retriever
+
+__all__ = ["Budget", "EpisodeClosed", "Event", "OnEvent", "Workflow", "run_episode"]
+
+OnEvent: TypeAlias = Callable[[Event], None]
+_GAZE = GazeConfig()
+MAX_FAULTS = 2  # consecutive ones: the first is corrected, the second ends the search
 
 
 class EpisodeClosed(GogEdgeError):
-    """Nobody listens any more; stops a policy in the middle of a turn."""
-
-
-class Voice:
-    """Runs the turns of one conversation, all in one thread; leaving it closes the conversation."""
-
-    def __init__(self, conversation: Conversation) -> None:
-        self._conversation = conversation
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
-
-    def __enter__(self) -> Voice:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, at: TracebackType | None) -> None:
-        self._thread.shutdown()  # waits: a cache must not be given back while a turn writes to it
-        self._conversation.close()
-
-    def speak(self, step: int, *, max_tokens: int, deadline: float, force_answer: bool,
-              on_action: Callable[[Action], None] | None = None) -> Generator[Spoke, None, Utterance]:
-        """Yield the pieces of one turn as they come; the turn itself is the generator's value.
-
-        Closing the generator stops the policy at its next piece. `on_action` is called in the policy's thread.
-        """
-        pieces: SimpleQueue[str | None] = SimpleQueue()
-        closed = threading.Event()
-
-        def hear(text: str) -> None:
-            if closed.is_set():
-                raise EpisodeClosed("the episode was closed")
-            pieces.put(text)
-
-        turn = self._thread.submit(self._conversation.generate, max_tokens=max_tokens, deadline=deadline,
-                                   force_answer=force_answer, on_text=hear, on_action=on_action)
-        turn.add_done_callback(lambda _: pieces.put(None))
-        try:
-            for text in iter(pieces.get, None):
-                yield Spoke(step, text)
-        finally:
-            closed.set()
-        return turn.result()
-
-
-__all__ = ["Budget", "Event", "Searcher", "Workflow", "run_episode"]
-_GAZE = GazeConfig()
-MAX_FAULTS = 2  # in a row: the first is corrected, the second ends the search
-
-
-class Searcher(Protocol):
-    """What the loop needs of a retriever."""
-
-    def search(self, queries: Sequence[Query]) -> tuple[SearchResult, ...]:
-        """One result for each query, in order."""
+    """Raised by an event callback to stop an episode whose answer is not needed any more."""
 
 
 def run_episode(
@@ -95,186 +57,201 @@ def run_episode(
     question: str,
     *,
     policy: Policy,
-    retriever: Searcher,
+    retriever: Retriever,
     budget: Budget,
+    on_event: OnEvent,
     workflow: Workflow = Workflow.GOG,
     trace: TraceWriter | None = None,
     gaze: GazeConfig = _GAZE,
-) -> Generator[Event, None, None]:
-    """Answer a question about a picture, telling what happens as it happens.
+) -> AnswerRecord:
+    """Answer a question about a picture. There is always an answer record, whatever the policy generates.
 
-    `budget` and `gaze` hold as far as the policy has no rules of its own: no more than it allows, crops as it asks.
-    The first event is `Started`, the last `Answered`: there is always an answer record, whatever the policy says.
-    Errors of policy or retriever are raised, after the steps before them were written to the trace. Closing the
-    iterator stops the policy and gives its cache back.
+    The policy runs in the calling thread. `on_event` is called in that thread with each event as it happens: first
+    `Started`, last `Answered`. An exception that it raises (`EpisodeClosed`) stops the policy at its next piece of text
+    and is passed on, after the conversation was closed.
+
+    `budget` and `gaze` are overridden by the rules of the policy's dialect: searches never exceed what it allows, and
+    crops are cut as it asks.
+
+    Raises the errors of policy and retriever; the steps before them are in the trace.
     """
-    return _Episode(picture, question, policy, retriever, budget, workflow, trace or TraceWriter(None), gaze).run()
+    return _Episode(picture, question, policy, retriever, budget, workflow, trace, gaze, on_event).run()
 
 
 class _Episode:
-    def __init__(self, picture: Picture, question: str, policy: Policy, retriever: Searcher, budget: Budget,
-                 workflow: Workflow, trace: TraceWriter, gaze: GazeConfig) -> None:
+    def __init__(self, picture: Picture, question: str, policy: Policy, retriever: Retriever, budget: Budget,
+                 workflow: Workflow, trace: TraceWriter | None, gaze: GazeConfig, on_event: OnEvent) -> None:
         self.picture, self.question, self.workflow = picture, question, workflow
-        self.policy, self.retriever, self.trace = policy, retriever, trace
-        self.gaze = gaze_of(gaze, policy.rules.crop)
-        self.budget = EpisodeBudget.of(budget, policy.rules.budget)
-        self.last_notice = policy.rules.last_notice  # not yet shown
-        self.memory = Memory(gaze.same_iou)
+        self.policy, self.trace, self.emit = policy, trace, on_event
+        self.gaze = merge_gaze_config(gaze, policy.rules.crop)
+        self.budget = EpisodeBudget.combine(budget, policy.rules.budget)
+        self.final_notice = policy.rules.final_notice  # until it was shown
+        self.cache = SearchCache(gaze.same_iou)
         self.steps: list[Step] = []
-        self.faults: list[str] = []  # in a row
-        self.overdrawn = 0  # searches beyond their count since the last that was not: no faults, but no progress either
-        self.full = False  # nothing more fits the policy's context
+        self.faults: list[str] = []  # notices of consecutive malformed or refused turns
+        self.over_limit = 0  # consecutive searches beyond their limit: not faults, but no progress either
+        self.context_full = False
         self.record: AnswerRecord | None = None
-        self.ahead = Ahead(lambda query: retriever.search([query])[0])
+        self.searches = SpeculativeSearch(lambda query: retriever.search([query])[0])
 
-    def run(self) -> Generator[Event, None, None]:
-        self.spending = Spending(self.budget)
-        with self.ahead:
-            with self.trace:
-                self.trace.begin(self.picture, self.question, self.policy.name, self.workflow, self.budget, self.gaze)
-                yield Started(self.question, self.picture.size, self.workflow)
-                self.conversation = self.policy.begin(self.picture, self.question)
-                with Voice(self.conversation) as self.voice:
-                    record = yield from self._turns()
-                self.trace.finish(record)
-            yield Answered(record)  # before `ahead` is left: no answer waits for a search that it did not need
+    def run(self) -> AnswerRecord:
+        self.used = BudgetTracker(self.budget)
+        with self.searches:
+            with self.trace or nullcontext():
+                if self.trace:
+                    self.trace.begin(self.picture, self.question, self.policy.name, self.workflow, self.budget,
+                                     self.gaze)
+                self.emit(Started(self.question, self.picture.size, self.workflow))
+                record = self._converse()
+                if self.trace:
+                    self.trace.finish(record)
+            self.emit(Answered(record))  # inside `searches`: the answer does not wait for searches that it did not need
+        return record
 
-    def _turns(self) -> Generator[Event, None, AnswerRecord]:
-        """Until there is an answer."""
-        first = ImageSearch()
-        if self.workflow is Workflow.FULL_IMAGE:
-            target = aim(first, self.picture, self.question, self.gaze)
-            yield from self._search(Step(0, None, name_of(first)), target)
-        elif self.gaze.early and not self._forced_by():
-            self._foresee(first)  # beside the first prefill
-        while self.record is None:
-            yield from self._turn()
-        return self.record
+    def _converse(self) -> AnswerRecord:
+        """Open the conversation and take turns until there is an answer."""
+        self.conversation = self.policy.begin(self.picture, self.question)
+        try:
+            whole_picture = ImageSearch()
+            if self.workflow is Workflow.FULL_IMAGE:
+                target = resolve_action(whole_picture, self.picture, self.question, self.gaze)
+                self._search(Step(0, None, action_name(whole_picture)), target)
+            elif self.gaze.early and not self._forced_by():
+                self._prefetch(whole_picture)  # during the first prefill
+            while self.record is None:
+                self._turn()
+            return self.record
+        finally:
+            self.conversation.close()
 
-    def _turn(self) -> Iterator[Event]:
-        """One utterance and what follows from it."""
+    def _turn(self) -> None:
+        """Let the policy generate one turn, and carry out its action."""
         forced_by = self._forced_by()
         forced = bool(forced_by)
-        asked = forced and self._ask_to_answer()
+        notified = forced and self._show_final_notice()
+        step = len(self.steps)
         try:
-            utterance = yield from self.voice.speak(
-                len(self.steps),
-                max_tokens=self.spending.max_tokens(last=forced),
-                deadline=self.spending.deadline(last=forced),
+            utterance = self.conversation.generate(
+                max_tokens=self.used.max_tokens(last=forced),
+                deadline=self.used.deadline(last=forced),
                 force_answer=forced,
-                on_action=self._foresee if self.gaze.early and not forced else None,
+                on_text=lambda text: self.emit(Spoke(step, text)),
+                on_action=self._prefetch if self.gaze.early and not forced else None,
             )
         except BudgetExceeded:
-            self.full = True
-            if asked:
-                return  # the answer is forced again, without asking: that may fit
+            self.context_full = True
+            if notified:
+                return  # the next turn forces the answer without the notice, which may fit
         else:
-            self.spending.add(utterance)
-            yield from self._follow(utterance, forced_by)
+            self.used.add_turn(utterance)
+            self._act(utterance, forced_by)
         if forced and self.record is None:
             self._finish("", forced_by)
 
-    def _ask_to_answer(self) -> bool:
-        """Tell a policy that wants to be told, once, that it must answer."""
-        notice, self.last_notice = self.last_notice, ""
+    def _show_final_notice(self) -> bool:
+        """Show the dialect's notice that an answer is due, once; return whether there was one to show."""
+        notice, self.final_notice = self.final_notice, ""
         if notice:
-            self._show(Observation(notice=notice, detail="nothing more can be searched"))
+            self._observe(Observation(notice=notice, detail="nothing more can be searched"))
         return bool(notice)
 
-    def _follow(self, utterance: Utterance, forced_by: str) -> Iterator[Event]:
-        """Do what was said."""
-        step = Step(len(self.steps), utterance, name_of(utterance.action))
+    def _act(self, utterance: Utterance, forced_by: str) -> None:
+        """Carry out the action of a turn, or refuse it."""
+        step = Step(len(self.steps), utterance, action_name(utterance.action))
         if isinstance(utterance.action, Answer):
-            yield Acted(step.index, step.action)
-            self._keep(step)
+            self.emit(Acted(step.index, step.action))
+            self._add_step(step)
             self._finish(utterance.action.text.strip(), forced_by or "answer")
             return
         try:
-            target = self._target(utterance.action, utterance.malformed, forced=bool(forced_by))
-        except Refusal as refusal:
-            yield from self._refuse(step, refusal)
+            target = self._resolve(utterance.action, utterance.malformed, forced=bool(forced_by))
+        except ActionRefused as refusal:
+            self._refuse(step, refusal)
         else:
-            yield from self._search(step, target)
+            self._search(step, target)
 
-    def _foresee(self, action: Action) -> None:
-        """Begin what the policy is about to ask for, in its own thread, while it closes its turn."""
+    def _prefetch(self, action: Action) -> None:
+        """Start the search of an action before the turn that chooses it has ended."""
         try:
-            target = self._target(action, "", forced=False)
-        except Refusal:
+            target = self._resolve(action, "", forced=False)
+        except ActionRefused:
             return
-        if self.memory.recall(target.key) is None:
-            self.ahead.begin(target)
+        if self.cache.get(target.key) is None:
+            self.searches.start(target)
 
-    def _target(self, action: Action | None, malformed: str, *, forced: bool) -> Target:
+    def _resolve(self, action: Action | None, malformed: str, *, forced: bool) -> SearchTarget:
+        """Return the target of a search that is allowed now. Raises ActionRefused otherwise."""
         if action is None or isinstance(action, Answer):
-            raise Refusal("malformed", malformed)
+            raise ActionRefused("malformed", malformed)
         if forced or (self.workflow is Workflow.FULL_IMAGE and isinstance(action, GazeSearch)):
-            raise Refusal("action_refused", f"{name_of(action)} is not possible here")
-        target = aim(action, self.picture, self.question, self.gaze)
-        if self.memory.recall(target.key) is None:
-            self.spending.check_search(target.query)
+            raise ActionRefused("action_refused", f"{action_name(action)} is not possible here")
+        target = resolve_action(action, self.picture, self.question, self.gaze)
+        if self.cache.get(target.key) is None:
+            self.used.check_search(target.query)
         return target
 
     def _forced_by(self) -> str:
-        """Why the next turn must be an answer; "" when the policy is free."""
+        """Return the reason why the next turn must be an answer; "" if the policy may choose."""
         if self.workflow is Workflow.DIRECT:
             return "answer"
-        if self.full:
+        if self.context_full:
             return "context"
         if len(self.faults) >= MAX_FAULTS:
             return self.faults[-1]
-        return "searches" if self.overdrawn >= MAX_FAULTS else self.spending.spent
+        return "searches" if self.over_limit >= MAX_FAULTS else self.used.exhausted
 
-    def _search(self, step: Step, target: Target) -> Iterator[Event]:
-        """Search, or remember; then show the policy what came back."""
+    def _search(self, step: Step, target: SearchTarget) -> None:
+        """Search, or take the result from the cache, and show it to the policy."""
         self.faults.clear()
-        self.overdrawn = 0
-        box, words = (None, target.key) if isinstance(target.key, str) else (target.key, None)
-        step = replace(step, box=box, query=words, note=target.note)
-        yield Acted(step.index, step.action, box, words, target.note)
-        started, took = time.monotonic(), 0.0
-        result = self.memory.recall(target.key)
+        self.over_limit = 0
+        box, text = (None, target.key) if isinstance(target.key, str) else (target.key, None)
+        step = replace(step, box=box, query=text, note=target.note)
+        self.emit(Acted(step.index, step.action, box, text, target.note))
+        started, duration = time.monotonic(), 0.0
+        result = self.cache.get(target.key)
         if result is None:
-            timed = self.ahead.take(target)
-            result, took = timed.result, timed.ms
-            self.spending.add_search(target.query)
-            self.memory.keep(target.key, result)
+            timed = self.searches.result(target)
+            result, duration = timed.result, timed.ms
+            self.used.add_search(target.query)
+            self.cache.put(target.key, result)
         waited = (time.monotonic() - started) * 1000
-        step = replace(step, result=result, search_ms=waited, hidden_ms=max(0.0, took - waited))
-        self._keep(step)
-        self._show(Observation(result, None if result.cached else target.crop, crop_box=target.crop_box))
-        yield Found(step.index, result, step.search_ms)
+        step = replace(step, result=result, search_ms=waited, hidden_ms=max(0.0, duration - waited))
+        self._add_step(step)
+        self._observe(Observation(result, None if result.cached else target.crop, crop_box=target.crop_box))
+        self.emit(Found(step.index, result, step.search_ms))
 
-    def _refuse(self, step: Step, refusal: Refusal) -> Iterator[Event]:
-        """Tell the policy why nothing was done."""
-        if isinstance(refusal, Overdrawn):
+    def _refuse(self, step: Step, refusal: ActionRefused) -> None:
+        """Show the policy why its action was not carried out."""
+        if isinstance(refusal, SearchLimitReached):
             self.faults.clear()
-            self.overdrawn += 1
+            self.over_limit += 1
         else:
             self.faults.append(refusal.notice)
         reason = str(refusal)
-        yield Refused(step.index, reason)
-        self._keep(replace(step, note=reason))
-        self._show(Observation(notice=refusal.notice, detail=reason))
+        self.emit(Refused(step.index, reason))
+        self._add_step(replace(step, note=reason))
+        self._observe(Observation(notice=refusal.notice, detail=reason))
 
-    def _show(self, observation: Observation) -> None:
+    def _observe(self, observation: Observation) -> None:
         try:
             self.conversation.observe(observation)
         except BudgetExceeded:
-            self.full = True
+            self.context_full = True
 
     def _finish(self, answer: str, ended: str) -> None:
-        citations, found = cite(answer, [step.result for step in self.steps if step.result])
-        spoken = [step.utterance for step in self.steps if step.utterance]
+        sources = find_sources(answer, [step.result for step in self.steps if step.result])
+        turns = [step.utterance for step in self.steps if step.utterance]
         timings = {
-            "prefill": sum(utterance.prefill_ms for utterance in spoken),
-            "decode": sum(utterance.decode_ms for utterance in spoken),
+            "prefill": sum(turn.prefill_ms for turn in turns),
+            "decode": sum(turn.decode_ms for turn in turns),
             "search": sum(step.search_ms for step in self.steps),
-            "total": self.spending.elapsed_ms,
+            "total": self.used.elapsed_ms,
         }
-        path = str(self.trace.path) if self.trace.path else None
-        self.record = AnswerRecord(answer, found, citations, tuple(self.steps), timings, ended, path)
+        path = str(self.trace.path) if self.trace else None
+        self.record = AnswerRecord(answer, sources.found, sources.citations, tuple(self.steps), timings, ended, path,
+                                   sources.related)
 
-    def _keep(self, step: Step) -> None:
+    def _add_step(self, step: Step) -> None:
         self.steps.append(step)
-        self.trace.add(step)
+        if self.trace:
+            self.trace.add(step)

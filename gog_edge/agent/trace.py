@@ -1,4 +1,4 @@
-"""The trace of an episode: one JSON file, whole after every step, holding all that a replay needs."""
+"""The trace of an episode: a JSON file with all that a replay needs, complete and valid after every step."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from gog_edge.files import read_json, write_json
 from gog_edge.picture import Picture
 
 FORMAT = 1
-_KEYS = ("picture", "question", "policy", "workflow", "budget", "steps")
+_REQUIRED_KEYS = ("picture", "question", "policy", "workflow", "budget", "steps")
 
 
 class TraceWriter:
-    """Writes one episode's trace; used as a context manager, it records the error that ended an episode.
+    """Writes the trace of one episode. As a context manager it records the exception that ended the episode.
 
-    With `path` None nothing is written.
+    Every method raises ArtifactError if the file cannot be written.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._steps: list[dict[str, Any]] = []
         self._value: dict[str, Any] = {"format": FORMAT}
@@ -40,7 +40,7 @@ class TraceWriter:
 
     def begin(self, picture: Picture, question: str, policy: str, workflow: Workflow, budget: EpisodeBudget,
               gaze: GazeConfig) -> None:
-        """Say what was asked, of whom, and the limits in force."""
+        """Record the question, the policy and the limits in force."""
         self._write(
             picture={"sha256": picture.sha256, "width": picture.size.width, "height": picture.size.height},
             question=question,
@@ -54,40 +54,36 @@ class TraceWriter:
         )
 
     def add(self, step: Step) -> None:
-        """Append a finished step."""
+        """Append a completed step."""
         self._steps.append(step.to_trace())
         self._write()
 
     def finish(self, record: AnswerRecord) -> None:
-        """Close the trace with the answer."""
+        """Record the answer."""
         self._write(record=record.to_json())
 
     def _write(self, **changes: Any) -> None:
         self._value.update(changes)
-        if self.path is None:
-            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self._value)
         except OSError as exc:
-            raise ArtifactError(f"trace: '{self.path}' cannot be written ({exc}); choose another place") from exc
+            raise ArtifactError(f"trace: '{self.path}' cannot be written ({exc}); choose another path") from exc
 
 
 class TraceFolder:
-    """A folder of traces that keeps the newest: a box that nobody tends must not fill its disk.
-
-    Raises ArtifactError when the folder cannot be made.
-    """
+    """A folder that keeps the newest traces, so that an unattended box does not fill its disk."""
 
     def __init__(self, path: Path, keep: int = 1000) -> None:
+        """Create the folder. Raises ArtifactError if that fails."""
         self.path, self.keep = path, keep
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
-            raise ArtifactError(f"traces: '{path}' is no folder to write to ({exc}); choose another place") from exc
+            raise ArtifactError(f"traces: the folder '{path}' cannot be created ({exc}); choose another path") from exc
 
     def new(self) -> TraceWriter:
-        """A writer for one more episode; the oldest traces beyond `keep` go. Names begin with the time in UTC."""
+        """Delete the oldest traces beyond `keep`, and return a writer for a new one. Names begin with the UTC time."""
         for old in sorted(self.path.glob("*.trace.json"))[: -self.keep + 1 or None]:
             old.unlink(missing_ok=True)
         now = datetime.now(UTC)
@@ -95,11 +91,11 @@ class TraceFolder:
 
 
 def read_trace(path: Path) -> dict[str, Any]:
-    """Read a trace, finished or not; ArtifactError says what is wrong with it."""
+    """Read a trace, complete or not. Raises ArtifactError if it is missing, damaged or not a trace."""
     value = read_json(path, what="trace", error=ArtifactError)
     if value.get("format") != FORMAT:
         raise ArtifactError(f"trace: '{path}' has format {value.get('format')!r}; this version reads format {FORMAT}")
-    missing = [key for key in _KEYS if key not in value]
+    missing = [key for key in _REQUIRED_KEYS if key not in value]
     if missing:
-        raise ArtifactError(f"trace: '{path}' has no '{missing[0]}'; it is no trace of an episode")
+        raise ArtifactError(f"trace: '{path}' has no '{missing[0]}'; it is not the trace of an episode")
     return value

@@ -1,4 +1,4 @@
-"""The `gog-edge` command. What a command needs is imported when it runs, so that --help is quick."""
+"""The `gog-edge` command. A command imports what it needs when it runs, so that --help stays fast."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gog_edge.cli import doctor, pack
-from gog_edge.cli.common import BundleOption, EngineOption, EnginesOption, SearchOption, ThreadsOption, errors_shown
+from gog_edge.cli import bundle, doctor, export, pack
+from gog_edge.cli.common import BundleOption, EngineOption, EnginesOption, SearchOption, ThreadsOption, print_errors
 from gog_edge.engines.manifest import ORT
 from gog_edge.engines.registry import CPU_SEARCH
-from gog_edge.errors import GogEdgeError, InputError
+from gog_edge.errors import InputError
 
 if TYPE_CHECKING:
     from gog_edge.agent.events import AnswerRecord, Workflow
     from gog_edge.runtime import Runtime
 
 app = typer.Typer(name="gog-edge", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Answers questions about pictures on a box that is never online.")
+                  help="Answer questions about pictures on a machine that is never online.")
 
+app.add_typer(bundle.app)
+app.add_typer(export.app)
 app.add_typer(pack.app)
 app.command()(doctor.doctor)
 
@@ -33,34 +35,34 @@ def main() -> None:
 
 @app.callback()
 def _root() -> None:
-    """Answers questions about pictures on a box that is never online."""
+    """Answer questions about pictures on a machine that is never online."""
 
 
 @app.command()
 def serve(
     bundle: BundleOption = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8080,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 serves other machines, too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080,
     threads: ThreadsOption = 0,
-    traces: Annotated[Path | None, typer.Option(help="Folder that gets a trace of each question.")] = None,
+    traces: Annotated[Path | None, typer.Option(help="Folder for traces of the newest thousand questions.")] = None,
     engine: EngineOption = ORT,
     engines: EnginesOption = None,
     search: SearchOption = CPU_SEARCH,
 ) -> None:
-    """Serve a bundle to browsers and programs."""
+    """Serve a bundle over HTTP, with the kiosk page at /."""
     from gog_edge.config import ServeConfig
     from gog_edge.engines.registry import EngineChoice
     from gog_edge.serve.server import serve as run
 
-    with errors_shown():
+    with print_errors():
         config = ServeConfig(host=host, port=port, threads=threads, traces=traces)
         run(_folder(bundle), config, EngineChoice(engine, engines, search))
 
 
 @app.command()
 def ask(
-    image: Annotated[Path, typer.Argument(help="A picture: JPEG, PNG, WebP, GIF, BMP or TIFF.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    image: Annotated[Path, typer.Argument(help="A picture file: JPEG, PNG, WebP, GIF, BMP or TIFF.")],
+    question: Annotated[str, typer.Argument(help="The question about the picture.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     bundle: BundleOption = None,
     workflow: Annotated[str, typer.Option(help="gog, full_image or direct.")] = "gog",
@@ -75,7 +77,7 @@ def ask(
     from gog_edge.engines.registry import EngineChoice
     from gog_edge.runtime import open_runtime
 
-    with errors_shown():
+    with print_errors():
         chosen, choice = _workflow(workflow), EngineChoice(engine, engines, search)
         data = _read(image)
         cores = ServeConfig(threads=threads).cores
@@ -88,25 +90,25 @@ def ask(
 @app.command()
 def probe(
     checkpoint: Annotated[Path, typer.Argument(help="An exported policy folder.")],
-    pictures: Annotated[Path | None, typer.Option(help="Folder of pictures to ask about; the atlas's samples.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Folder of pictures; default: the atlas's samples.")] = None,
     dialect: Annotated[list[str] | None, typer.Option(help="Name or file of a dialect to try; may be repeated. "
-                                                      "All that ship when left out.")] = None,
-    write: Annotated[bool, typer.Option("--write", help="Put the dialect found beside the checkpoint.")] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Longest turn; thinking models need more.")] = 512,
+                                                      "Default: all that ship.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Store the dialect in the policy's folder.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest turn; thinking models need more.")] = 512,
     threads: ThreadsOption = 0,
 ) -> None:
-    """Find out which dialect a policy speaks; exit code 1 when it is none."""
+    """Find the dialect and box frame of an exported policy; exit code 1 if none fits."""
     from gog_edge.bundle import DEFAULT_BUNDLE
-    from gog_edge.cli.render_episode import ShowProbe
+    from gog_edge.cli.render_episode import ProbePrinter
     from gog_edge.config import ServeConfig
     from gog_edge.policy.probe import candidates_for, check_exported, probe_folder, read_cases, write_dialect
 
-    with errors_shown():
+    with print_errors():
         check_exported(checkpoint)
         named = [Path(one) if one.endswith(".toml") else one for one in dialect or ()]
         candidates = candidates_for(checkpoint, named)
         cases = read_cases(pictures or DEFAULT_BUNDLE / "samples")
-        show = ShowProbe()
+        show = ProbePrinter()
         with show.waiting(len(cases), len(candidates)) as tried:
             report = probe_folder(checkpoint, cases, candidates, threads=ServeConfig(threads=threads).cores,
                                   max_tokens=tokens, on_finding=tried)
@@ -118,18 +120,12 @@ def probe(
 
 def _answer(runtime: Runtime, data: bytes, question: str, workflow: Workflow, trace: Path | None, *,
             quiet: bool) -> AnswerRecord:
-    """The answer; unless `quiet`, every event is shown as it comes."""
-    from gog_edge.agent.events import Answered
+    """Return the answer; unless `quiet`, print every event as it happens."""
     from gog_edge.agent.trace import TraceWriter
-    from gog_edge.cli.render_episode import Show
+    from gog_edge.cli.render_episode import EpisodePrinter
 
-    show = None if quiet else Show()
-    for event in runtime.ask(data, question, workflow=workflow, trace=TraceWriter(trace)):
-        if show is not None:
-            show(event)
-        if isinstance(event, Answered):
-            return event.record
-    raise GogEdgeError("the episode ended without an answer; ask again with --trace FILE and look at the file")
+    on_event = (lambda _: None) if quiet else EpisodePrinter()
+    return runtime.answer(data, question, on_event, workflow=workflow, trace=TraceWriter(trace) if trace else None)
 
 
 def _workflow(name: str) -> Workflow:
@@ -138,7 +134,7 @@ def _workflow(name: str) -> Workflow:
     try:
         return Workflow(name)
     except ValueError:
-        raise InputError(f"there is no workflow '{name}'; known are {', '.join(Workflow)}") from None
+        raise InputError(f"unknown workflow '{name}'; it must be one of {', '.join(Workflow)}") from None
 
 
 def _read(image: Path) -> bytes:

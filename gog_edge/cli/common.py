@@ -1,59 +1,128 @@
-"""Options that several commands have."""
+"""What all commands share: common options, and errors as one line on stderr."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ParamSpec
 
 import typer
 
 from gog_edge.engines.manifest import ENGINES
 from gog_edge.engines.registry import SEARCHES
 from gog_edge.errors import GogEdgeError
-from gog_edge.files import full_disk
+from gog_edge.files import is_disk_full
 
-BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Folder of a bundle; the atlas when left out.")]
-ThreadsOption = Annotated[int, typer.Option("--threads", help="Cores to use; 0 for all.")]
+BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Folder of a bundle; default: the atlas.")]
+ThreadsOption = Annotated[int, typer.Option("--threads", help="Number of cores; 0 uses all.")]
 EngineOption = Annotated[str, typer.Option("--engine", help=f"What runs the graphs: {', '.join(ENGINES)}.")]
 EnginesOption = Annotated[Path | None, typer.Option("--engines", help="Folder of built engines; engines/ENGINE in the "
                                                     "bundle when left out.")]
 SearchOption = Annotated[str, typer.Option("--search", help=f"What searches the packs: {', '.join(SEARCHES)}.")]
-_EXTRAS = {"faiss": "cpu", "onnxruntime": "cpu", "libzim": "zim", "pymilvus": "milvus", "pyarrow": "milvus",
-           "ray": "ray"}  # what brings a module; what only builders need is in `index`
-
-# What a command is ended by: refusals, what is not installed, and what the disk does.
+# The extra that installs a module; every other missing module is in the extra `index`.
+_EXTRAS = {
+    "faiss": "cpu", "onnxruntime": "cpu", "libzim": "zim", "pymilvus": "milvus", "pyarrow": "milvus", "ray": "ray",
+    "torch": "export", "transformers": "export", "onnx": "export", "onnxscript": "export", "safetensors": "export",
+    "jinja2": "export", "open_clip": "export", "optimum": "text", "psutil": "bench", "gguf": "bench",
+    "httpx": "remote", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx",
+}  # fmt: skip
+_Arguments = ParamSpec("_Arguments")
+# Errors that end a command with a message: refusals, missing packages, and disk errors.
 FAILURES = (GogEdgeError, ModuleNotFoundError, OSError, sqlite3.OperationalError)
 
 
-def explained(exc: BaseException) -> str:
-    """What went wrong and what to do, of one of `FAILURES`."""
+def describe_error(exc: BaseException, extra: str = "") -> str:
+    """Return the message for one of `FAILURES`: what went wrong and what to do.
+
+    `extra` installs every module that a command needs; by default it is looked up by the missing module.
+    """
     if isinstance(exc, ModuleNotFoundError):
         module = (exc.name or "").split(".")[0]
-        return f"{module} is not installed; pip install 'gog_edge[{_EXTRAS.get(module, 'index')}]'"
-    if full_disk(exc):
-        return f"the disk is full ({exc}); make room and run the same command again: it goes on where it stopped"
+        return f"{module} is not installed; pip install 'gog_edge[{extra or _EXTRAS.get(module, 'index')}]'"
+    if is_disk_full(exc):
+        return (f"the disk is full ({exc}); free some space and run the same command again: it continues where it "
+                "stopped")
     if isinstance(exc, OSError):
         where = f"'{exc.filename}'" if exc.filename is not None else "a file"
-        return f"{where} cannot be used ({exc.strerror or exc}); look whether it is there and whose it is"
+        return f"{where} cannot be used ({exc.strerror or exc}); check that it exists and that you may access it"
     if isinstance(exc, sqlite3.Error):
-        return f"a store cannot be read or written ({exc}); look at the disk and run the same command again"
+        return f"a SQLite store cannot be read or written ({exc}); check the disk and run the same command again"
     return str(exc)
 
 
 @contextmanager
-def errors_shown(code: int = 2, *, interrupted: str = "") -> Iterator[None]:
-    """What goes wrong on purpose, what is not installed and what the disk refuses is one line on stderr.
+def command_imports(name: str) -> Iterator[None]:
+    """Print a missing package as one line on stderr and exit with code 2, if the module is run as a command.
 
-    The exit code is `code`, or 2 for what is not installed. `interrupted` is said when the user stops the command.
+    For the imports of a `python -m` command. `name` is the module's `__name__`: a module that is imported raises
+    ModuleNotFoundError as usual, and so does a missing module of a package that is installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as exc:
+        if name != "__main__" or sys.modules.get((exc.name or "").split(".")[0]) is not None:
+            raise
+        sys.stderr.write(f"error: {describe_error(exc)}\n")
+        raise SystemExit(2) from exc
+
+
+def command_main(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
+    """Decorate the main function of a `python -m` command to print errors as one line on stderr.
+
+    The exit code is then 1; 2 for a missing package; 130 if the user stopped the command.
+    """
+
+    @wraps(main)
+    def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except FAILURES as exc:
+            sys.stderr.write(f"error: {describe_error(exc)}\n")
+            return 2 if isinstance(exc, ModuleNotFoundError) else 1
+        except KeyboardInterrupt:
+            sys.stderr.write("stopped\n")
+            return 130
+
+    return wrapped
+
+
+@contextmanager
+def print_errors(code: int = 2, *, interrupted: str = "", extra: str = "") -> Iterator[None]:
+    """Print errors as one line on stderr instead of a traceback.
+
+    The exit code is `code`, or 2 for a missing package. `interrupted` is printed when the user stops the command;
+    `extra` is as in `describe_error`.
     """
     try:
         yield
     except FAILURES as exc:
-        typer.echo(f"gog-edge: {explained(exc)}", err=True)
+        typer.echo(f"{_error_prefix.get()}: {describe_error(exc, extra)}", err=True)
         raise typer.Exit(2 if isinstance(exc, ModuleNotFoundError) else code) from exc
     except KeyboardInterrupt:
-        typer.echo(f"gog-edge: stopped; {interrupted or 'nothing was changed'}", err=True)
+        typer.echo(f"{_error_prefix.get()}: stopped; {interrupted or 'nothing was changed'}", err=True)
         raise typer.Exit(130) from None
+
+
+_error_prefix: ContextVar[str] = ContextVar("error prefix", default="gog-edge")
+
+
+def run_as_module(command: Callable[..., None], module: str, argv: Sequence[str] | None = None) -> int:
+    """Run a function of the command line as `python -m MODULE` with the arguments `argv`; return the exit code.
+
+    Its errors begin with "error: ", as those of the other modules of a checkout.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(command)
+    token = _error_prefix.set("error")
+    try:
+        app(args=argv, prog_name=f"python -m {module}")
+    except SystemExit as exc:
+        return exc.code if isinstance(exc.code, int) else 0
+    finally:
+        _error_prefix.reset(token)
+    return 0

@@ -1,4 +1,4 @@
-"""What the doctor found, on a terminal."""
+"""`gog-edge doctor`, and how its report is printed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from gog_edge.cli.common import BundleOption, EnginesOption, SearchOption, errors_shown
+from gog_edge.cli.common import BundleOption, EnginesOption, SearchOption, print_errors
 from gog_edge.doctor.finding import Finding, Report, State
 from gog_edge.engines.manifest import ENGINES
 from gog_edge.engines.registry import CPU_SEARCH
@@ -20,19 +20,19 @@ _COLOURS = {State.OK: "green", State.MISSING: "yellow", State.WRONG: "yellow"}
 
 
 def show_report(report: Report, console: Console | None = None) -> None:
-    """Print a line for each finding, whether the engine can serve the bundle, and the commands that mend the rest.
+    """Print a line for each finding, whether the engine can serve the bundle, and the commands that fix problems.
 
-    Commands are never wrapped: they are there to be copied.
+    Commands are never wrapped, so that they can be copied.
     """
     console = console or Console()
     console.print(_table(report))
-    why = "asked for" if report.asked else "the best that works here" if report.serves else "none works here"
+    why = "requested" if report.requested else "the best that works here" if report.serves else "none works here"
     searching = f", search {report.search}" * (report.search != CPU_SEARCH)
     verdict = "[green]can serve[/]" if report.serves else "[red]cannot serve[/]"
     console.print(f"[bold]{report.engine}{searching}[/] ({why}) {verdict} '{escape(report.bundle)}'", highlight=False)
     blocking = report.blocking
-    _mend(console, f"[red]what {report.engine} needs[/]", blocking)
-    _mend(console, "what else could be mended", (one for one in report.findings if one not in blocking))
+    _print_remedies(console, f"[red]required for {report.engine}[/]", blocking)
+    _print_remedies(console, "optional", (one for one in report.findings if one not in blocking))
 
 
 def _table(report: Report) -> Table:
@@ -42,18 +42,18 @@ def _table(report: Report) -> Table:
         if part and one.part != part:
             table.add_section()
         colour = "red" if one in blocking else _COLOURS[one.state]
-        table.add_row(one.part if one.part != part else "", escape(one.what), f"[{colour}]{one.state}[/]",
-                      escape(one.said))  # fmt: skip
+        table.add_row(one.part if one.part != part else "", escape(one.name), f"[{colour}]{one.state}[/]",
+                      escape(one.detail))  # fmt: skip
         part = one.part
     return table
 
 
-def _mend(console: Console, head: str, findings: Iterable[Finding]) -> None:
-    mended = [one for one in findings if one.remedy]
-    if mended:
+def _print_remedies(console: Console, head: str, findings: Iterable[Finding]) -> None:
+    fixable = [one for one in findings if one.remedy]
+    if fixable:
         console.print(f"{head}:")
-    for one in mended:
-        console.print(f"  {escape(one.what)}: {escape(one.remedy)}", highlight=False, soft_wrap=True)
+    for one in fixable:
+        console.print(f"  {escape(one.name)}: {escape(one.remedy)}", highlight=False, soft_wrap=True)
 
 
 def doctor(
@@ -71,7 +71,7 @@ def doctor(
     from gog_edge.bundle import DEFAULT_BUNDLE
     from gog_edge.doctor.examine import examine
 
-    with errors_shown():
+    with print_errors():
         report = examine(bundle or DEFAULT_BUNDLE, engine, engines, search=search)
     if as_json:
         typer.echo(json.dumps(report.to_json(), ensure_ascii=False))

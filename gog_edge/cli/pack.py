@@ -1,98 +1,207 @@
-"""`gog-edge pack`: look at a pack and change it. Each change is a new generation, which servers take up."""
+"""`gog-edge pack`: build packs, inspect them, and change them. Each change is a generation that servers switch to."""
 
 from __future__ import annotations
 
 import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from gog_edge.cli.common import errors_shown
+from gog_edge.cli.common import print_errors
+from gog_edge.cli.pack_distribution import embed_ray, export_parquet, load_milvus
 from gog_edge.errors import InputError
 
 if TYPE_CHECKING:
     from gog_edge.bundle import Bundle
     from gog_edge.indexing.generation import PackOptions
+    from gog_edge.indexing.sources.base import Source
     from gog_edge.indexing.sources.open import Kind
     from gog_edge.retrieval.encoder import Encoder
     from gog_edge.retrieval.manifest import Manifest
+    from gog_edge.retrieval.text.encoder import TextEncoder
 
-app = typer.Typer(name="pack", no_args_is_help=True, help="Look at a pack, and change it while it is served.")
+app = typer.Typer(name="pack", no_args_is_help=True, help="Build packs, inspect them, and change them while they are "
+                                                          "served.")
+CALIBRATING = "calibrating"  # a stage
+RESUME = "completed steps are kept; run the same command again to resume"
 
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="Folder of a pack.")]
-EncoderOption = Annotated[Path | None, typer.Option("--encoder", help="Folder of the pack's encoder; that of the "
-                                                    "bundle that holds the pack when left out.")]
+EncoderOption = Annotated[Path | None, typer.Option("--encoder", help="Folder of the pack's encoder; default: the "
+                                                    "encoder of the bundle that contains the pack.")]
+TextEncoderOption = Annotated[Path | None, typer.Option("--text-encoder", help="Folder of the text encoder of a pack "
+                                                        "with vectors of paragraphs; default: that of the bundle that "
+                                                        "contains the pack.")]
+ImagesOption = Annotated[Path | None, typer.Option(help="Folder of images, for snapshots that contain addresses "
+                                                   "only.")]
+KindOption = Annotated[str | None, typer.Option(help="Format of SOURCE; default: detected from its first bytes.")]
+LanguageOption = Annotated[str, typer.Option(help="Language of the WIT rows to read; empty for all.")]
+LicenceOption = Annotated[str | None, typer.Option(help="Licence of texts, and of a folder's pictures, where SOURCE "
+                                                   "does not state one.")]
+WorkersOption = Annotated[int, typer.Option(help="Processes that parse; 0 for one per core.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-MemoryOption = Annotated[str | None, typer.Option("--memory", help="What the search may take, as 2G; as before when "
-                                                  "left out.")]
-RecallOption = Annotated[float | None, typer.Option("--recall", min=0.5, max=1.0, help="Share of the ten nearest that "
-                                                    "an index must find; as before when left out.")]
+MemoryOption = Annotated[str | None, typer.Option("--memory", help="Memory that a search may take, as 2G; default: as "
+                                                  "the pack was built, without a limit for a new one.")]
+RecallOption = Annotated[float | None, typer.Option("--recall", help="Share of the ten nearest neighbours that an "
+                                                    "index must return, 0.5 to 1; default: as the pack was built, "
+                                                    "0.95 for a new one.")]
+
+app.command("embed-ray")(embed_ray)
+app.command("export-parquet")(export_parquet)
+app.command("load-milvus")(load_milvus)
+
+
+@app.command()
+def build(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A snapshot.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the pack: new, unfinished, or with "
+                                        "--update.")],
+    encoder: Annotated[Path | None, typer.Option(help="Folder of the encoder, made by `gog-edge export clip`.")] = None,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Build without vectors of images and "
+                                            "captions.")] = False,
+    text_encoder: Annotated[Path | None, typer.Option(help="Folder of a text encoder, made by `gog-edge export text`: "
+                                                      "paragraphs are searched by vectors too.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name in citations and addresses; default: the name of OUT, or of "
+                                             "the pack to update.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Replace the content of the pack by this snapshot: only "
+                                         "changes are embedded, and missing articles are deleted.")] = False,
+    images: ImagesOption = None,
+    kind: KindOption = None,
+    language: LanguageOption = "en",
+    licence: LicenceOption = None,
+    memory: MemoryOption = None,
+    recall: RecallOption = None,
+    tiles: Annotated[bool, typer.Option("--tiles", help="Embed parts of lead images too: six vectors instead of "
+                                        "one.")] = False,
+    no_captions: Annotated[bool, typer.Option("--no-captions", help="Do not embed captions.")] = False,
+    no_calibration: Annotated[bool, typer.Option("--no-calibration", help="Do not calibrate the probability that a "
+                                                 "subject is in the pack; `gog-edge pack calibrate` does it "
+                                                 "later.")] = False,
+    shard_rows: Annotated[int | None, typer.Option(help="Images of a shard, which is what a kill costs at most; "
+                                                   "default: 16,384.")] = None,
+    workers: WorkersOption = 0,
+    stop_after: Annotated[str | None, typer.Option(metavar="reading", help="Leave the embedding to `gog-edge pack "
+                                                   "embed-ray`; the same command without this option completes the "
+                                                   "build.")] = None,
+) -> None:
+    """Build a pack from a snapshot, or update one to a newer snapshot.
+
+    SOURCE is a Kiwix .zim file, Google's WIT (.tsv.gz, with --images), Encyclopedic VQA's knowledge base or InfoSeek's
+    Wiki6M (with --images), a MediaWiki XML dump, or a folder of pictures with captions in a table or in text files.
+    A build that was stopped or killed is resumed by the same command. The last line of the output is a JSON object.
+    """
+    with print_errors(1, interrupted=RESUME):
+        from gog_edge.cli.render_pack import StageProgress, pack_json, print_pack
+        from gog_edge.indexing.build import READING, build_pack, read_snapshot
+        from gog_edge.indexing.calibration import calibrate_pack
+        from gog_edge.indexing.generation import PackOptions
+        from gog_edge.retrieval.encoder import Encoder
+        from gog_edge.retrieval.manifest import MANIFEST, read_manifest
+        from gog_edge.retrieval.text.encoder import TextEncoder
+
+        if (encoder is None) != text_only:
+            raise typer.BadParameter("give either --encoder DIR or --text-only")
+        if stop_after not in (None, READING):
+            raise typer.BadParameter(f"must be '{READING}', got '{stop_after}'", param_hint="'--stop-after'")
+        with StageProgress() as progress:
+            before = read_manifest(out) if update and (out / MANIFEST).is_file() else None
+            options = PackOptions() if before is None else PackOptions.from_manifest(before)
+            options = _change_options(options, memory, recall, shard_rows)
+            options = replace(options, tiles=options.tiles or tiles, captions=options.captions and not no_captions)
+            opened = None if encoder is None else Encoder.open(encoder)
+            opened_text = None if text_encoder is None else TextEncoder.open(text_encoder)
+            settings: dict[str, Any] = {
+                "name": name or (out.resolve().name if before is None else before.name), "encoder": opened,
+                "options": options, "workers": _workers(workers), "update": update,
+                "command": _command_line(context), "on_progress": progress, "text_encoder": opened_text,
+            }  # fmt: skip
+            snapshot = _open_source(source, kind, images, language, licence)
+            if stop_after is not None:
+                read_snapshot(snapshot, out, **settings)
+                manifest = None
+            else:
+                manifest = build_pack(snapshot, out, **settings)
+                has_vectors = opened is not None or opened_text is not None
+                if has_vectors and not no_calibration and (update or not _is_calibrated(manifest)):
+                    progress(CALIBRATING, 0, 1)
+                    manifest = calibrate_pack(out, opened, text_encoder=opened_text)
+                    progress(CALIBRATING, 1, 1)
+        if manifest is None:
+            _print_json({"pack": str(out), "stopped_after": stop_after})
+            return
+        print_pack(out, manifest, seconds=progress.seconds)
+        seconds = {stage: round(took, 2) for stage, took in progress.seconds.items()}
+        _print_json({"pack": str(out), "seconds": seconds, **pack_json(out, manifest)})
 
 
 @app.command()
 def info(pack: PackArgument, as_json: JsonOption = False) -> None:
-    """Tell what is in a pack."""
-    with errors_shown():
-        from gog_edge.cli.render_pack import pack_json, show_pack
+    """Print the contents of a pack."""
+    with print_errors():
+        from gog_edge.cli.render_pack import pack_json, print_pack
         from gog_edge.retrieval.manifest import read_manifest
 
         manifest = read_manifest(pack)
         if as_json:
             _print_json(pack_json(pack, manifest))
         else:
-            show_pack(pack, manifest)
+            print_pack(pack, manifest)
 
 
 @app.command()
 def verify(pack: PackArgument, as_json: JsonOption = False) -> None:
-    """Read everything of a pack and compare it; exit code 1, and the first fault by name, when something is wrong.
+    """Read all files of a pack and check them. If something is wrong, the first fault is printed; exit code 1.
 
-    Vectors that a Milvus server searches, as the bundle around the pack says, need not be here.
+    Vectors that a Milvus server searches, according to the bundle that contains the pack, may be missing.
     """
-    with errors_shown(1):
-        from gog_edge.cli.render_pack import Stages
+    with print_errors(1):
+        from gog_edge.cli.render_pack import StageProgress
         from gog_edge.retrieval.manifest import read_manifest
         from gog_edge.retrieval.pack import verify_pack
 
-        with Stages() as stages:
+        with StageProgress() as progress:
             before = read_manifest(pack)
             server = _server_of(pack, before)
             total = sum(entry.size for entry in before.files)
-            manifest = verify_pack(pack, stages.counting("comparing files", total), vectors=server is None)
-    _done(manifest, "is whole" if server is None else f"is whole but for its vectors, which lie on {server}", as_json)
+            manifest = verify_pack(pack, progress.counter("comparing files", total), vectors=server is None)
+    _print_result(manifest, "is valid" if server is None else f"is valid; its vectors are on {server}", as_json)
 
 
 @app.command()
 def add(
     pack: PackArgument,
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A snapshot that index.build_pack takes.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A snapshot, as for `gog-edge pack build`.")],
     encoder: EncoderOption = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of images, for snapshots that hold addresses.")] = None,
-    kind: Annotated[str | None, typer.Option(help="What SOURCE is; told by its first bytes when left out.")] = None,
-    language: Annotated[str, typer.Option(help="Of WIT's rows.")] = "en",
-    licence: Annotated[str | None, typer.Option(help="Of what the source names none for.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read; 0 for one a core.")] = 0,
+    text_encoder: TextEncoderOption = None,
+    images: ImagesOption = None,
+    kind: KindOption = None,
+    language: LanguageOption = "en",
+    licence: LicenceOption = None,
+    workers: WorkersOption = 0,
     memory: MemoryOption = None,
     recall: RecallOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add what a source holds; articles of the same key are replaced. An own collection is better a pack of its own."""
-    with errors_shown(interrupted="the same command goes on"):
-        from gog_edge.cli.render_pack import Stages
+    """Add a snapshot; articles of the same key are replaced. A collection of your own is better a separate pack."""
+    with print_errors(interrupted=RESUME):
+        from gog_edge.cli.render_pack import StageProgress
         from gog_edge.indexing.build import build_pack
-        from gog_edge.indexing.sources.open import open_source
+        from gog_edge.indexing.generation import PackOptions
         from gog_edge.retrieval.manifest import read_manifest
 
-        with Stages() as stages:
+        with StageProgress() as progress:
             before = read_manifest(pack)
-            snapshot = open_source(source, kind=cast("Kind | None", kind), images=images, language=language,
-                                   licence=licence)
+            snapshot = _open_source(source, kind, images, language, licence)
+            options = _change_options(PackOptions.from_manifest(before), memory, recall)
             manifest = build_pack(
-                snapshot, pack, name=before.name, encoder=_encoder(pack, before, encoder),
-                options=_options(before, memory, recall), workers=workers or None, add=True, on_progress=stages,
+                snapshot, pack, name=before.name, encoder=_open_encoder(pack, before, encoder), options=options,
+                workers=_workers(workers), add=True, on_progress=progress,
+                text_encoder=_open_text_encoder(pack, before, text_encoder),
             )  # fmt: skip
-    _done(manifest, f"has {manifest.counts.articles - before.counts.articles:+,} articles", as_json)
+    _print_result(manifest, f"has {manifest.counts.articles - before.counts.articles:+,} articles", as_json)
 
 
 @app.command()
@@ -102,81 +211,158 @@ def remove(
     image: Annotated[list[int] | None, typer.Option("--image", help="Id, as in citations; may be repeated.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take articles and images out; at once, since nothing else is written anew."""
-    with errors_shown():
-        from gog_edge.indexing.tombstones import remove as take_out
+    """Delete articles and images. It takes a moment, because only tombstones are written."""
+    with print_errors():
+        from gog_edge.indexing.tombstones import remove as remove_records
 
         if not article and not image:
-            raise InputError("nothing is named that is to go; give --article TITLE or --image ID")
-        manifest = take_out(pack, articles=article or (), images=image or ())
-    _done(manifest, f"has {manifest.counts.articles:,} articles and {manifest.counts.images:,} images left", as_json)
+            raise InputError("there is nothing to delete; give --article TITLE or --image ID")
+        manifest = remove_records(pack, articles=article or (), images=image or ())
+    counts = manifest.counts
+    _print_result(manifest, f"has {counts.articles:,} articles and {counts.images:,} images left", as_json)
 
 
 @app.command()
 def calibrate(
     pack: PackArgument,
     encoder: EncoderOption = None,
-    false_accept: Annotated[float, typer.Option(min=0, max=0.99, help="Share of things that are not there that may "
-                                                "count as found.")] = 0.05,
+    text_encoder: TextEncoderOption = None,
+    false_accept: Annotated[float, typer.Option(min=0, max=0.99, help="Share of absent subjects that may count as "
+                                                "found.")] = 0.05,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how surely it is known that a thing is in the pack, with looks at its own pictures and its own words.
+    """Calibrate the probability that a subject is in the pack, with views of its own images and its own titles.
 
-    What was measured before is replaced, also where it was measured with better pictures, as the atlas's scenes are.
+    This replaces an existing calibration, even one from more realistic queries, such as the scenes of the atlas.
     """
-    with errors_shown():
-        from gog_edge.cli.render_pack import recalibrated, waiting
+    with print_errors():
+        from gog_edge.cli.render_pack import calibration_changes, spinner
         from gog_edge.indexing.calibration import calibrate_pack
         from gog_edge.retrieval.manifest import read_manifest
 
-        with waiting("looking at its pictures"):
+        with spinner("searching views of stored images"):
             before = read_manifest(pack)
-            manifest = calibrate_pack(pack, _encoder(pack, before, encoder), target_false_accept=false_accept)
+            manifest = calibrate_pack(
+                pack, _open_encoder(pack, before, encoder), target_false_accept=false_accept,
+                text_encoder=_open_text_encoder(pack, before, text_encoder),
+            )  # fmt: skip
     if not as_json:
-        typer.echo("\n".join(recalibrated(before, manifest)))
-    _done(manifest, "is calibrated", as_json)
+        typer.echo("\n".join(calibration_changes(before, manifest)))
+    _print_result(manifest, "is calibrated", as_json)
 
 
 @app.command()
 def compact(
     pack: PackArgument,
     encoder: EncoderOption = None,
+    text_encoder: TextEncoderOption = None,
     memory: MemoryOption = None,
     recall: RecallOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a pack of many generations as one, without what is no longer there; no picture is embedded again."""
-    with errors_shown(interrupted="the pack is as it was"):
-        from gog_edge.cli.render_pack import Stages, about_superseded
-        from gog_edge.indexing.compact import compact as make_one
+    """Rewrite a pack of many generations without deleted rows. No image is embedded again."""
+    with print_errors(interrupted="the pack is unchanged"):
+        from gog_edge.cli.render_pack import StageProgress, describe_superseded
+        from gog_edge.indexing.compact import compact as compact_pack
+        from gog_edge.indexing.generation import PackOptions
         from gog_edge.retrieval.manifest import read_manifest
 
-        with Stages() as stages:
+        with StageProgress() as progress:
             before = read_manifest(pack)
-            opened = _encoder(pack, before, encoder)
-            manifest = make_one(pack, opened, _options(before, memory, recall), stages)
-        freed = about_superseded(pack, manifest)
+            opened = _open_encoder(pack, before, encoder)
+            opened_text = _open_text_encoder(pack, before, text_encoder)
+            options = _change_options(PackOptions.from_manifest(before), memory, recall)
+            manifest = compact_pack(pack, opened, options, progress, text_encoder=opened_text)
+        freed = describe_superseded(pack, manifest)
     sizes = " to ".join(f"{sum(entry.size for entry in one.files) / 2**20:,.1f}" for one in (before, manifest))
-    _done(manifest, f"went from {sizes} MiB{freed}", as_json)
+    _print_result(manifest, f"went from {sizes} MiB{freed}", as_json)
 
 
-def _encoder(pack: Path, manifest: Manifest, named: Path | None) -> Encoder | None:
-    """The encoder that was named, or that of the bundle around the pack; None for a pack of texts alone."""
+# --- shared parts -------------------------------------------------------------------------------
+
+
+def _open_source(source: Path, kind: str | None, images: Path | None, language: str, licence: str | None) -> Source:
+    from gog_edge.indexing.sources.open import open_source  # needs the extra `index`, which --help does not
+
+    return open_source(source, kind=cast("Kind | None", kind), images=images, language=language, licence=licence)
+
+
+def _change_options(options: PackOptions, memory: str | None, recall: float | None,
+                    shard_rows: int | None = None) -> PackOptions:
+    """Return the options with the given values."""
+    from gog_edge.planner import parse_size
+
+    if memory is not None:
+        options = replace(options, memory=parse_size(memory))
+    if recall is not None:
+        if not 0.5 <= recall <= 1:
+            raise InputError(f"--recall must be from 0.5 to 1, got {recall}")
+        options = replace(options, recall=recall)
+    if shard_rows is not None:
+        if shard_rows < 1:
+            raise InputError(f"--shard-rows must be at least 1, got {shard_rows}")
+        options = replace(options, shard_rows=shard_rows)
+    return options
+
+
+def _workers(workers: int) -> int | None:
+    if workers < 0:
+        raise InputError(f"--workers must be at least 1, or 0 for one per core, got {workers}")
+    return workers or None
+
+
+def _is_calibrated(manifest: Manifest) -> bool:
+    """Return whether a pack has a calibration, which it has not if its build was stopped right after the commit."""
+    return manifest.image_calibration is not None or manifest.text_calibration is not None
+
+
+def _command_line(context: typer.Context) -> str:
+    """Return the command line of the running command."""
+    words = context.command_path.split()
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif value is True:
+            words.append(parameter.opts[0])
+        elif value != parameter.default:
+            words += [parameter.opts[0], str(value)]
+    return shlex.join(words)
+
+
+def _open_encoder(pack: Path, manifest: Manifest, folder: Path | None) -> Encoder | None:
+    """Open the given encoder, or that of the bundle that contains the pack; None for a pack without images."""
     from gog_edge.retrieval.encoder import Encoder
 
     if manifest.encoder is None:
         return None
-    if named is not None:
-        return Encoder.open(named)
+    if folder is not None:
+        return Encoder.open(folder)
     bundle = _bundle_of(pack)
     if bundle is None:
-        raise InputError(f"'{pack}' lies in no bundle that would tell its encoder '{manifest.encoder.name}'; give "
-                         "--encoder DIR")
+        raise InputError(f"'{pack}' is not in a bundle with its encoder '{manifest.encoder.name}'; give --encoder DIR")
     return Encoder.open(bundle.encoder)
 
 
+def _open_text_encoder(pack: Path, manifest: Manifest, folder: Path | None) -> TextEncoder | None:
+    """Open the given text encoder, or that of the bundle that contains the pack; None for a pack without one."""
+    from gog_edge.retrieval.text.encoder import TextEncoder
+
+    if manifest.text_encoder is None:
+        if folder is not None:
+            raise InputError(f"pack '{manifest.name}' was built without a text encoder; omit --text-encoder, or build "
+                             "a new pack with it")
+        return None
+    bundle = None if folder is not None else _bundle_of(pack)
+    folder = folder if bundle is None else bundle.text_encoder
+    if folder is None:
+        raise InputError(f"'{pack}' is not in a bundle with its text encoder '{manifest.text_encoder.name}'; give "
+                         "--text-encoder DIR")
+    return TextEncoder.open(folder)
+
+
 def _server_of(pack: Path, manifest: Manifest) -> str | None:
-    """Where the vectors lie that are not here, if the bundle around the pack says so."""
+    """Return the address of the server with the pack's vectors, according to the bundle; None if they are here."""
     if all((pack / path).is_file() for path in (*manifest.images.paths, *manifest.captions.paths)):
         return None
     bundle = _bundle_of(pack)
@@ -191,29 +377,13 @@ def _bundle_of(pack: Path) -> Bundle | None:
     return None if root is None else open_bundle(root)
 
 
-def _options(manifest: Manifest, memory: str | None, recall: float | None) -> PackOptions:
-    """As the pack was made, but for what is asked for."""
-    from dataclasses import replace
-
-    from gog_edge.indexing.generation import PackOptions
-    from gog_edge.planner import parse_size
-
-    options = PackOptions.of(manifest)
-    options = options if memory is None else replace(options, memory=parse_size(memory))
-    return options if recall is None else replace(options, recall=recall)
-
-
-def _done(manifest: Manifest, what: str, as_json: bool) -> None:
+def _print_result(manifest: Manifest, result: str, as_json: bool) -> None:
     if as_json:
-        _print_json({"pack": manifest.name, "generation": manifest.generation, "counts": _counts(manifest)})
+        from dataclasses import asdict
+
+        _print_json({"pack": manifest.name, "generation": manifest.generation, "counts": asdict(manifest.counts)})
     else:
-        typer.echo(f"pack '{manifest.name}', generation {manifest.generation}, {what}")
-
-
-def _counts(manifest: Manifest) -> dict[str, int]:
-    from dataclasses import asdict
-
-    return asdict(manifest.counts)
+        typer.echo(f"pack '{manifest.name}', generation {manifest.generation}, {result}")
 
 
 def _print_json(value: dict[str, Any]) -> None:

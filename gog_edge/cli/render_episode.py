@@ -1,4 +1,4 @@
-"""What is told on a terminal: an episode, each step as it comes; what a probe found."""
+"""Terminal output of `gog-edge ask` (each step as it happens) and `gog-edge probe`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _DOES = {
 }
 
 
-class Show:
-    """Prints events; call it with each."""
+class EpisodePrinter:
+    """Prints the events of an episode; call it with each event."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -44,10 +44,10 @@ class Show:
             case Answered():
                 self._answer(event.record)
             case _:
-                pass  # the start, and words that the answer repeats
+                pass  # the start, and generated text that the answer repeats
 
     def _result(self, result: SearchResult, ms: float) -> None:
-        head = f"found {result.found:.0%}, {ms:.0f} ms" + (", from memory" if result.cached else "")
+        head = f"found {result.found:.0%}, {ms:.0f} ms" + (", cached" if result.cached else "")
         self.console.print(Padding(_dim(head).strip(), (0, 0, 0, 2)), highlight=False)
         for evidence in result.evidence[:3]:
             titles = escape(" = ".join(evidence.titles))
@@ -58,62 +58,64 @@ class Show:
     def _answer(self, record: AnswerRecord) -> None:
         answer = escape(record.answer) or "[yellow]no answer[/]"
         self.console.print(Panel(f"[bold]{answer}[/]", expand=False, border_style="green"), highlight=False)
-        if record.citations:
-            self.console.print(_citations(record.citations))
+        for passages, related in ((record.citations, False), (record.related, True)):
+            if passages:
+                self.console.print(_passages(passages, related=related))
         times = ", ".join(f"{stage} {ms:.0f}" for stage, ms in record.timings_ms.items())
         self.console.print(f"[dim]ms: {times}[/]", highlight=False)
 
 
-class ShowProbe:
-    """Prints what a probe found; call it with the report."""
+class ProbePrinter:
+    """Prints the progress and the report of a probe."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
 
     @contextmanager
     def waiting(self, questions: int, dialects: int) -> Iterator[Callable[[Finding], None]]:
-        """Tells that something goes on; what it gives is called with each finding."""
+        """Show progress; yield a function to be called with each finding."""
         tried = 0
 
-        def told() -> str:
+        def status_text() -> str:
             return f"asking {questions} questions, {tried} of {dialects} dialects tried"
 
         def count(finding: Finding) -> None:
             nonlocal tried
             tried += 1
-            status.update(told())
+            status.update(status_text())
 
-        with self.console.status(told()) as status:
+        with self.console.status(status_text()) as status:
             yield count
 
     def __call__(self, report: Report, written: Dialect | None) -> None:
-        """Print the table and the verdict."""
+        """Print the table of findings and the result."""
         self.console.print(_findings(report))
         best = report.best
         if best is None:
             nearest = max(report.findings, key=lambda finding: finding.share)
-            self.console.print(f"[red]No dialect fits[/]: write one (see {_name(nearest)}) and try it with --dialect.")
-            self.console.print(f"In {_name(nearest)} it said, for example: {escape(repr(nearest.example[:200]))}")
+            name, example = _name(nearest), escape(repr(nearest.example[:200]))
+            self.console.print(f"[red]No dialect fits[/]: write one (start from {name}) and try it with --dialect.")
+            self.console.print(f"With {name} the policy wrote, for example: {example}")
             return
-        boxes = f"boxes in {best.box_frame}" if best.boxes else f"no box was said, {best.box_frame} is not proved"
-        self.console.print(f"It speaks [bold]{_name(best)}[/], {boxes}.", highlight=False)
-        done = "Written beside the checkpoint." if written else "--write puts this dialect beside the checkpoint."
+        boxes = f"boxes in {best.box_frame}" if best.boxes else f"no boxes, so {best.box_frame} is unconfirmed"
+        self.console.print(f"The dialect is [bold]{_name(best)}[/], {boxes}.", highlight=False)
+        done = "Written to the policy's folder." if written else "--write stores this dialect in the policy's folder."
         self.console.print(f"[dim]{done}[/]")
 
 
 def _findings(report: Report) -> Table:
-    table = Table("dialect", Column("parsed", justify="right"), "said", "boxes", "verdict")
+    table = Table("dialect", Column("parsed", justify="right"), "actions", "boxes", "verdict")
     for finding in report.findings:
-        said = [f"{number} {kind}" for kind, number in finding.kinds.items()]
-        said += [f"{finding.plain} without marks"] if finding.plain else []
-        verdict = "[green]fits[/]" if not finding.against else f"[dim]{escape(finding.against)}[/]"
+        actions = [f"{number} {kind}" for kind, number in finding.kinds.items()]
+        actions += [f"{finding.plain} without tags"] if finding.plain else []
+        verdict = "[green]fits[/]" if not finding.rejection else f"[dim]{escape(finding.rejection)}[/]"
         name = _name(finding) + ("\n(its own)" if finding.candidate.own else "")
-        table.add_row(name, f"{finding.parsed}/{finding.turns}", "\n".join(said), _boxes(finding), verdict)
+        table.add_row(name, f"{finding.parsed}/{finding.turns}", "\n".join(actions), _boxes(finding), verdict)
     return table
 
 
 def _boxes(finding: Finding) -> str:
-    """Where boxes fall, as shares of those written."""
+    """Return where boxes fall, as fractions of those written."""
     if not finding.boxes:
         return "none"
     shares = {"> 1000": finding.over_1000, "> picture": finding.over_resized, "all <= 1": finding.below_1}
@@ -125,12 +127,14 @@ def _name(finding: Finding) -> str:
     return escape(finding.candidate.dialect.name)
 
 
-def _citations(citations: tuple[Citation, ...]) -> Table:
+def _passages(citations: tuple[Citation, ...], *, related: bool) -> Table:
+    """Return the passages that contain the answer, numbered, or those that are only related to it."""
     table = Table.grid(padding=(0, 1))
     for number, citation in enumerate(citations, 1):
         passage = citation.passage
         source = f"{passage.pack}, {passage.article}, paragraph {passage.paragraph}, {passage.licence}"
-        table.add_row(f"[green]\\[{number}][/]", f"{escape(passage.text)}\n[dim]{escape(source)}[/]")
+        mark = "[yellow]Related:[/]" if related else f"[green]\\[{number}][/]"
+        table.add_row(mark, f"{escape(passage.text)}\n[dim]{escape(source)}[/]")
     return table
 
 

@@ -1,4 +1,4 @@
-"""What is told on a terminal of a pack: what is in it, what was skipped, how its making goes on."""
+"""Prints packs to the terminal: contents, skipped input, and the progress of a build."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from rich.text import Text
 
 from gog_edge.errors import PackError
 from gog_edge.files import read_json
-from gog_edge.planner import as_size
+from gog_edge.planner import format_size
 from gog_edge.retrieval.manifest import Calibration, Manifest, Space, generation_path
 
-FINISHING = "finishing"  # what is done after the last stage that tells of itself
+FINISHING = "finishing"  # the stage after the last reported one
 
 
-def show_pack(folder: Path, manifest: Manifest, *, seconds: Mapping[str, float] | None = None,
-              console: Console | None = None) -> None:
-    """Print what is in a pack, and how long each stage of its making took."""
+def print_pack(folder: Path, manifest: Manifest, *, seconds: Mapping[str, float] | None = None,
+               console: Console | None = None) -> None:
+    """Print the contents of a pack, and the seconds that each stage of its build took."""
     console = console or Console()
-    table = Table("what", "value", title=f"pack '{manifest.name}', generation {manifest.generation}")
-    for what, value in (*_facts(manifest), *_on_disk(folder, manifest)):
-        table.add_row(what, escape(value))
+    table = Table("property", "value", title=f"pack '{manifest.name}', generation {manifest.generation}")
+    for name, value in (*_properties(manifest), *_sizes(folder, manifest)):
+        table.add_row(name, escape(value))
     if seconds:
         table.add_section()
         for stage, took in seconds.items():
@@ -41,157 +41,166 @@ def show_pack(folder: Path, manifest: Manifest, *, seconds: Mapping[str, float] 
 
 
 def pack_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """The same as one object: the manifest without its list of files, what was skipped, and sizes in bytes."""
+    """Return the contents as a JSON object: the manifest without its files, skipped input, and sizes in bytes."""
     value = manifest.to_json()
     value.pop("files")
-    value |= {"skipped": read_skipped(folder, manifest), "bytes": _bytes(manifest), "bytes_on_disk": _disk(folder),
-              "bytes_superseded": superseded_bytes(folder, manifest)}
+    value |= {"skipped": read_skipped(folder, manifest), "bytes": _pack_bytes(manifest),
+              "bytes_on_disk": _folder_bytes(folder), "bytes_superseded": superseded_bytes(folder, manifest)}
     return value
 
 
 def read_skipped(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """What was left out when this generation was built: reason, count, examples; the most first."""
+    """Return what was skipped when this generation was built: reason, count, examples; the most frequent first."""
     if manifest.report is None:
         return []
     return list(read_json(folder / manifest.report, what="pack", error=PackError)["skipped"])
 
 
-def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
+def _properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
     snapshot, counts = manifest.snapshot, manifest.counts
     yield "snapshot", f"{snapshot.name}, {snapshot.date}, {snapshot.licence}"
     yield "parent", "none" if manifest.parent is None else f"generation {manifest.parent}"
     yield "articles, paragraphs, images", f"{counts.articles:,}, {counts.paragraphs:,}, {counts.images:,}"
-    held = [sum(getattr(segment.counts, kind) for segment in manifest.segments) for kind in ("articles", "images")]
-    gone = held[0] - counts.articles, held[1] - counts.images
+    stored = [sum(getattr(segment.counts, kind) for segment in manifest.segments) for kind in ("articles", "images")]
+    deleted = stored[0] - counts.articles, stored[1] - counts.images
     yield "segments", str(len(manifest.segments))
-    if any(gone):
-        yield "removed, replaced", f"{gone[0]:,} articles, {gone[1]:,} images; `gog-edge pack compact` drops them"
-    if manifest.encoder is None:
-        yield "encoder", "none: searched by words alone"
+    if any(deleted):
+        yield "deleted", f"{deleted[0]:,} articles, {deleted[1]:,} images; `gog-edge pack compact` frees their space"
+    encoder, text_encoder = manifest.encoder, manifest.text_encoder
+    if encoder is None and text_encoder is None:
+        yield "encoder", "none: searched by words only"
         return
-    yield "encoder", f"{manifest.encoder.name}, {manifest.encoder.dim} values"
-    yield "pictures", _about_space(manifest.images)
-    yield "captions", _about_space(manifest.captions)
+    if encoder is not None:
+        yield "encoder", f"{encoder.name}, {encoder.dim} dimensions"
+        yield "images", _describe_space(manifest.images)
+        yield "captions", _describe_space(manifest.captions)
+    if text_encoder is not None:
+        of_encoder = f"{text_encoder.name}, {text_encoder.dim} dimensions"
+        yield "paragraphs", f"{of_encoder}; {_describe_space(manifest.paragraphs)}"
     yield from _calibrations(manifest)
 
 
-def _about_space(space: Space) -> str:
+def _describe_space(space: Space) -> str:
     index = space.index
     rows = f"{space.rows:,} vectors"
     if index is None:
-        return f"{rows}, searched one by one"
-    beside = f", {space.rows - index.rows:,} beside it" if space.rows > index.rows else ""
-    return (f"{rows}; {index.factory}{beside}, recall@{index.recall_k} {index.recall:.3f}, p50 {index.p50_ms_1:.2f} ms "
-            f"for one crop, {index.p50_ms_8:.2f} ms for eight")
+        return f"{rows}, searched exactly"
+    unindexed = f", {space.rows - index.rows:,} outside of the index" if space.rows > index.rows else ""
+    return (f"{rows}; {index.factory}{unindexed}, recall@{index.recall_k} {index.recall:.3f}, p50 "
+            f"{index.p50_ms_1:.2f} ms for one query, {index.p50_ms_8:.2f} ms for eight")
 
 
-def recalibrated(before: Manifest, after: Manifest) -> list[str]:
-    """What a calibration says now, and what it took the place of: a line for pictures, a line for words."""
-    return [f"{what}: {now}; before: {then}" if then != now else f"{what}: {now}, as before"
-            for (what, then), (_, now) in zip(_calibrations(before), _calibrations(after), strict=True)]
+def calibration_changes(before: Manifest, after: Manifest) -> list[str]:
+    """Return one line each for the image and the text calibration, with the previous figures."""
+    return [f"{name}: {now}; before: {then}" if then != now else f"{name}: {now}, as before"
+            for (name, then), (_, now) in zip(_calibrations(before), _calibrations(after), strict=True)]
 
 
 def _calibrations(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    yield "found, pictures", _about_calibration(manifest.image_calibration)
-    yield "found, words", _about_calibration(manifest.text_calibration)
+    yield "image calibration", _describe_calibration(manifest.image_calibration)
+    yield "text calibration", _describe_calibration(manifest.text_calibration)
 
 
-def _about_calibration(one: Calibration | None) -> str:
-    if one is None:
+def _describe_calibration(calibration: Calibration | None) -> str:
+    if calibration is None:
         return "not calibrated"
-    return f"accepts {one.true_accept:.3f} of the present, {one.false_accept:.3f} of the absent"
+    return f"accepts {calibration.true_accept:.3f} of the present, {calibration.false_accept:.3f} of the absent"
 
 
-def _on_disk(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    yield "size", as_size(_bytes(manifest))
-    yield "on disk", f"{as_size(_disk(folder))}{about_superseded(folder, manifest)}"
+def _sizes(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    yield "size", format_size(_pack_bytes(manifest))
+    yield "on disk", f"{format_size(_folder_bytes(folder))}{describe_superseded(folder, manifest)}"
 
 
-def about_superseded(folder: Path, manifest: Manifest) -> str:
-    """What the next change will free: files that only the generation before still names. Empty where there is none."""
+def describe_superseded(folder: Path, manifest: Manifest) -> str:
+    """Return what the next change will free, to be appended to a line; empty if there is nothing."""
     size = superseded_bytes(folder, manifest)
-    return f"; {as_size(size)} of it are the generation before's, which the next change removes" if size else ""
+    return f"; {format_size(size)} of it belong to the previous generation and are freed by the next change" if size \
+        else ""
 
 
 def superseded_bytes(folder: Path, manifest: Manifest) -> int:
-    """Bytes of the files that the generation before needs and this one does not: kept for who has it open."""
+    """Return the bytes of files that only the previous generation uses, which other processes may have open."""
     if manifest.parent is None or not generation_path(folder, manifest.parent).is_file():
         return 0
     before = read_json(generation_path(folder, manifest.parent), what="pack", error=PackError)
-    own = {entry.path for entry in manifest.files}
-    return sum(int(entry["size"]) for entry in before["files"] if entry["path"] not in own)
+    used = {entry.path for entry in manifest.files}
+    return sum(int(entry["size"]) for entry in before["files"] if entry["path"] not in used)
 
 
-def _bytes(manifest: Manifest) -> int:
+def _pack_bytes(manifest: Manifest) -> int:
     return sum(entry.size for entry in manifest.files)
 
 
-def _disk(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _skipped_table(skipped: Iterable[Mapping[str, Any]]) -> Table:
-    table = Table("skipped", Column("how many", justify="right"), "for example", title="what did not come in")
-    for one in skipped:
-        table.add_row(escape(one["reason"]), f"{one['count']:,}", escape("\n".join(one["examples"][:2])))
+    table = Table("reason", Column("count", justify="right"), "examples", title="skipped")
+    for entry in skipped:
+        table.add_row(escape(entry["reason"]), f"{entry['count']:,}", escape("\n".join(entry["examples"][:2])))
     return table
 
 
-# --- while it is made ---------------------------------------------------------------------------
+# --- progress -----------------------------------------------------------------------------------
 
 
-class Stages:
-    """Bars on stderr for stages as they come: call it with (stage, done, total). Use as a context manager."""
+class StageProgress:
+    """Progress bars on stderr, one per stage. Call it with (stage, done, total); use it as a context manager.
+
+    `seconds` is the time of each stage so far, in the order of their start.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), _Rate(),
                    TimeRemainingColumn())
         self._progress = Progress(*columns, console=console or Console(stderr=True))
         self._tasks: dict[str, TaskID] = {}
-        self._told = time.monotonic()
-        self.seconds: dict[str, float] = {}  # that each stage took, in the order they came
+        self._last_call = time.monotonic()
+        self.seconds: dict[str, float] = {}
 
-    def __enter__(self) -> Stages:
-        self._told = time.monotonic()
+    def __enter__(self) -> StageProgress:
+        self._last_call = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.seconds:
-            self._count(FINISHING)
+            self._add_time(FINISHING)
         if kind is None:
-            self._finish_all()
+            self._complete_all()
         self._progress.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Tell how far a stage is; with done = 0, that it begins."""
-        self._count(stage if done or not self.seconds else next(reversed(self.seconds)))
+        """Update a stage; done = 0 starts it."""
+        self._add_time(stage if done or not self.seconds else next(reversed(self.seconds)))
         self._progress.start()
         if stage not in self._tasks:
-            self._finish_all()
+            self._complete_all()
             self._tasks[stage] = self._progress.add_task(stage, total=total or 1, completed=done)
         self._progress.update(self._tasks[stage], completed=done if total else 1, total=total or 1)
 
-    def counting(self, stage: str, total: int) -> Callable[[int], None]:
-        """Tells of a stage piece by piece: call what it gives with the size of each."""
+    def counter(self, stage: str, total: int) -> Callable[[int], None]:
+        """Return a function that advances a stage by the size it is called with."""
         done = 0
 
-        def count(size: int) -> None:
+        def advance(size: int) -> None:
             nonlocal done
             done += size
             self(stage, done, total)
 
-        return count
+        return advance
 
-    def _finish_all(self) -> None:
+    def _complete_all(self) -> None:
         for task in self._progress.tasks:
             self._progress.update(task.id, completed=task.total)
 
-    def _count(self, stage: str) -> None:
+    def _add_time(self, stage: str) -> None:
         now = time.monotonic()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._told
-        self._told = now
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last_call
+        self._last_call = now
 
 
 class _Rate(ProgressColumn):
@@ -201,7 +210,7 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Tells on stderr that something goes on."""
-    with Console(stderr=True).status(what):
+def spinner(text: str) -> Iterator[None]:
+    """Show a spinner with a text on stderr."""
+    with Console(stderr=True).status(text):
         yield

@@ -1,1 +1,1 @@
-"""What this box has, what a bundle needs, and the command for what is missing."""
+"""Diagnosis: what this machine has, what a bundle needs, and the command that installs what is missing."""

@@ -1,20 +1,20 @@
-"""What was found: one line each, and all of them together."""
+"""Findings of the doctor: one line each, and a report with the engine that they are judged for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from gog_edge.engines.manifest import ENGINES, ORT, ORT_CUDA, TENSORRT, TENSORRT_RTX
 from gog_edge.engines.registry import CPU_SEARCH
 
-PREFERRED = (TENSORRT_RTX, TENSORRT, ORT_CUDA, ORT)  # of those that work: the first
+PREFERENCE = (TENSORRT_RTX, TENSORRT, ORT_CUDA, ORT)  # without --engine, the first of these that works is reported
 
 
 class State(StrEnum):
-    """How it is with a thing."""
+    """Whether something is present and usable."""
 
     OK = "ok"
     MISSING = "missing"
@@ -23,51 +23,55 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The state of one component."""
 
     part: str  # "box", "gpu", "software", "bundle" or "engines"
-    what: str
+    name: str
     state: State
-    said: str
-    remedy: str = ""  # a command, or what to do where there is none
-    needed_by: tuple[str, ...] = ()  # of ENGINES: those that cannot serve without
+    detail: str
+    remedy: str = ""  # a command, or an instruction if there is none
+    needed_by: tuple[str, ...] = ()  # engines that cannot serve the bundle unless the state is OK
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object in the output of `gog-edge doctor --json`."""
+        return {"part": self.part, "what": self.name, "state": self.state, "said": self.detail, "remedy": self.remedy,
+                "needed_by": list(self.needed_by)}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All findings, and the engine that they are read for."""
+    """All findings, judged for one engine."""
 
     bundle: str
     engine: str
-    asked: bool  # for that engine; otherwise it is the best that works here, or the CPU's where none does
+    requested: bool  # the user named the engine; otherwise it is the best that works, or ORT if none does
     findings: tuple[Finding, ...]
-    search: str = CPU_SEARCH  # what the packs are to be searched with
+    search: str = CPU_SEARCH
 
     @classmethod
-    def of(cls, bundle: str, findings: Iterable[Finding], asked: str | None, search: str = CPU_SEARCH) -> Report:
-        """The findings, read for the engine that was asked for, or for the first of `PREFERRED` that works."""
+    def of(cls, bundle: str, findings: Iterable[Finding], requested: str | None, search: str = CPU_SEARCH) -> Report:
+        """Build the report for the requested engine, or for the first of PREFERENCE that works."""
         found = tuple(findings)
-        works = (engine for engine in PREFERRED if not blocking(found, engine))
-        return cls(bundle, asked or next(works, ORT), asked is not None, found, search)
+        working = (engine for engine in PREFERENCE if not _blocking(found, engine))
+        return cls(bundle, requested or next(working, ORT), requested is not None, found, search)
 
     @property
     def blocking(self) -> tuple[Finding, ...]:
-        """What keeps the engine from serving the bundle."""
-        return blocking(self.findings, self.engine)
+        """Findings that keep the engine from serving the bundle."""
+        return _blocking(self.findings, self.engine)
 
     @property
     def serves(self) -> bool:
-        """Whether the engine can serve the bundle here."""
+        """Whether the engine can serve the bundle on this machine."""
         return not self.blocking
 
     def to_json(self) -> dict[str, Any]:
-        """One plain object."""
-        works = [engine for engine in ENGINES if not blocking(self.findings, engine)]
-        return {"bundle": self.bundle, "engine": self.engine, "asked": self.asked, "search": self.search,
-                "serves": self.serves, "engines_that_work": works,
-                "findings": [asdict(one) for one in self.findings]}  # fmt: skip
+        """Return the output of `gog-edge doctor --json`."""
+        working = [engine for engine in ENGINES if not _blocking(self.findings, engine)]
+        return {"bundle": self.bundle, "engine": self.engine, "asked": self.requested, "search": self.search,
+                "serves": self.serves, "engines_that_work": working,
+                "findings": [finding.to_json() for finding in self.findings]}  # fmt: skip
 
 
-def blocking(findings: Iterable[Finding], engine: str) -> tuple[Finding, ...]:
-    """What keeps an engine from serving."""
+def _blocking(findings: Iterable[Finding], engine: str) -> tuple[Finding, ...]:
     return tuple(one for one in findings if one.state is not State.OK and engine in one.needed_by)

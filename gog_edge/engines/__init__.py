@@ -1,1 +1,1 @@
-"""How one graph runs: numpy in, numpy out."""
+"""Inference engines: NumPy arrays in, NumPy arrays out, on ONNX Runtime or TensorRT."""

@@ -1,4 +1,4 @@
-"""How a graph runs, whatever runs it: numpy in, numpy out."""
+"""Interfaces that every inference engine implements: a stateless graph, a decoder, and the decoder's KV cache."""
 
 from __future__ import annotations
 
@@ -14,55 +14,96 @@ Floats: TypeAlias = NDArray[np.float32]
 
 
 class GraphEngine(Protocol):
-    """A graph without state."""
+    """A graph without state, such as a vision tower."""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once; every input of the graph by name, every output by name."""
+        """Run the graph once. `feeds` maps every input name to its array; the result maps every output name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The first n tokens of a cache, as plain arrays."""
+class KvSnapshot:
+    """The first `n` tokens of a KV cache, as arrays that can be saved to files."""
 
-    states: Floats  # [2 * layers, kv_heads, n, head_dim], in the decoder's own order
+    states: Floats  # [2 * layers, kv_heads, n, head_dim], in the decoder's order of keys and values
     cos: Floats  # [n, head_dim / 2]
-    sin: Floats
+    sin: Floats  # [n, head_dim / 2]
 
 
 class KvCache(Protocol):
-    """Keys and values of one conversation, in a buffer of fixed capacity. Rewinding is a smaller `past`."""
+    """Keys and values of one conversation, in a buffer of fixed capacity.
+
+    A cache has no length of its own: each step names how many tokens precede it, so a smaller `past` rewinds.
+    """
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit."""
+        """Number of tokens that fit."""
 
-    def snapshot(self, length: int) -> Snapshot:
-        """The first `length` tokens, to be kept in files."""
+    def snapshot(self, length: int) -> KvSnapshot:
+        """Copy the first `length` tokens."""
 
-    def restore(self, kept: Snapshot) -> None:
-        """Begin with the tokens of a snapshot."""
+    def restore(self, snapshot: KvSnapshot) -> None:
+        """Write the tokens of a snapshot at the start of this cache."""
 
     def copy_from(self, other: KvCache, length: int) -> None:
-        """Take over the first `length` tokens of another cache of the same engine."""
+        """Copy the first `length` tokens of another cache of the same engine."""
 
 
 class DecoderEngine(Protocol):
-    """A decoder that appends to a cache in place. Several caches may be stepped from several threads."""
+    """A decoder that appends to a KV cache in place. Different caches may be stepped from different threads."""
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit each cache."""
+        """Number of tokens that fit each cache."""
 
     def new_cache(self) -> KvCache:
-        """An empty cache."""
+        """Return an empty cache."""
 
     def step(
         self, cache: KvCache, embeds: Floats, cos: Floats, sin: Floats, past: int, *, deepstack: Floats | None = None,
         keep: int = 1,
     ) -> Floats:
-        """Append `T` tokens after the first `past` ones and return the logits of the last `keep` of them.
+        """Append `T` tokens after the first `past` tokens and return the logits of the last `keep` of them.
 
-        embeds [T, hidden] float32; cos, sin [T, head_dim / 2] float32; deepstack [layers, T, hidden] float32, what
-        the first layers add to pictures' tokens (None adds nothing); logits [keep, vocab] float32, valid until the
-        cache's next step.
+        Args:
+            cache: a cache of this engine.
+            embeds: [T, hidden] float32, token embeddings.
+            cos, sin: [T, head_dim / 2] float32, rotary position tables.
+            past: number of tokens in the cache that precede the new ones; later ones are overwritten.
+            deepstack: [layers, T, hidden] float32, added to the outputs of the first layers; None adds nothing.
+            keep: number of rows of logits to return.
+
+        Returns:
+            [keep, vocab] float32, valid until the next step of the same cache.
+
+        Raises:
+            BackendError: the tokens do not fit, the cache belongs to another engine, or the device failed.
         """
+
+
+class DecoderShape(Protocol):
+    """Dimensions of a decoder. `policy.manifest.TextSpec` has them; engines must not import the policy."""
+
+    @property
+    def hidden(self) -> int:
+        """Width of the embeddings."""
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer blocks, each with keys and values."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+
+    @property
+    def vocab(self) -> int:
+        """Number of logits for each token."""
+
+    @property
+    def deepstack(self) -> int:
+        """Number of layers whose output visual features are added to; 0 for architectures without DeepStack."""

@@ -1,7 +1,7 @@
-"""Engines built from a bundle's graphs: which there are, for what, from what. Read at run time, written by the builder.
+"""The engine manifest, `engines.json`: which engines were built from a bundle's graphs, for which runtime and GPUs.
 
-One folder holds all engines of a bundle for one runtime. They are refused when they are of another release of the
-runtime, for other GPUs, or of other graphs than those that lie in the bundle now.
+One folder holds all engines of a bundle for one runtime. Reading refuses engines for another runtime and engines whose
+source graphs have changed since. The builder (`gog_edge.exporting.engines`) writes it.
 """
 
 from __future__ import annotations
@@ -17,68 +17,88 @@ from gog_edge.files import MODEL_MANIFEST, FileEntry, read_json, verify_files
 
 SCHEMA, KIND = 1, "engines"
 MANIFEST = "engines.json"
-FOLDER = "engines"  # within a bundle; engines lie in a folder of the runtime's name in it
-CACHE = "cache"  # within the folder of engines: what a runtime compiles for this box's GPU
+ENGINES_FOLDER = "engines"  # in a bundle; holds one folder for each runtime
+CACHE_FOLDER = "cache"  # in a policy's folder or a folder of engines: files generated for this machine
 ORT, ORT_CUDA, TENSORRT, TENSORRT_RTX = "ort", "ort-cuda", "tensorrt", "tensorrt-rtx"
 TENSORRT_ENGINES = (TENSORRT, TENSORRT_RTX)
-BUILT_ENGINES = (ORT_CUDA, *TENSORRT_ENGINES)
-BUILDER = "python -m export.build_engines"  # the command
-ENGINES = (ORT, *BUILT_ENGINES)  # that a bundle can be served with
+BUILT_ENGINES = (ORT_CUDA, *TENSORRT_ENGINES)  # engines that must be built from a bundle's graphs first
+ENGINES = (ORT, *BUILT_ENGINES)
+BUILD_COMMAND = "gog-edge export engines"
 
-# How a decoder keeps its keys and values.
+# How a decoder engine updates its KV cache.
 IN_PLACE = "in-place"  # the outputs present_* are the inputs past_*, updated
-NEW_ROWS = "new-rows"  # the outputs new_* are the new tokens' rows; the runtime copies them into past_*
-DECODER, VISION, IMAGE, TEXT = "decoder", "vision", "image", "text"  # names of graphs
+NEW_ROWS = "new-rows"  # the outputs new_* hold the new tokens' rows; the runtime copies them into past_*
+DECODER, VISION, IMAGE, TEXT = "decoder", "vision", "image", "text"
 GRAPHS = (DECODER, VISION, IMAGE, TEXT)
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltGraph:
-    """One graph, ready to run."""
+    """One engine of the manifest and the graph it was built from."""
 
-    name: str  # of GRAPHS
-    file: str  # within the folder; its weights may lie beside
-    sources: Mapping[str, str]  # the graph that it was made from, and its weights: paths in the bundle, to sha256
+    name: str  # one of GRAPHS
+    file: str  # in the folder of engines; weights may be in a second file next to it
+    sources: Mapping[str, str]  # path in the bundle -> sha256, of the source graph and its weights
     cache: str = ""  # decoders: IN_PLACE or NEW_ROWS
-    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...] = ()  # TensorRT: input -> least, usual, most shape
-    layers: Mapping[str, int] = field(default_factory=dict)  # TensorRT: of the built network, by what they do
+    # TensorRT: optimization profiles, each input name -> (min, opt, max) shape
+    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...] = ()
+    layers: Mapping[str, int] = field(default_factory=dict)  # TensorRT: number of layers of the network, by kind
 
 
 @dataclass(frozen=True, slots=True)
-class BuiltEngines:
-    """All engines of a folder."""
+class EngineManifest:
+    """All engines of one folder. Field names up to `files` are the keys of `engines.json`."""
 
-    engine: str  # of BUILT_ENGINES
-    version: str  # of the runtime they were built with; "" for ONNX Runtime, which loads graphs of any release
-    sms: tuple[int, ...]  # compute capabilities they run on, 86 for 8.6; () for ONNX Runtime
-    context: int  # tokens that a decoder's cache holds
+    engine: str  # one of BUILT_ENGINES
+    version: str  # of TensorRT; "" for ONNX Runtime, whose graphs are not tied to a release
+    sms: tuple[int, ...]  # compute capabilities the engines run on, 86 for 8.6; () for ONNX Runtime
+    context: int  # capacity of the decoder's caches, in tokens; 0 without a decoder
     graphs: tuple[BuiltGraph, ...]
-    parity: Mapping[str, Any]  # of the graphs they were built from, with the bundle's own, on ONNX Runtime
+    parity: Mapping[str, Any]  # converted graphs against the bundle's own, both on ONNX Runtime
     files: tuple[FileEntry, ...]
-    # Where they were read, which no manifest says.
+    # Where the manifest was read; not stored.
     bundle: Path | None = field(default=None, compare=False)
     folder: Path | None = field(default=None, compare=False)
 
     def graph(self, name: str) -> BuiltGraph:
-        """The graph of that name. ArtifactError where there is none."""
+        """Return the engine of that name. Raises ArtifactError if the folder has none."""
         found = next((graph for graph in self.graphs if graph.name == name), None)
         if found is None:
-            raise ArtifactError(f"engines: there is none for '{name}'; build them again: {self.rebuild()}")
+            raise ArtifactError(
+                f"engines: no engine was built for '{name}'; build them again: {self.rebuild_command()}"
+            )
         return found
 
-    def rebuild(self, sms: Sequence[int] = ()) -> str:
-        """The command that builds them anew in their place, for these GPUs or the same."""
-        wanted = (sms or self.sms) if self.engine == TENSORRT_RTX else ()
-        return build_command(self.bundle or "BUNDLE", self.engine, wanted, context=self.context, folder=self.folder)
+    def rebuild_command(self, sms: Sequence[int] = ()) -> str:
+        """Return the command that builds these engines again in the same folder, for `sms` or the same GPUs."""
+        targets = (sms or self.sms) if self.engine == TENSORRT_RTX else ()
+        context = self.rebuild_context()
+        return build_command(self.bundle or "BUNDLE", self.engine, targets, context=context, folder=self.folder)
+
+    def rebuild_context(self) -> int:
+        """Return the context, in tokens, to build these engines again with; 0 stands for the builder's default.
+
+        The builder refuses a context above the policy's `max_context`, which may have shrunk since by a new export.
+        """
+        if self.bundle is None:
+            return self.context
+        sources = next((graph.sources for graph in self.graphs if graph.name == DECODER), {})
+        for path in sources:
+            try:
+                limit = read_json((self.bundle / path).parent / MODEL_MANIFEST, what="policy")["max_context"]
+                return self.context if self.context <= limit else 0
+            except (ArtifactError, KeyError, TypeError):
+                return 0
+        return self.context
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `engines.json` holds."""
+        """Return the content of `engines.json`."""
         fields = {key: item for key, item in asdict(self).items() if key not in ("bundle", "folder")}
         return {"schema": SCHEMA, "kind": KIND, **fields}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> BuiltEngines:
-        """Inverse of `to_json`; ArtifactError names what is missing."""
+    def from_json(cls, value: Mapping[str, Any]) -> EngineManifest:
+        """Parse the content of `engines.json`. Raises ArtifactError for another schema and missing or unknown keys."""
         if value.get("schema") != SCHEMA or value.get("kind") != KIND:
             raise ArtifactError(
                 f"engines: the manifest has schema {value.get('schema')!r} and kind {value.get('kind')!r}, expected "
@@ -86,50 +106,52 @@ class BuiltEngines:
             )
         fields = {key: item for key, item in value.items() if key not in ("schema", "kind")}
         try:
-            graphs = tuple(_graph(entry) for entry in fields.pop("graphs"))
+            graphs = tuple(_parse_graph(entry) for entry in fields.pop("graphs"))
             files = tuple(FileEntry(**entry) for entry in fields.pop("files"))
             return cls(graphs=graphs, files=files, sms=tuple(fields.pop("sms")), **fields)
         except (KeyError, TypeError, AttributeError) as exc:
-            raise ArtifactError(f"engines: the manifest does not fit this version ({exc}); build them again") from exc
+            raise ArtifactError(f"engines: this version cannot read the manifest ({exc}); build them again") from exc
 
 
 def build_command(
     bundle: Path | str, engine: str, sms: Sequence[int] = (), *, context: int = 0, folder: Path | None = None
 ) -> str:
-    """What somebody has to run to get the engines of a bundle.
+    """Return the shell command that builds the engines of a bundle.
 
-    `context`: tokens of a decoder's cache; 0: the builder's default. `folder`: where they are to lie; None: where the
-    bundle has them.
+    Args:
+        bundle: the bundle's folder.
+        engine: one of BUILT_ENGINES.
+        sms: compute capabilities to build for; empty for the builder's default.
+        context: capacity of the decoder's caches, in tokens; 0 for the builder's default.
+        folder: output folder; None for the bundle's own.
     """
-    words = [*BUILDER.split(), str(bundle), "--engine", engine]
+    words = [*BUILD_COMMAND.split(), str(bundle), "--engine", engine]
     if sms:
         words += ["--sm", ",".join(map(str, sms))]
     if context:
         words += ["--context", str(context)]
-    if folder is not None and folder.resolve() != own_folder(Path(bundle), engine).resolve():
+    if folder is not None and folder.resolve() != default_engine_folder(Path(bundle), engine).resolve():
         words += ["--out", str(folder)]
     return shlex.join(words)
 
 
-def own_folder(bundle: Path, engine: str) -> Path:
-    """Where a bundle has its engines for a runtime."""
-    return bundle / FOLDER / engine
+def default_engine_folder(bundle: Path, engine: str) -> Path:
+    """Return the folder in a bundle for the engines of one runtime."""
+    return bundle / ENGINES_FOLDER / engine
 
 
-def read_built(folder: Path, bundle: Path, engine: str) -> BuiltEngines:
-    """Read the engines of a folder, and check its files and that they are of this bundle's graphs.
+def read_engine_manifest(folder: Path, bundle: Path, engine: str) -> EngineManifest:
+    """Read a folder's manifest; verify its files and that they were built from the bundle's present graphs.
 
     Raises:
-        BackendError: there are none for that runtime, or some that this version no longer runs.
-        ArtifactError: a file is missing or altered, or the bundle's graphs are others than those they were built from.
+        BackendError: the folder has no engines, or engines for another runtime than `engine`, or this version cannot
+            run them.
+        ArtifactError: a file is missing or altered, or the bundle's graphs have changed since.
     """
     if not (folder / MANIFEST).is_file():
-        raise BackendError(
-            f"there are no engines in '{folder}'; build them: "
-            f"{build_command(bundle, engine, folder=folder)}"
-        )
-    described = BuiltEngines.from_json(read_json(folder / MANIFEST, what="engines"))
-    built = replace(described, bundle=bundle, folder=folder)
+        raise BackendError(f"no engines in '{folder}'; build them: {build_command(bundle, engine, folder=folder)}")
+    parsed = EngineManifest.from_json(read_json(folder / MANIFEST, what="engines"))
+    built = replace(parsed, bundle=bundle, folder=folder)
     if built.engine not in BUILT_ENGINES:
         raise BackendError(
             f"the engines in '{folder}' are for '{built.engine}', which this version does not run; build them: "
@@ -137,37 +159,37 @@ def read_built(folder: Path, bundle: Path, engine: str) -> BuiltEngines:
         )
     if built.engine != engine:
         raise BackendError(
-            f"the engines in '{folder}' are for '{built.engine}', asked for is '{engine}'; build them: "
+            f"the engines in '{folder}' are for '{built.engine}', but '{engine}' was requested; build them: "
             f"{build_command(bundle, engine)}"
         )
     unknown = [graph.name for graph in built.graphs if graph.name not in GRAPHS]
     if unknown:
         raise BackendError(
-            f"the engines in '{folder}' hold a graph '{unknown[0]}', which this version does not run; build them "
-            f"again: {built.rebuild()}"
+            f"the engines in '{folder}' include the graph '{unknown[0]}', which this version does not run; build them "
+            f"again: {built.rebuild_command()}"
         )
     try:
         verify_files(folder, built.files, what="engines")
     except ArtifactError as exc:
-        raise ArtifactError(f"{exc}; build them again: {built.rebuild()}") from exc
+        raise ArtifactError(f"{exc}; build them again: {built.rebuild_command()}") from exc
     for graph in built.graphs:
         check_sources(graph, bundle, built)
     return built
 
 
-def check_sources(graph: BuiltGraph, bundle: Path, built: BuiltEngines) -> None:
-    """ArtifactError where what an engine was built from is gone, or another graph now."""
+def check_sources(graph: BuiltGraph, bundle: Path, built: EngineManifest) -> None:
+    """Raise ArtifactError if a graph that an engine was built from was removed from the bundle or replaced."""
     for path, sha256 in graph.sources.items():
         part, name = (bundle / path).parent, Path(path).name
         listed = read_json(part / MODEL_MANIFEST, what=part.name).get("files", ())
         if not any(entry.get("path") == name and entry.get("sha256") == sha256 for entry in listed):
             raise ArtifactError(
-                f"engines: '{graph.file}' was built from another '{path}' than the bundle has now; build them again: "
-                f"{built.rebuild()}"
+                f"engines: '{graph.file}' was built from a version of '{path}' that the bundle no longer contains; "
+                f"build them again: {built.rebuild_command()}"
             )
 
 
-def _graph(entry: Mapping[str, Any]) -> BuiltGraph:
+def _parse_graph(entry: Mapping[str, Any]) -> BuiltGraph:
     profiles = tuple({name: tuple(map(tuple, shapes)) for name, shapes in profile.items()}
                      for profile in entry.get("profiles", ()))  # fmt: skip
     return BuiltGraph(**{**entry, "profiles": profiles})

@@ -1,4 +1,4 @@
-"""What runs a bundle's graphs and searches its packs, as chosen on the command line; the built engines it leads to."""
+"""The engine and search backend chosen on the command line, and the built engines that the choice leads to."""
 
 from __future__ import annotations
 
@@ -9,120 +9,125 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gog_edge.engines.manifest import (
-    BUILDER,
-    CACHE,
+    BUILD_COMMAND,
+    CACHE_FOLDER,
     ENGINES,
     ORT,
     ORT_CUDA,
-    BuiltEngines,
+    EngineManifest,
     build_command,
-    own_folder,
-    read_built,
+    default_engine_folder,
+    read_engine_manifest,
 )
 from gog_edge.errors import ArtifactError, BackendError, InputError
 
-if TYPE_CHECKING:
-    from gog_edge.engines.base import DecoderEngine, GraphEngine
-    from gog_edge.engines.tensorrt.decoder import DecoderShape
+if TYPE_CHECKING:  # imports numpy, which --help does not need
+    from gog_edge.engines.base import DecoderEngine, DecoderShape, GraphEngine
 
 CPU_SEARCH, FAISS_GPU = "cpu", "faiss-gpu"
+SEARCHES = (CPU_SEARCH, FAISS_GPU)  # what searches the packs: their own indexes, or copies on a GPU
 
-# Not by the extra `gpu`, whose ONNX Runtime would lie over the one that is there.
+# Not the extra `gpu`: its ONNX Runtime would overwrite the files of the installed one.
 FAISS_GPU_INSTALL = "pip uninstall faiss-cpu && pip install 'faiss-gpu>=1.15,<1.16'"
-SEARCHES = (CPU_SEARCH, FAISS_GPU)  # that packs can be searched with: their own indexes, or a GPU
 
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """One of `ENGINES`, where its engines lie, and one of `SEARCHES`. InputError for what there is not or cannot be."""
+    """What runs the graphs and what searches the packs. Raises InputError for values that do not fit together."""
 
-    engine: str = ORT
-    folder: Path | None = None  # of built engines; None: the bundle's own for that runtime
-    search: str = CPU_SEARCH
+    engine: str = ORT  # one of ENGINES
+    folder: Path | None = None  # of built engines; None for the bundle's own folder for `engine`
+    search: str = CPU_SEARCH  # one of SEARCHES
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
-            raise InputError(f"there is no engine '{self.engine}'; known are {', '.join(ENGINES)}")
+            raise InputError(f"unknown engine '{self.engine}'; must be one of {', '.join(ENGINES)}")
         if self.folder is not None and not self.built:
-            raise InputError(f"'{self.folder}' is a folder of built engines, and '{ORT}' runs the bundle's own graphs; "
-                             "name the engine that they were built for, too")
+            raise InputError(f"'{self.folder}' is a folder of built engines, but engine '{ORT}' runs the bundle's own "
+                             "graphs; name the engine that they were built for with --engine")
         if self.search not in SEARCHES:
-            raise InputError(f"there is no search '{self.search}'; known are {', '.join(SEARCHES)}")
+            raise InputError(f"unknown search '{self.search}'; must be one of {', '.join(SEARCHES)}")
 
     @property
     def built(self) -> bool:
-        """Whether engines run that were built from the bundle's graphs, not these graphs themselves."""
+        """Whether `engine` runs engines built from the bundle's graphs, rather than the graphs themselves."""
         return self.engine != ORT
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU is needed: what it is to run may be away now and there later."""
+        """Whether this needs a GPU, or files built for one. Either may become available while a server runs."""
         return self.built or self.search != CPU_SEARCH
 
-    def read(self, bundle: Path) -> EngineSet | None:
-        """The bundle's engines, checked and not yet opened; None where its own graphs run. Raises BackendError."""
+    def read_engines(self, bundle: Path) -> EngineSet | None:
+        """Read and verify the bundle's engines without opening them; None if its own graphs run.
+
+        Raises BackendError, with the command that builds them, if they are missing or cannot be used.
+        """
         if not self.built:
             return None
-        folder = self.folder or own_folder(bundle, self.engine)
-        with _mended_by(build_command(bundle, self.engine, folder=folder)):
-            return EngineSet(folder, read_built(folder, bundle, self.engine))
+        folder = self.folder or default_engine_folder(bundle, self.engine)
+        with _rebuild_hint(build_command(bundle, self.engine, folder=folder)):
+            return EngineSet(folder, read_engine_manifest(folder, bundle, self.engine))
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSet:
-    """The engines of a folder, as they are opened for the policy and the encoder. All errors are BackendErrors."""
+    """The verified engines of one folder, opened one by one. All errors are BackendErrors."""
 
     folder: Path
-    built: BuiltEngines
+    built: EngineManifest
 
     def open_graph(self, name: str) -> GraphEngine:
-        """A graph without state: VISION, IMAGE or TEXT."""
-        with _mended_by(self.built.rebuild()):
+        """Open a graph without state: VISION, IMAGE or TEXT."""
+        with _rebuild_hint(self.built.rebuild_command()):
             if self.built.engine == ORT_CUDA:
                 from gog_edge.engines.onnx.device_decoder import open_cuda_graph
 
                 return open_cuda_graph(self.folder, self.built, name)
-            from gog_edge.engines.tensorrt import open_graph
+            from gog_edge.engines.tensorrt.graph import open_graph
 
             return open_graph(self.folder, self.built, name)
 
-    def open_decoder(self, spec: DecoderShape, context: int) -> DecoderEngine:
-        """The decoder; `spec` is the policy manifest's TextSpec, `context` the tokens that a cache has to hold.
+    def open_decoder(self, shape: DecoderShape, context: int) -> DecoderEngine:
+        """Open the decoder of dimensions `shape`. `context` is the number of tokens that a cache should hold.
 
-        Its caches may hold fewer, as many as it was built for, or more, where that is part of the engine.
+        The capacity of its caches was fixed when it was built and may differ from `context`.
         """
-        with _mended_by(self.built.rebuild()):
+        with _rebuild_hint(self.built.rebuild_command()):
             if self.built.engine == ORT_CUDA:
                 from gog_edge.engines.onnx.device_decoder import open_cuda_decoder
 
                 return open_cuda_decoder(self.folder, self.built)
-            from gog_edge.engines.tensorrt import open_decoder
+            from gog_edge.engines.tensorrt.decoder import open_decoder
 
-            return open_decoder(self.folder, self.built, spec)
+            return open_decoder(self.folder, self.built, shape)
 
     def bytes(self, names: Sequence[str]) -> int:
-        """Size of some graphs' engines with their weights."""
-        with _mended_by(self.built.rebuild()):
+        """Return the size of the named graphs' engines, weights included, in bytes."""
+        with _rebuild_hint(self.built.rebuild_command()):
             stems = tuple(self.built.graph(name).file for name in names)
         return sum(entry.size for entry in self.built.files if entry.path.startswith(stems))
 
     def cache(self) -> Path:
-        """Folder for what is worked out with these very engines; not there where it cannot be made."""
+        """Return the folder for data computed with exactly these engines; it may not exist if it cannot be created."""
         from gog_edge.engines.onnx.prepacked import cache_key
 
-        folder = self.folder / CACHE / f"{self.built.engine}-{cache_key(self.built.files)}"
+        folder = self.folder / CACHE_FOLDER / f"{self.built.engine}-{cache_key(self.built.files)}"
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
 
 @contextmanager
-def _mended_by(command: str) -> Iterator[None]:
-    """Engines are rebuilt, a bundle is not: what is wrong with their files says nothing against its parts."""
+def _rebuild_hint(command: str) -> Iterator[None]:
+    """Turn ArtifactErrors into BackendErrors that end with the build command.
+
+    Damaged engines can be rebuilt from the bundle, so the bundle itself is not at fault.
+    """
     try:
         yield
     except ArtifactError as exc:
-        said = str(exc)
-        if BUILDER not in said:
-            said = f"{said.partition('; build them again')[0]}; build them again: {command}"
-        raise BackendError(said) from exc
+        message = str(exc)
+        if BUILD_COMMAND not in message:
+            message = f"{message.partition('; build them again')[0]}; build them again: {command}"
+        raise BackendError(message) from exc

@@ -1,1 +1,1 @@
-"""Checkpoint to graphs to engines (extra: export). Never imported at run time."""
+"""Export of checkpoints to graphs and engines (extra: export). The runtime imports nothing from here."""

@@ -1,4 +1,4 @@
-"""A small writer of ONNX graphs: values are names, an operator call returns its output's name."""
+"""A small writer of ONNX graphs. Values are names; calling an operator returns the name of its output."""
 
 from __future__ import annotations
 
@@ -13,38 +13,49 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from gog_edge.engines.base import Array
 from gog_edge.errors import CheckpointError
-from gog_edge.exporting.quantization import quantise
-from gog_edge.policy.manifest import Blocks
+from gog_edge.exporting.quantization import quantize
+from gog_edge.policy.manifest import WeightQuantization
 
 OPSET = 24
 MICROSOFT = "com.microsoft"
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 INT32, INT64, BOOL, UINT16 = TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL, TensorProto.UINT16
-# Small graphs are one file; the weights of larger ones lie beside, where they can be mapped (and may pass 2 GiB).
+# Weights up to this total are embedded in the .onnx file. Larger ones go to an external data file, which can be
+# memory-mapped and may exceed the 2 GiB limit of protocol buffers.
 EMBEDDED_BYTES = 2**26
-WHOLE_NUMBERS = 4  # MatMulNBits' accuracy level: activations become 8-bit numbers too, which is twice as fast
-MIDDLE = 128  # stands for zero among unsigned 8-bit numbers
-ALIGNMENT = 4096  # bytes: weights begin on a page, so that they can be mapped; smaller ones stay in the graph
+INT8_ACCURACY_LEVEL = 4  # of MatMulNBits: activations are quantized to int8 too, which is twice as fast
+UINT8_ZERO_POINT = 128
+ALIGNMENT = 4096  # bytes: external tensors start on a page so that they can be mapped; smaller ones stay in the graph
 
 Shape = Sequence[int | str]
-Form: TypeAlias = Literal["fp32", "fp16"] | Blocks
-Progress: TypeAlias = Callable[[range, str], Iterable[int]]  # layers, and what they are of -> the same layers
+WeightFormat: TypeAlias = Literal["fp32", "fp16"] | WeightQuantization
+Progress: TypeAlias = Callable[[range, str], Iterable[int]]  # (layers, name of the part) -> the same layers
 
 
 def silent(layers: range, _: str) -> Iterable[int]:
-    """A `Progress` that shows nothing."""
+    """Iterate over `layers` without showing progress."""
     return layers
 
 
 class GraphBuilder:
-    """Collects nodes, weights, inputs and outputs, then writes one .onnx file.
+    """A builder that collects nodes, weights, inputs and outputs, and writes one .onnx file.
 
-    Weights go to `<path>.data` as they come: a model is never held whole. What an earlier export left there goes.
+    Weights are appended to `<path>.data` as they are added, so that a model is never held in memory as a whole. An
+    existing `<path>.data` is deleted.
     """
 
-    def __init__(self, name: str, path: Path, form: Form = "fp32", *, opset: int = OPSET) -> None:
-        """`form` is how the weights of `linear` are stored; everything that is written here computes in float32."""
-        self.form: Form = form
+    def __init__(
+        self, name: str, path: Path, weight_format: WeightFormat = "fp32", *, opset: int = OPSET
+    ) -> None:
+        """Create an empty graph.
+
+        Args:
+            name: name of the graph.
+            path: the .onnx file to write.
+            weight_format: how `linear` stores its weights. All operators compute in float32.
+            opset: version of the ONNX operator set.
+        """
+        self.weight_format: WeightFormat = weight_format
         self._opset = opset
         self._name, self._path, self._data = name, path, path.with_name(f"{path.name}.data")
         self._data.unlink(missing_ok=True)
@@ -55,143 +66,168 @@ class GraphBuilder:
         self._count = 0
         self._bytes = 0
 
-    def _fresh(self, stem: str) -> str:
+    def _unique(self, stem: str) -> str:
         self._count += 1
         return f"{stem}_{self._count}"
 
-    def input(self, name: str, kind: int, shape: Shape) -> str:
-        """Declare a graph input; strings in `shape` are free dimensions."""
-        self._inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+    def input(self, name: str, dtype: int, shape: Shape) -> str:
+        """Declare a graph input; strings in `shape` are dynamic dimensions. Return its name."""
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
         return name
 
-    def output(self, value: str, name: str, kind: int, shape: Shape) -> None:
-        """Give `value` out under `name`."""
+    def output(self, value: str, name: str, dtype: int, shape: Shape) -> None:
+        """Declare `value` as the graph output `name`."""
         if value != name:
             self._nodes.append(helper.make_node("Identity", [value], [name]))
-        self.declare_output(name, kind, shape)
+        self.declare_output(name, dtype, shape)
 
-    def declare_output(self, name: str, kind: int, shape: Shape) -> None:
-        """Declare an output that some node already writes under its final name."""
-        self._outputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+    def declare_output(self, name: str, dtype: int, shape: Shape) -> None:
+        """Declare an output that a node already writes under this name."""
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
 
     def weight(self, array: Array, name: str = "constant") -> str:
-        """An initializer."""
-        fresh = self._fresh(name)
+        """Add an initializer and return its name, which is unique and begins with `name`."""
+        unique = self._unique(name)
         array = np.asarray(array, order="C")
         small = array.nbytes < ALIGNMENT
-        self._weights.append(numpy_helper.from_array(array, fresh) if small else self._spooled(array, fresh))
+        self._weights.append(numpy_helper.from_array(array, unique) if small else self._external(array, unique))
         self._bytes += array.nbytes
-        return fresh
+        return unique
 
-    def half(self, array: Array, name: str) -> str:
-        """An initializer of halves. CheckpointError where they do not hold its numbers."""
-        return self.weight(_half(array, name), name)
+    def fp16_weight(self, array: Array, name: str) -> str:
+        """Add an initializer in fp16. Raises CheckpointError if a value exceeds its range."""
+        return self.weight(_to_fp16(array, name), name)
 
-    def int4(self, packed: Array, shape: Sequence[int], name: str) -> str:
-        """An initializer of whole numbers -8..7, two a byte, the first in the low half."""
-        fresh = self._fresh(name)
-        tensor = self._spooled(packed, fresh)
+    def int4_weight(self, packed: Array, shape: Sequence[int], name: str) -> str:
+        """Add an initializer of int4 values, packed two per byte with the first in the low four bits."""
+        unique = self._unique(name)
+        tensor = self._external(packed, unique)
         tensor.data_type, tensor.dims[:] = TensorProto.INT4, shape
         self._weights.append(tensor)
         self._bytes += packed.nbytes
-        return fresh
+        return unique
 
     def prune(self) -> None:
-        """Leave out what no output needs."""
-        wanted = {output.name for output in self._outputs}
-        kept = []
+        """Remove the nodes and weights that no output depends on."""
+        required = {output.name for output in self._outputs}
+        needed = []
         for node in reversed(self._nodes):
-            if wanted.intersection(node.output):
-                kept.append(node)
-                wanted.update(node.input)
-        self._nodes = kept[::-1]
-        self._weights = [tensor for tensor in self._weights if tensor.name in wanted]
+            if required.intersection(node.output):
+                needed.append(node)
+                required.update(node.input)
+        self._nodes = needed[::-1]
+        self._weights = [tensor for tensor in self._weights if tensor.name in required]
 
-    def _spooled(self, array: Array, name: str) -> onnx.TensorProto:
+    def _external(self, array: Array, name: str) -> onnx.TensorProto:
         with self._data.open("ab") as file:
             file.write(bytes(-file.tell() % ALIGNMENT))
             offset = file.tell()
             array.tofile(file)
-        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-        tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+        dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
+        tensor = TensorProto(name=name, data_type=dtype, dims=array.shape, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", self._data.name), ("offset", offset), ("length", array.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
         return tensor
 
     def ints(self, *values: int) -> str:
-        """A small int64 vector."""
+        """Add a small int64 vector as a constant."""
         return self.weight(np.asarray(values, np.int64))
 
     def scalar(self, value: int) -> str:
-        """An int64 without dimensions."""
+        """Add an int64 scalar as a constant."""
         return self.weight(np.asarray(value, np.int64))
 
-    def ops(self, kind: str, *inputs: str, count: int = 1, names: Sequence[str] = (), domain: str = "",
+    def ops(self, op_type: str, *inputs: str, count: int = 1, names: Sequence[str] = (), domain: str = "",
             **attributes: Any) -> list[str]:
-        """Add a node with several outputs; `names` fixes the names of the last ones; '' is an input left out."""
-        outputs = [self._fresh(kind) for _ in range(count)] + list(names)
-        self._nodes.append(helper.make_node(kind, list(inputs), outputs, domain=domain, **attributes))
+        """Add a node with several outputs and return their names.
+
+        Args:
+            op_type: ONNX operator.
+            inputs: names of values; '' omits an optional input.
+            count: number of outputs with generated names.
+            names: names of further outputs, which follow the generated ones.
+            domain: operator domain; '' is the ONNX standard.
+            attributes: attributes of the node.
+        """
+        outputs = [self._unique(op_type) for _ in range(count)] + list(names)
+        self._nodes.append(helper.make_node(op_type, list(inputs), outputs, domain=domain, **attributes))
         return outputs
 
-    def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        """Add a node with one output."""
-        return self.ops(kind, *inputs, domain=domain, **attributes)[0]
+    def op(self, op_type: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """Add a node with one output and return its name."""
+        return self.ops(op_type, *inputs, domain=domain, **attributes)[0]
 
     def linear(
-        self, value: str, weight: Array, bias: Array | None = None, *, name: str = "weight", form: Form | None = None
+        self, value: str, weight: Array, bias: Array | None = None, *, name: str = "weight",
+        weight_format: WeightFormat | None = None,
     ) -> str:
-        """value @ weight.T + bias, weight [out, in] as PyTorch keeps it; `form` other than the graph's own."""
-        form = form or self.form
-        if isinstance(form, Blocks):
-            return (self._blocked if form.size else self._by_rows)(value, weight, bias, name, form)
-        if form == "fp16":  # halves the file; the engine widens it once, at load
-            stored = self.op("Cast", self.weight(_half(weight.T, name), name), to=FLOAT)
+        """Compute value @ weight.T + bias.
+
+        Args:
+            value: [..., in].
+            weight: [out, in], as PyTorch stores it.
+            bias: [out].
+            name: stem of the weight's name.
+            weight_format: overrides the graph's own format.
+        """
+        weight_format = weight_format or self.weight_format
+        if isinstance(weight_format, WeightQuantization):
+            write = self._linear_by_block if weight_format.size else self._linear_by_row
+            return write(value, weight, bias, name, weight_format)
+        if weight_format == "fp16":  # half the file size; ONNX Runtime folds the cast once, at load
+            stored = self.op("Cast", self.weight(_to_fp16(weight.T, name), name), to=FLOAT)
         else:
             stored = self.weight(weight.T, name)
-        product = self.op("MatMul", value, stored)
-        return product if bias is None else self.op("Add", product, self.weight(bias, f"{name}_bias"))
+        result = self.op("MatMul", value, stored)
+        return result if bias is None else self.op("Add", result, self.weight(bias, f"{name}_bias"))
 
-    def _blocked(self, value: str, weight: Array, bias: Array | None, name: str, blocks: Blocks) -> str:
-        packed, scales = quantise(weight, blocks)
+    def _linear_by_block(
+        self, value: str, weight: Array, bias: Array | None, name: str, scheme: WeightQuantization
+    ) -> str:
+        packed, scales = quantize(weight, scheme)
         inputs = [value, self.weight(packed, name), self.weight(scales, f"{name}_scales")]
         if bias is not None:
             inputs += ["", "", self.weight(bias, f"{name}_bias")]
         return self.op(
-            "MatMulNBits", *inputs, domain=MICROSOFT, K=weight.shape[1], N=weight.shape[0], bits=blocks.bits,
-            block_size=blocks.size, accuracy_level=WHOLE_NUMBERS,
+            "MatMulNBits", *inputs, domain=MICROSOFT, K=weight.shape[1], N=weight.shape[0], bits=scheme.bits,
+            block_size=scheme.size, accuracy_level=INT8_ACCURACY_LEVEL,
         )
 
-    def _by_rows(self, value: str, weight: Array, bias: Array | None, name: str, blocks: Blocks) -> str:
-        """One scale for each row of both factors; the product of the whole numbers is exact."""
-        packed, scales = quantise(weight, blocks)
-        numbers = (packed[:, 0].astype(np.int16) - 2 ** (blocks.bits - 1)).astype(np.int8)
-        whole, row_scales = self._whole_rows(value)
-        product = self.op(
-            "MatMulIntegerToFloat", whole, self.weight(numbers.T, name), self.weight(np.ones((), np.float32)),
-            self.weight(scales[:, 0], f"{name}_scales"), self.weight(np.asarray(MIDDLE, np.uint8)), domain=MICROSOFT,
+    def _linear_by_row(
+        self, value: str, weight: Array, bias: Array | None, name: str, scheme: WeightQuantization
+    ) -> str:
+        """Quantize both factors with one scale per row; the integer matmul between them is exact."""
+        packed, scales = quantize(weight, scheme)
+        signed = (packed[:, 0].astype(np.int16) - 2 ** (scheme.bits - 1)).astype(np.int8)
+        quantized, row_scales = self._quantize_rows(value)
+        result = self.op(
+            "MatMulIntegerToFloat", quantized, self.weight(signed.T, name), self.weight(np.ones((), np.float32)),
+            self.weight(scales[:, 0], f"{name}_scales"), self.weight(np.asarray(UINT8_ZERO_POINT, np.uint8)),
+            domain=MICROSOFT,
         )
-        scaled = self.op("Mul", product, row_scales)
+        scaled = self.op("Mul", result, row_scales)
         return scaled if bias is None else self.op("Add", scaled, self.weight(bias, f"{name}_bias"))
 
-    def _whole_rows(self, value: str) -> tuple[str, str]:
-        """[..., T, K] -> 8-bit numbers about 128, and the scale of each row [T, 1]."""
+    def _quantize_rows(self, value: str) -> tuple[str, str]:
+        """Quantize [..., T, K] to uint8 with a zero point of 128; return it and the scale of each row [T, 1]."""
         last = self.ints(-1)
-        ends = [self.op(kind, value, last, keepdims=0) for kind in ("ReduceMax", "ReduceMin")]
-        greatest = self.op("Max", ends[0], self.op("Neg", ends[1]), self.weight(np.asarray(1e-20, np.float32)))
-        flat = self.op("Reshape", greatest, last)
-        scales = self.op("Div", flat, self.weight(np.asarray(MIDDLE - 1, np.float32)))
-        middles = self.op("Expand", self.weight(np.asarray(MIDDLE, np.uint8)), self.op("Shape", scales))
-        return self.op("QuantizeLinear", value, scales, middles, axis=-2), self.op("Unsqueeze", scales, self.ints(1))
+        extremes = [self.op(reduce, value, last, keepdims=0) for reduce in ("ReduceMax", "ReduceMin")]
+        max_abs = self.op("Max", extremes[0], self.op("Neg", extremes[1]), self.weight(np.asarray(1e-20, np.float32)))
+        flat = self.op("Reshape", max_abs, last)
+        scales = self.op("Div", flat, self.weight(np.asarray(UINT8_ZERO_POINT - 1, np.float32)))
+        zero_points = self.op("Expand", self.weight(np.asarray(UINT8_ZERO_POINT, np.uint8)), self.op("Shape", scales))
+        quantized = self.op("QuantizeLinear", value, scales, zero_points, axis=-2)
+        return quantized, self.op("Unsqueeze", scales, self.ints(1))
 
     def swiglu(self, value: str, gate: tuple[Array, Array | None], up: tuple[Array, Array | None]) -> str:
-        """silu(gate(value)) * up(value), both projections in one product; each is (weight, bias)."""
+        """Compute silu(gate(value)) * up(value) with one matmul; `gate` and `up` are (weight, bias)."""
         bias = None if gate[1] is None or up[1] is None else np.concatenate([gate[1], up[1]])
         both = self.linear(value, np.concatenate([gate[0], up[0]]), bias, name="gate_up")
         first, second = self.ops("Split", both, count=2, axis=-1, num_outputs=2)
         return self.op("Mul", self.op("Mul", first, self.op("Sigmoid", first)), second)
 
     def save(self) -> None:
-        """Write the graph; weights that fit into it move there."""
+        """Write the .onnx file; small weights are moved from the data file into it."""
         if self._bytes <= EMBEDDED_BYTES:
             self._embed()
         graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, self._weights)
@@ -209,7 +245,11 @@ class GraphBuilder:
         self._data.unlink(missing_ok=True)
 
 
-def _half(weight: Array, name: str) -> Array:
-    if np.abs(weight).max(initial=0) > np.finfo(np.float16).max:
-        raise CheckpointError(f"a weight of '{name}' is too large for float16; export in another precision")
+def _to_fp16(weight: Array, name: str) -> Array:
+    max_abs, limit = float(np.abs(weight).max(initial=0)), float(np.finfo(np.float16).max)
+    if max_abs > limit:
+        raise CheckpointError(
+            f"a weight of '{name}' is {max_abs:.4g}, more than fp16 can represent ({limit:,.0f}); export in another "
+            "precision"
+        )
     return weight.astype(np.float16)

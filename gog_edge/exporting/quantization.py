@@ -1,4 +1,4 @@
-"""Weights as whole numbers: symmetric blocks, in the layout that ONNX Runtime's MatMulNBits reads."""
+"""Symmetric integer quantization of weights, in the layout that ONNX Runtime's MatMulNBits reads."""
 
 from __future__ import annotations
 
@@ -9,63 +9,67 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gog_edge.engines.base import Floats
-from gog_edge.policy.manifest import Blocks
+from gog_edge.policy.manifest import WeightQuantization
 
-Packed: TypeAlias = NDArray[np.uint8]  # [rows, blocks, size * bits / 8]; two numbers a byte at 4 bits, low half first
+# uint8 [rows, blocks, size * bits / 8]. Of 4-bit values, two share a byte, the first in the low four bits.
+Packed: TypeAlias = NDArray[np.uint8]
 
-# Shares of a block's greatest value that scales are tried with: clipping a few large values often costs less than
-# the coarser grid that would hold them.
+# Fractions of a block's maximum that are tried as the end of its grid, by bits. Clipping a few large values often
+# gives a smaller error than the coarser grid that would contain them.
 CANDIDATES = {4: (1.0, 0.94, 0.88, 0.82, 0.76), 7: (1.0,), 8: (1.0,)}
 
-# A scale for each row of both factors. Seven bits: without the instructions for it, processors add pairs of products in
-# 16 bits, which 8 bits overflow.
-ROWS = Blocks(7, None)
-_NOTHING = 1e-35  # scales below it have no finite inverse: such weights are taken for zeros
-_ROWS = 512  # quantised at a time: bounds the scratch memory
+# One scale per row of both factors, for integer matmuls. 7 bits, because processors without VNNI instructions add
+# pairs of products in 16 bits, which 8-bit weights overflow.
+INT7_BY_ROW = WeightQuantization(7, None)
+_MIN_SCALE = 1e-35  # smaller scales have no finite inverse; such weights are stored as zeros
+_CHUNK_ROWS = 512  # rows quantized at a time, which bounds the temporary memory
 
 
-def quantise(weight: Floats, blocks: Blocks) -> tuple[Packed, Floats]:
-    """(packed numbers, scales [rows, blocks]) of a weight [rows, columns]; a last short block is filled with zeros.
+def quantize(weight: Floats, scheme: WeightQuantization) -> tuple[Packed, Floats]:
+    """Quantize a weight [rows, columns]; a last block that is too short is padded with zeros.
 
-    Numbers are told by how far they are from the lowest, so never negative. Of the candidate scales each block takes
-    the one with the least squared error. The greatest value by magnitude goes to the end of the grid that reaches one
-    step further, -2^(bits-1), whatever its sign.
+    Values are stored with an offset of 2^(bits-1), as unsigned integers. The value of largest magnitude is mapped to
+    -2^(bits-1), the end of the grid with one more step, so scales may be negative. Of the candidate scales, each block
+    uses the one with the smallest squared error.
+
+    Returns:
+        The packed values, and float32 scales [rows, blocks].
     """
-    chunks = [weight[start : start + _ROWS] for start in range(0, len(weight), _ROWS)]
+    chunks = [weight[start : start + _CHUNK_ROWS] for start in range(0, len(weight), _CHUNK_ROWS)]
     with ThreadPoolExecutor() as threads:
-        parts = list(threads.map(lambda rows: _quantise_rows(rows, blocks), chunks))
+        parts = list(threads.map(lambda rows: _quantize_chunk(rows, scheme), chunks))
     return np.concatenate([packed for packed, _ in parts]), np.concatenate([scales for _, scales in parts])
 
 
-def dequantise(packed: Packed, scales: Floats, blocks: Blocks, columns: int) -> Floats:
-    """Inverse of `quantise` [rows, columns], less what rounding took."""
-    numbers = packed.astype(np.int16)
-    if blocks.bits == 4:
-        numbers = np.stack([numbers & 15, numbers >> 4], axis=-1).reshape(*packed.shape[:2], -1)
-    values = (numbers - 2 ** (blocks.bits - 1)) * scales[:, :, None]
-    return np.ascontiguousarray(values.reshape(len(packed), -1)[:, :columns], np.float32)
+def dequantize(packed: Packed, scales: Floats, scheme: WeightQuantization, columns: int) -> Floats:
+    """Return the float32 values [rows, columns] of what `quantize` gave."""
+    values = packed.astype(np.int16)
+    if scheme.bits == 4:
+        values = np.stack([values & 15, values >> 4], axis=-1).reshape(*packed.shape[:2], -1)
+    scaled = (values - 2 ** (scheme.bits - 1)) * scales[:, :, None]
+    return np.ascontiguousarray(scaled.reshape(len(packed), -1)[:, :columns], np.float32)
 
 
-def _quantise_rows(weight: Floats, blocks: Blocks) -> tuple[Packed, Floats]:
+def _quantize_chunk(weight: Floats, scheme: WeightQuantization) -> tuple[Packed, Floats]:
     rows, columns = weight.shape
-    size = blocks.size or columns
-    filled = np.zeros((rows, -(-columns // size) * size), np.float32)
-    filled[:, :columns] = weight
-    values = filled.reshape(rows, -1, size)
-    low, high = -(2 ** (blocks.bits - 1)), 2 ** (blocks.bits - 1) - 1
-    greatest = np.take_along_axis(values, np.abs(values).argmax(axis=-1, keepdims=True), axis=-1)
+    size = scheme.size or columns
+    padded = np.zeros((rows, -(-columns // size) * size), np.float32)
+    padded[:, :columns] = weight
+    values = padded.reshape(rows, -1, size)
+    low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
+    extreme = np.take_along_axis(values, np.abs(values).argmax(axis=-1, keepdims=True), axis=-1)
     best_error = np.full(values.shape[:2] + (1,), np.inf, np.float32)
-    best_scale, best_numbers = np.zeros_like(greatest), np.zeros(values.shape, np.int8)
-    for share in CANDIDATES[blocks.bits]:
-        scale = greatest * np.float32(share / low)
-        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > _NOTHING)
-        numbers = np.clip(np.rint(values * inverse), low, high)
-        error = np.square(numbers * scale - values).sum(axis=-1, keepdims=True)
+    best_scale, best_values = np.zeros_like(extreme), np.zeros(values.shape, np.int8)
+    for fraction in CANDIDATES[scheme.bits]:
+        scale = extreme * np.float32(fraction / low)
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > _MIN_SCALE)
+        quantized = np.clip(np.rint(values * inverse), low, high)
+        error = np.square(quantized * scale - values).sum(axis=-1, keepdims=True)
         better = error < best_error
         np.copyto(best_error, error, where=better)
         np.copyto(best_scale, scale, where=better)
-        np.copyto(best_numbers, numbers.astype(np.int8), where=better)
-    unsigned = (best_numbers.astype(np.int16) - low).astype(np.uint8)
-    if blocks.bits == 4:
+        np.copyto(best_values, quantized.astype(np.int8), where=better)
+    unsigned = (best_values.astype(np.int16) - low).astype(np.uint8)
+    if scheme.bits == 4:
         unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
     return unsigned, best_scale[..., 0]

@@ -1,4 +1,4 @@
-"""What two sides of a comparison have in common: logits recorded as a session computes them, and how alike they are."""
+"""Recording of a session's logits, and the similarity measure that both parity checks share."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from gog_edge.policy.model import Decoder
 
 
 @dataclass(slots=True)
-class Recorder:
-    """A decoder engine that remembers the logits of every step."""
+class LogitsRecorder:
+    """A decoder engine that records the logits of every step of another engine."""
 
     engine: DecoderEngine
-    steps: list[tuple[int, Floats]] = field(default_factory=list)  # index of the token the first row follows; rows
+    steps: list[tuple[int, Floats]] = field(default_factory=list)  # (token index of the first row, [keep, vocab])
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit each cache."""
+        """Return how many tokens fit into a cache."""
         return self.engine.capacity
 
     def new_cache(self) -> KvCache:
-        """An empty cache."""
+        """Return an empty cache."""
         return self.engine.new_cache()
 
     def step(
         self, cache: KvCache, embeds: Floats, cos: Floats, sin: Floats, past: int, *, deepstack: Floats | None = None,
         keep: int = 1,
     ) -> Floats:
-        """See `DecoderEngine`."""
+        """Run and record one step; see `DecoderEngine.step`."""
         logits = self.engine.step(cache, embeds, cos, sin, past, deepstack=deepstack, keep=keep)
         self.steps.append((past + len(embeds) - keep, logits.copy()))
         return logits
 
     def by_token(self) -> dict[int, Floats]:
-        """Logits [vocab] by the index of the token that they follow; of what was computed again, the newest."""
+        """Return logits [vocab] by the index of the token they follow; recomputed ones replace the earlier ones."""
         return {start + row: values for start, logits in self.steps for row, values in enumerate(logits)}
 
 
-def recorded(decoder: Decoder, engine: DecoderEngine | None = None) -> tuple[Decoder, Recorder]:
-    """The same decoder on an engine that is recorded: its own, or another."""
-    recorder, twin = Recorder(engine or decoder.engine), copy(decoder)
+def record_logits(decoder: Decoder, engine: DecoderEngine | None = None) -> tuple[Decoder, LogitsRecorder]:
+    """Return a copy of `decoder` whose engine is recorded, and the recorder; `engine` replaces the decoder's own."""
+    recorder, twin = LogitsRecorder(engine or decoder.engine), copy(decoder)
     twin.engine, twin.capacity = recorder, min(decoder.capacity, recorder.capacity)
     return twin, recorder
 
 
-def least_cosine(first: Floats, second: Floats) -> float:
-    """The least cosine of any row [n, width] to its counterpart."""
-    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    return float(((first * second).sum(axis=1) / np.maximum(lengths, 1e-12)).min())
+def min_cosine_similarity(first: Floats, second: Floats) -> float:
+    """Return the smallest cosine similarity of corresponding rows of two arrays [n, width]."""
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return float(((first * second).sum(axis=1) / np.maximum(norms, 1e-12)).min())

@@ -1,4 +1,7 @@
-"""From a snapshot to a pack: read in many processes, written by one; whatever is done stays done."""
+"""Builds a pack from a snapshot, or updates one: worker processes parse, one process writes.
+
+A build can be killed at any point; the same call resumes it.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,17 @@ from pathlib import Path
 
 from gog_edge.errors import PackError, SourceError
 from gog_edge.files import write_atomic
-from gog_edge.indexing.commit import LOCK, current, prune, writing
-from gog_edge.indexing.generation import NextGeneration, OnProgress, PackOptions
-from gog_edge.indexing.sources.base import ArticleDraft, Chunk, ImageDraft, Item, RedirectDraft, Skipped, Source
-from gog_edge.indexing.store_writer import DraftRefused, StoreWriter
+from gog_edge.indexing import OnProgress
+from gog_edge.indexing.commit import LOCK, current_manifest, prune, write_lock
+from gog_edge.indexing.encoders import Encoders, fingerprint_of
+from gog_edge.indexing.generation import GenerationBuilder, PackOptions
+from gog_edge.indexing.sources.base import ArticleRecord, Chunk, ImageRecord, Record, RedirectRecord, Skipped, Source
+from gog_edge.indexing.store_writer import RecordError, StoreWriter
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import BUILD, COMMAND, MANIFEST, Manifest
+from gog_edge.retrieval.text.encoder import TextEncoder
 
-READING, WORDS = "reading", "words"  # stages: the snapshot, and the index of its words
+READING, WORDS = "reading", "words"  # stages: parsing the snapshot, and building the word index
 
 
 def build_pack(
@@ -36,35 +42,40 @@ def build_pack(
     add: bool = False,
     command: str = "",
     on_progress: OnProgress | None = None,
+    text_encoder: TextEncoder | None = None,
 ) -> Manifest:
-    """Make a pack of a snapshot, or the next generation of one.
+    """Build a pack from a snapshot, or the next generation of one, and return its manifest.
 
-    Killed at any point and called again with the same arguments, it goes on: chunks that were written, shards that were
-    embedded and indexes that were built are not made again.
+    If it was killed, a call with the same arguments resumes it: complete chunks, shards and indexes are reused.
 
     Args:
         source: the snapshot.
-        folder: new or empty; a pack with `update` or `add`; or an unfinished build of just this.
-        name: in citations and addresses.
-        encoder: None for a pack that is searched by words alone.
-        options: how the pack is made.
-        workers: processes that read; one for each core when left out.
-        update: the folder's pack becomes this snapshot: only what changed is written and embedded, what the snapshot
-            does not hold any more goes.
-        add: the snapshot comes to what the folder's pack holds; articles of the same key are replaced.
-        command: what goes on with this build: told to who opens the pack too early.
-        on_progress: is told (stage, done, total).
+        folder: new or empty; a pack if `update` or `add` is given; or an unfinished build with the same arguments.
+        name: name of the pack in citations and addresses.
+        encoder: None for a pack without images.
+        options: how the pack is built.
+        workers: worker processes that parse; one per core by default.
+        update: replace the content of the pack by this snapshot. Only changes are written and embedded; articles that
+            the snapshot does not contain are deleted.
+        add: add the snapshot to the content of the pack; articles of the same key are replaced.
+        command: command line that resumes this build, for the message when an unfinished pack is opened.
+        on_progress: called with (stage, done, total).
+        text_encoder: embeds the paragraphs; None for a pack whose paragraphs are searched by words only.
 
     Raises:
-        PackError: the folder holds something else, is being written, or its disk is full.
-        SourceError: the snapshot cannot be read; what was read before stays.
+        PackError: the folder contains something else, the pack is being written, or the disk is full.
+        SourceError: the snapshot cannot be read. What was read before remains.
     """
-    done = None if update or add else _same_build(source, folder, name, encoder)
-    if done is not None:
-        return done
-    with _begun(source, folder, name, encoder, options, update=update, add=add) as generation:
-        _ensure_store(generation, source, workers, command, on_progress)
-        return generation.finish(only=update, on_progress=on_progress)
+    _check_folder(folder)
+    encoders = Encoders(encoder, text_encoder)
+    with write_lock(folder):
+        current = current_manifest(folder)
+        if current is not None and not update and not add and _is_result(current, source, name, encoders):
+            prune(folder, current)
+            return current
+        with _generation(source, folder, current, name, encoders, options, change=update or add) as generation:
+            _ensure_store(generation, source, workers, command, on_progress)
+            return generation.finish(delete_missing=update, on_progress=on_progress)
 
 
 def read_snapshot(
@@ -79,48 +90,56 @@ def read_snapshot(
     add: bool = False,
     command: str = "",
     on_progress: OnProgress | None = None,
+    text_encoder: TextEncoder | None = None,
 ) -> None:
-    """Do only what `build_pack` does first, texts and pictures: others embed (`ray_embedding`), then it goes on.
+    """Write the store only, the first step of `build_pack`. The vectors can then be embedded by `ray_embedding`.
 
-    Arguments and errors are those of `build_pack`.
+    Arguments and errors are those of `build_pack`, which completes the build.
     """
-    with _begun(source, folder, name, encoder, options, update=update, add=add) as generation:
-        _ensure_store(generation, source, workers, command, on_progress)
+    _check_folder(folder)
+    encoders = Encoders(encoder, text_encoder)
+    with write_lock(folder):
+        current = current_manifest(folder)
+        with _generation(source, folder, current, name, encoders, options, change=update or add) as generation:
+            _ensure_store(generation, source, workers, command, on_progress)
 
 
-def _same_build(source: Source, folder: Path, name: str, encoder: Encoder | None) -> Manifest | None:
-    """The pack that a first build of just this made, where it was stopped after its commit."""
-    made = current(folder)
-    fingerprint = None if encoder is None else encoder.fingerprint
-    if made is None or made.parent is not None or (made.name, made.encoder) != (name, fingerprint):
-        return None
-    if made.snapshot != source.snapshot():
-        return None
-    with writing(folder):
-        prune(folder)
-    return made
+def _is_result(current: Manifest, source: Source, name: str, encoders: Encoders) -> bool:
+    """Return whether a pack is the result of a first build with these arguments, which was stopped after its commit."""
+    built_with = current.encoder, current.text_encoder
+    return (current.parent is None and current.name == name and current.snapshot == source.snapshot()
+            and built_with == (fingerprint_of(encoders.image), fingerprint_of(encoders.text)))
 
 
 @contextmanager
-def _begun(source: Source, folder: Path, name: str, encoder: Encoder | None, options: PackOptions | None, *,
-           update: bool, add: bool) -> Iterator[NextGeneration]:
-    """The generation that a build begins or goes on with, under the pack's lock."""
-    _check_folder(folder)
-    with writing(folder):
-        parent = current(folder)
-        if parent is not None and not (update or add):
-            raise PackError(f"'{folder}' holds pack '{parent.name}' already; choose another folder, or --update it")
-        if parent is None and (update or add):
-            raise PackError(f"'{folder}' holds no pack; build one there first")
-        generation = NextGeneration(folder, name=name, snapshot=source.snapshot(), encoder=encoder,
-                                    options=options or PackOptions(), parent=parent)
-        try:
-            yield generation
-        finally:
-            generation.close()
+def _generation(source: Source, folder: Path, current: Manifest | None, name: str, encoders: Encoders,
+                options: PackOptions | None, *, change: bool) -> Iterator[GenerationBuilder]:
+    """Start or resume a generation. The caller holds the pack's lock."""
+    if current is not None and not change:
+        raise PackError(f"'{folder}' contains pack '{current.name}' already; choose another folder, or give --update")
+    if current is None and change:
+        raise PackError(f"'{folder}' does not contain a pack; build one first, without --update")
+    generation = GenerationBuilder(folder, name=name, snapshot=source.snapshot(), encoder=encoders.image,
+                                   options=options or PackOptions(), parent=current, text_encoder=encoders.text)
+    try:
+        yield generation
+    finally:
+        generation.close()
 
 
-def _ensure_store(generation: NextGeneration, source: Source, workers: int | None, command: str,
+def _check_folder(folder: Path) -> None:
+    """Raise PackError for a folder with other files, so that a build does not mix with them."""
+    if (folder / LOCK).exists() or (folder / MANIFEST).is_file() or not folder.is_dir():
+        return
+    others = sorted(path.name for path in folder.iterdir())
+    if others:
+        raise PackError(f"'{folder}' contains '{others[0]}', which does not belong to a pack; choose a new folder")
+
+
+# --- the store ----------------------------------------------------------------------------------
+
+
+def _ensure_store(generation: GenerationBuilder, source: Source, workers: int | None, command: str,
                   on_progress: OnProgress | None) -> None:
     if command:
         write_atomic(generation.folder / COMMAND, command.encode())
@@ -128,24 +147,15 @@ def _ensure_store(generation: NextGeneration, source: Source, workers: int | Non
         _write_store(generation, source, workers or os.cpu_count() or 1, on_progress)
 
 
-def _check_folder(folder: Path) -> None:
-    """A folder with something else in it is not built into, nor is one that only looks like a pack's."""
-    if (folder / LOCK).exists() or (folder / MANIFEST).is_file() or not folder.is_dir():
-        return
-    strange = sorted(path.name for path in folder.iterdir())
-    if strange:
-        raise PackError(f"'{folder}' holds '{strange[0]}', which is no part of a pack; choose a new folder")
-
-
-def _write_store(generation: NextGeneration, source: Source, workers: int, on_progress: OnProgress | None) -> None:
+def _write_store(generation: GenerationBuilder, source: Source, workers: int, on_progress: OnProgress | None) -> None:
     writer = generation.open_store()
     try:
         if not writer.finished:
             source.prepare(generation.folder / BUILD)
-            _read(source, writer, workers, on_progress)
+            _write_chunks(source, writer, workers, on_progress)
         if not writer.counts.articles and generation.parent is None:
-            raise PackError(f"'{generation.folder}': the snapshot has no article that could be read; see what was "
-                            f"skipped: {writer.skipped_reasons() or 'nothing'}")
+            raise PackError(f"'{generation.folder}': no article of the snapshot could be read; skipped: "
+                            f"{writer.skipped_reasons() or 'nothing'}")
         if on_progress is not None:
             on_progress(WORDS, 0, 1)
         generation.finish_store(writer)
@@ -155,39 +165,43 @@ def _write_store(generation: NextGeneration, source: Source, workers: int, on_pr
         writer.close()
 
 
-def _read(source: Source, writer: StoreWriter, workers: int, on_progress: OnProgress | None) -> None:
+def _write_chunks(source: Source, writer: StoreWriter, workers: int, on_progress: OnProgress | None) -> None:
     chunks, total = source.chunks(), source.size
     done = sum(chunk.size for chunk in islice(chunks, writer.chunks))
-    for chunk, items in read_ahead(source, chunks, workers):
+    for chunk, records in parse_chunks(source, chunks, workers):
         with writer.chunk(chunk.number):
-            write_items(writer, items)
+            write_records(writer, records)
         done += chunk.size
         if on_progress is not None:
             on_progress(READING, done, total)
 
 
-def read_ahead(source: Source, chunks: Iterator[Chunk], workers: int) -> Iterator[tuple[Chunk, list[Item]]]:
-    """Chunks in order with what they hold, parsed in other processes a little ahead."""
+def parse_chunks(source: Source, chunks: Iterator[Chunk], workers: int) -> Iterator[tuple[Chunk, list[Record]]]:
+    """Yield the chunks in order with their records, parsed by worker processes that run a few chunks ahead.
+
+    Raises:
+        SourceError: a worker process died.
+    """
     if workers == 1:
         yield from ((chunk, list(source.parse(chunk))) for chunk in chunks)
         return
-    # spawn: a fork would carry ONNX Runtime's and FAISS's threads along, half of them
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_hold,
+    # spawn, because a fork would copy a part of the threads of ONNX Runtime and FAISS
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_set_source,
                              initargs=(source,)) as pool:
-        waiting: deque[tuple[Chunk, Future[list[Item]]]] = deque()
+        pending: deque[tuple[Chunk, Future[list[Record]]]] = deque()
         for chunk in islice(chunks, 2 * workers):
-            waiting.append((chunk, pool.submit(_parse, chunk)))
+            pending.append((chunk, pool.submit(_parse, chunk)))
         try:
-            while waiting:
-                chunk, future = waiting.popleft()
+            while pending:
+                chunk, future = pending.popleft()
                 try:
-                    items = future.result()
+                    records = future.result()
                 except BrokenProcessPool as exc:
-                    raise SourceError(f"a reading process died at part {chunk.number} of the snapshot (killed for "
-                                      "memory, or by a file that no library survives); what was read stays: start the "
-                                      "same command with --workers 1 to see why") from exc
-                waiting.extend((more, pool.submit(_parse, more)) for more in islice(chunks, 1))
-                yield chunk, items
+                    raise SourceError(f"a worker process died while parsing chunk {chunk.number} of the snapshot (out "
+                                      "of memory, or a crash in a library); what was read remains. Run the same "
+                                      "command with --workers 1 to see the cause") from exc
+                pending.extend((more, pool.submit(_parse, more)) for more in islice(chunks, 1))
+                yield chunk, records
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -195,39 +209,38 @@ def read_ahead(source: Source, chunks: Iterator[Chunk], workers: int) -> Iterato
 _source: Source | None = None  # of a worker process
 
 
-def _hold(source: Source) -> None:
+def _set_source(source: Source) -> None:
     global _source
     _source = source
 
 
-def _parse(chunk: Chunk) -> list[Item]:
+def _parse(chunk: Chunk) -> list[Record]:
     if _source is None:
-        raise PackError("a reading process was started without its source; start the build again")
+        raise PackError("a worker process was started without its source; run the same command again")
     return list(_source.parse(chunk))
 
 
-def write_items(writer: StoreWriter, items: Sequence[Item]) -> None:
-    """Write what a chunk holds; what cannot be written is counted."""
-    shown: dict[str, list[ImageDraft]] = {}
-    for item in items:
-        if isinstance(item, ImageDraft):
-            for key in item.articles:
-                shown.setdefault(key, []).append(item)
-    for item in items:
+def write_records(writer: StoreWriter, records: Sequence[Record]) -> None:
+    """Write the records of a chunk. Those that the writer rejects are counted as skipped."""
+    images: dict[str, list[ImageRecord]] = {}  # by the key of their article
+    for record in records:
+        if isinstance(record, ImageRecord):
+            for key in record.articles:
+                images.setdefault(key, []).append(record)
+    for record in records:
         try:
-            _write_item(writer, item, shown)
-        except DraftRefused as refused:
-            writer.skip(refused.skipped)
+            _write_record(writer, record, images)
+        except RecordError as error:
+            writer.skip(error.skipped)
 
 
-def _write_item(writer: StoreWriter, item: Item, shown: dict[str, list[ImageDraft]]) -> None:
-    match item:
-        case ArticleDraft():
-            writer.add_article(item, shown.get(item.identity, ()))
-        case ImageDraft():
-            writer.add_image(item)
-        case RedirectDraft():
-            writer.add_redirect(item)
+def _write_record(writer: StoreWriter, record: Record, images: dict[str, list[ImageRecord]]) -> None:
+    match record:
+        case ArticleRecord():
+            writer.add_article(record, images.get(record.identity, ()))
+        case ImageRecord():
+            writer.add_image(record)
+        case RedirectRecord():
+            writer.add_redirect(record)
         case Skipped():
-            writer.skip(item)
-
+            writer.skip(record)

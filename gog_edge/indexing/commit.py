@@ -1,4 +1,4 @@
-"""How a generation comes into force: one writer at a time, files first, the manifest last, old files afterwards."""
+"""Commits the generations of a pack: one writer at a time, files first, the manifest last, cleanup afterwards."""
 
 from __future__ import annotations
 
@@ -15,75 +15,85 @@ from typing import Any
 import numpy as np
 
 from gog_edge.errors import PackError
-from gog_edge.files import FileEntry, describe_files, read_json, sync_files, write_array, write_json
+from gog_edge.files import describe_files, read_json, sync_files, write_array, write_json
 from gog_edge.retrieval.manifest import (
     BUILD,
     GENERATIONS,
     MANIFEST,
     Manifest,
     Tombstones,
-    command_of,
     generation_path,
     read_manifest,
+    resume_command,
 )
 from gog_edge.retrieval.vectors.shards import Ids
 
-SETTINGS = f"{BUILD}/settings.json"  # of a build that can go on
+SETTINGS = f"{BUILD}/settings.json"  # of an unfinished build
 LOCK = "LOCK"
-OWN_FOLDERS = ("store", "vectors", "index", "tombstones", "reports")
-_OWN_NAME = re.compile(r"\d{6}[-.].*")  # begins with its generation; nothing else in a pack is ever removed
+PACK_FOLDERS = ("store", "vectors", "index", "tombstones", "reports")
+_PACK_FILE = re.compile(r"\d{6}[-.].*")  # begins with the generation; no other file of a pack is ever deleted
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Hold a pack's lock; PackError when another process writes it, or nobody may."""
+def write_lock(folder: Path) -> Iterator[None]:
+    """Hold the exclusive lock of a pack, whose folder is created if necessary.
+
+    Raises:
+        PackError: another process holds the lock, or the folder cannot be written.
+    """
     if folder.exists() and not folder.is_dir():
-        raise PackError(f"'{folder}' is a file, and a pack is a folder; choose another name")
+        raise PackError(f"'{folder}' is a file, but a pack is a folder; choose another name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / LOCK).open("w")
     except OSError as exc:
-        raise PackError(f"pack '{folder}' cannot be written ({exc.strerror}); copy it to where it can") from exc
+        raise PackError(f"pack '{folder}' cannot be written ({exc.strerror}); copy it to a writable folder") from exc
     with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PackError(f"pack '{folder}' is being written by another process; wait until it is done") from None
+            raise PackError(f"pack '{folder}' is being written by another process; wait until it finishes") from None
         yield
 
 
 @contextmanager
-def changing(folder: Path) -> Iterator[Manifest]:
-    """Hold the lock of a pack that is there and finished, and tell its generation in force.
+def modify_pack(folder: Path) -> Iterator[Manifest]:
+    """Hold the lock of an existing pack and yield the manifest of its current generation.
 
     Raises:
-        PackError: there is no pack, another process writes it, or an unfinished build would be lost.
+        PackError: there is no pack, another process writes it, or a build of its next generation is unfinished.
     """
-    read_manifest(folder)  # before a lock file is made in a folder of another kind
-    with writing(folder):
-        if unfinished(folder) is not None:
-            raise PackError(f"'{folder}' holds an unfinished build of its next generation; finish it with "
-                            f"{command_of(folder)}, or remove '{folder / BUILD}'")
-        yield read_manifest(folder)
+    if not (folder / MANIFEST).is_file():
+        read_manifest(folder)  # raises; called before a lock file is created in a folder that is not a pack
+    with write_lock(folder):
+        manifest = read_manifest(folder)
+        if unfinished_build(folder, manifest) is not None:
+            raise PackError(f"'{folder}' contains an unfinished build of its next generation; complete it with "
+                            f"{resume_command(folder)}, or delete '{folder / BUILD}'")
+        yield manifest
 
 
-def unfinished(folder: Path) -> dict[str, Any] | None:
-    """The settings of a build that can go on; None where none was begun, or where it came into force all the same."""
-    note = folder / SETTINGS
-    if not note.is_file():
-        return None
-    begun = read_json(note, what="pack", error=PackError)
-    manifest = current(folder)
-    return None if manifest is not None and manifest.generation >= int(begun["generation"]) else begun
-
-
-def current(folder: Path) -> Manifest | None:
-    """The generation in force, or None where there is none yet."""
+def current_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of the current generation, or None before the first commit."""
     return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
+def unfinished_build(folder: Path, current: Manifest | None) -> dict[str, Any] | None:
+    """Return the settings of a build that can be resumed; None if there is none or it was committed.
+
+    Args:
+        folder: the pack.
+        current: its manifest, as `current_manifest` returns it.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        return None
+    settings = read_json(path, what="pack", error=PackError)
+    return None if current is not None and current.generation >= int(settings["generation"]) else settings
+
+
 def write_tombstones(folder: Path, generation: int, articles: Ids, images: Ids) -> Tombstones | None:
-    """Files of what is no longer there; None where everything is."""
+    """Write the ids of deleted articles and images; return None if nothing is deleted."""
     if not len(articles) and not len(images):
         return None
     files = Tombstones(*(f"tombstones/{generation:06d}-{kind}.npy" for kind in ("articles", "images")))
@@ -94,7 +104,7 @@ def write_tombstones(folder: Path, generation: int, articles: Ids, images: Ids) 
 
 
 def write_report(folder: Path, generation: int, skipped: Sequence[tuple[str, int, list[str]]]) -> str | None:
-    """A file that says what was skipped and why; None where nothing was."""
+    """Write what was skipped as (reason, count, examples) and return the name of the file; None if it is empty."""
     if not skipped:
         return None
     name = f"reports/{generation:06d}.json"
@@ -104,21 +114,26 @@ def write_report(folder: Path, generation: int, skipped: Sequence[tuple[str, int
     return name
 
 
-def commit(folder: Path, manifest: Manifest, parent: Manifest | None) -> Manifest:
-    """Bring a generation into force and remove what is older than its parent. Returns it with its files' hashes."""
-    known = {} if parent is None else {entry.path: entry for entry in parent.files}
+def commit_generation(folder: Path, manifest: Manifest, parent: Manifest | None) -> Manifest:
+    """Make a generation the current one, and delete the files that only generations before its parent use.
+
+    Returns:
+        The manifest with size and sha256 of every file.
+    """
+    hashed = {} if parent is None else {entry.path: entry for entry in parent.files}
     paths = sorted(set(manifest.paths))
-    sync_files(folder / path for path in paths if path not in known)
-    for parent_folder in {(folder / path).parent for path in paths if path not in known}:
-        _sync_folder(parent_folder)
-    fresh = {entry.path: entry for entry in describe_files(folder, [path for path in paths if path not in known])}
-    whole = replace(manifest, files=tuple(known.get(path) or fresh[path] for path in paths))
-    put_in_force(folder, whole)
-    prune(folder)
-    return whole
+    new = [path for path in paths if path not in hashed]
+    sync_files(folder / path for path in new)
+    for new_folder in {(folder / path).parent for path in new}:
+        _sync_folder(new_folder)
+    hashed |= {entry.path: entry for entry in describe_files(folder, new)}
+    complete = replace(manifest, files=tuple(hashed[path] for path in paths))
+    publish_manifest(folder, complete)
+    prune(folder, complete)
+    return complete
 
 
-def put_in_force(folder: Path, manifest: Manifest) -> None:
+def publish_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a generation, MANIFEST.json last."""
     (folder / GENERATIONS).mkdir(exist_ok=True)
     write_json(generation_path(folder, manifest.generation), manifest.to_json())
@@ -127,41 +142,38 @@ def put_in_force(folder: Path, manifest: Manifest) -> None:
     _sync_folder(folder)
 
 
-def prune(folder: Path) -> None:
-    """Remove what is unfinished, and all that neither the generation in force, if there is one, nor its parent names.
+def prune(folder: Path, current: Manifest | None) -> None:
+    """Delete unfinished work and all files of the pack that neither the current generation nor its parent uses.
 
-    A generation that was written and did not come into force goes too: the next one takes its number and its names.
+    A generation that was written but not committed is deleted too, because the next one has the same number and file
+    names.
+
+    Args:
+        folder: the pack.
+        current: its manifest; None before the first commit.
     """
-    manifest = current(folder)
-    numbers = () if manifest is None else (manifest.generation, manifest.parent)
-    kept = {generation_path(folder, number) for number in numbers if number is not None}
+    numbers = () if current is None else (current.generation, current.parent)
+    manifests = [generation_path(folder, number) for number in numbers if number is not None]
     for path in (folder / GENERATIONS).glob("*.json"):
-        if path not in kept:
+        if path not in manifests:
             path.unlink()
     shutil.rmtree(folder / BUILD, ignore_errors=True)
-    for path in unnamed(folder):
-        path.unlink()
+    used = set() if current is None else {entry.path for entry in current.files}
+    for path in manifests[1:]:
+        if path.is_file():  # packs may be copied without it
+            used |= {str(entry["path"]) for entry in read_json(path, what="pack", error=PackError)["files"]}
+    for path in _pack_files(folder):
+        if path.relative_to(folder).as_posix() not in used:
+            path.unlink()
 
 
-def unnamed(folder: Path) -> list[Path]:
-    """Files of a pack's own folders that no generation names."""
-    named = {entry.path for entry in _entries(folder)}
-    return [
-        path
-        for own in OWN_FOLDERS
-        for path in sorted((folder / own).glob("*"))
-        if _OWN_NAME.fullmatch(path.name) and path.relative_to(folder).as_posix() not in named
-    ]
-
-
-def _entries(folder: Path) -> Iterator[FileEntry]:
-    for path in [*sorted((folder / GENERATIONS).glob("*.json")), folder / MANIFEST]:
-        if path.is_file():
-            yield from (FileEntry(**entry) for entry in read_json(path, what="pack", error=PackError)["files"])
+def _pack_files(folder: Path) -> Iterator[Path]:
+    for name in PACK_FOLDERS:
+        yield from (path for path in sorted((folder / name).glob("*")) if _PACK_FILE.fullmatch(path.name))
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename is kept by its folder."""
+    """Flush a folder, without which a rename may be lost in a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

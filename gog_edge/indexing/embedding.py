@@ -1,4 +1,7 @@
-"""Embeds what a segment brought, shard by shard: a shard that lies there whole is never embedded again."""
+"""Embeds images, captions and paragraphs of a segment shard by shard, and the queries that indexes are measured with.
+
+A shard whose file exists is complete and is never embedded again.
+"""
 
 from __future__ import annotations
 
@@ -13,117 +16,142 @@ from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from gog_edge.errors import PackError
 from gog_edge.files import write_array
+from gog_edge.indexing import OnProgress
+from gog_edge.indexing.encoders import Encoders
 from gog_edge.picture import decode_picture
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import Segment, Shard
+from gog_edge.retrieval.text.encoder import TextEncoder, passage_text
 from gog_edge.retrieval.text.segment import SegmentReader
 from gog_edge.retrieval.vectors.shards import Ids
 from gog_edge.types import Pixels, Vectors
 
 T = TypeVar("T")
-VECTORS = "vectors"
-IMAGES, TILES, CAPTIONS = "images", "tiles", "captions"  # kinds of shards
-BATCH = 32  # pictures or texts of one run of a graph
-# Parts of a lead picture that are indexed beside the whole: four corners and the middle, as (x0, y0, x1, y1) of its
-# sides. A crop that shows one thing of a crowded picture finds its part sooner than the whole.
+VECTORS = "vectors"  # folder
+IMAGES, TILES, CAPTIONS, PARAGRAPHS = "images", "tiles", "captions", "paragraphs"  # kinds of shards
+BATCH = 32  # images or texts of one run of the encoder
+PARAGRAPH_BATCH = 256  # paragraphs that are read at once; the text encoder sorts them by length
+# Parts of a lead image that are embedded in addition to the whole, as shares of its sides (x0, y0, x1, y1): the corners
+# and the centre. A crop with one subject of a crowded picture is closer to a part than to the whole.
 TILE_BOXES = ((0, 0, 0.6, 0.6), (0.4, 0, 1, 0.6), (0, 0.4, 0.6, 1), (0.4, 0.4, 1, 1), (0.2, 0.2, 0.8, 0.8))
-Embedded: TypeAlias = tuple[Ids, Vectors]
-OnShard: TypeAlias = Callable[[str, int, int], None]  # kind, rows that are done, rows in all
+HELD_OUT_QUERIES = 256  # views of stored images, or titles of paragraphs, that an index is measured with
+MIN_VIEW_SHARE = 0.55  # of each side of the image that a random view shows
+Embedded: TypeAlias = tuple[Ids, Vectors]  # ids [n] and float32 vectors [n, dim]
+
+
+# --- shards -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One shard that is to be: which rows of the segment it covers."""
+    """A shard to be embedded: the kind, and the range of ids, of images or of paragraphs, that it covers."""
 
     kind: str
     generation: int
     number: int
-    first: int  # id of an image; for captions, the place in the order of links
+    first: int
     last: int
 
     @property
     def vectors(self) -> str:
-        """File of its vectors, relative to the pack. It is written last: where it is, the shard is whole."""
+        """Return the path of its vectors, relative to the pack. The file is written last and marks the shard done."""
         return f"{VECTORS}/{self.generation:06d}-{self.kind}-{self.number:06d}.npy"
 
     @property
     def ids(self) -> str:
-        """File of its ids, relative to the pack."""
+        """Return the path of its ids, relative to the pack."""
         return f"{VECTORS}/{self.generation:06d}-{self.kind}-{self.number:06d}.ids.npy"
 
 
-def plan_shards(segment: Segment, generation: int, *, rows: int, tiles: bool, captions: bool) -> list[ShardPlan]:
-    """The shards of a segment: pictures, then their tiles, then captions; each covers a range of image ids.
+def plan_shards(segment: Segment, generation: int, *, rows: int, kinds: Sequence[str]) -> list[ShardPlan]:
+    """Return the shards of a segment, kind by kind, each covering `rows` ids of images or of paragraphs.
 
-    A segment without images of its own may still give captions to those of earlier ones, in a shard that covers none.
+    A segment without images may contain new captions of earlier images. They go into a shard of an empty id range.
     """
-    span = segment.images
-    starts = list(range(span.first, span.last + 1, rows)) or [span.first]
-    kinds = [IMAGES, *([TILES] if tiles else []), *([CAPTIONS] if captions else [])]
-    return [
-        ShardPlan(kind, generation, number, first, min(first + rows - 1, span.last))
-        for kind in kinds
-        for number, first in enumerate(starts)
-        if first <= span.last or kind == CAPTIONS
-    ]
+    plans = []
+    for kind in kinds:
+        ids = segment.paragraphs if kind == PARAGRAPHS else segment.images
+        starts = list(range(ids.first, ids.last + 1, rows)) or ([ids.first] if kind == CAPTIONS else [])
+        plans += [ShardPlan(kind, generation, number, first, min(first + rows - 1, ids.last))
+                  for number, first in enumerate(starts)]  # fmt: skip
+    return plans
 
 
-def embed_shard(folder: Path, plan: ShardPlan, reader: SegmentReader, encoder: Encoder,
-                on_image: Callable[[int], None] | None = None) -> Shard:
-    """Embed a shard, or find it done. Its files appear whole or not at all.
+def embed_shard(folder: Path, plan: ShardPlan, reader: SegmentReader, encoders: Encoders,
+                on_row: Callable[[int], None] | None = None) -> Shard:
+    """Embed a shard unless its files exist. They are written atomically.
 
-    `on_image` is told which image was embedded last, now and then.
+    Args:
+        folder: the pack.
+        plan: the shard.
+        reader: the segment that it belongs to.
+        encoders: the pack's encoders.
+        on_row: called after each batch with its last id.
     """
     if not (folder / plan.vectors).is_file():
         (folder / VECTORS).mkdir(parents=True, exist_ok=True)
+        dim, embedded = _embed(plan, reader, encoders)
         parts = []
-        for ids, vectors in _EMBEDDERS[plan.kind](plan, reader, encoder):
+        for ids, vectors in embedded:
             parts.append((ids, vectors.astype(np.float16)))
-            if on_image is not None and len(ids):
-                on_image(int(ids[-1]))
+            if on_row is not None and len(ids):
+                on_row(int(ids[-1]))
         ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in parts)])
-        vectors = np.concatenate([np.empty((0, encoder.dim), np.float16), *(vectors for _, vectors in parts)])
+        vectors = np.concatenate([np.empty((0, dim), np.float16), *(vectors for _, vectors in parts)])
         write_array(folder / plan.ids, ids)
         write_array(folder / plan.vectors, vectors)
     rows = len(np.load(folder / plan.vectors, mmap_mode="r", allow_pickle=False))
     return Shard(plan.vectors, plan.ids, rows)
 
 
-def embed_shards(folder: Path, plans: Sequence[ShardPlan], reader: SegmentReader, encoder: Encoder,
-                 on_shard: OnShard | None = None) -> list[tuple[str, Shard]]:
-    """Embed every shard that is not done yet: (kind, shard), without those that hold nothing."""
-    begin = min((plan.first for plan in plans), default=0)
-    total = max((plan.last for plan in plans), default=0) + 1 - begin
+def _embed(plan: ShardPlan, reader: SegmentReader, encoders: Encoders) -> tuple[int, Iterator[Embedded]]:
+    """Return the dimension of a shard's vectors, and the vectors batch by batch."""
+    if plan.kind == PARAGRAPHS:
+        if encoders.text is None:
+            raise PackError(f"the shard '{plan.vectors}' needs the pack's text encoder; give --text-encoder DIR")
+        return encoders.text.dim, _embed_paragraphs(plan, reader, encoders.text)
+    if encoders.image is None:
+        raise PackError(f"the shard '{plan.vectors}' needs the pack's encoder; give --encoder DIR")
+    return encoders.image.dim, _EMBEDDERS[plan.kind](plan, reader, encoders.image)
+
+
+def embed_shards(folder: Path, plans: Sequence[ShardPlan], reader: SegmentReader, encoders: Encoders,
+                 on_progress: OnProgress | None = None) -> list[tuple[str, Shard]]:
+    """Embed the shards that are not done, and return all that have rows as (kind, shard)."""
     shards = []
     for plan in plans:
+        same = [other for other in plans if other.kind == plan.kind]
+        begin, total = same[0].first, same[-1].last + 1 - same[0].first
 
-        def tell(image: int, plan: ShardPlan = plan) -> None:
-            if on_shard is not None and plan.first <= image < plan.last:
-                on_shard(plan.kind, image + 1 - begin, total)
+        def report(row: int, plan: ShardPlan = plan, begin: int = begin, total: int = total) -> None:
+            if on_progress is not None and plan.first <= row < plan.last:
+                on_progress(plan.kind, row + 1 - begin, total)
 
-        shards.append((plan.kind, embed_shard(folder, plan, reader, encoder, tell)))
-        if on_shard is not None:
-            on_shard(plan.kind, plan.last + 1 - begin, total)
+        shards.append((plan.kind, embed_shard(folder, plan, reader, encoders, report)))
+        if on_progress is not None:
+            on_progress(plan.kind, plan.last + 1 - begin, total)
     return [(kind, shard) for kind, shard in shards if shard.rows]
 
 
-# --- pictures -----------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
 def _embed_images(plan: ShardPlan, reader: SegmentReader, encoder: Encoder) -> Iterator[Embedded]:
-    yield from embed_pictures(reader.pictures(plan.first, plan.last), encoder, lambda pixels: [pixels])
+    yield from embed_files(reader.image_files(plan.first, plan.last), encoder, lambda pixels: [pixels])
 
 
 def _embed_tiles(plan: ShardPlan, reader: SegmentReader, encoder: Encoder) -> Iterator[Embedded]:
     leads = set(reader.lead_images(plan.first, plan.last).tolist())
-    pictures = ((image, data) for image, data in reader.pictures(plan.first, plan.last) if image in leads)
-    yield from embed_pictures(pictures, encoder, cut_tiles)
+    files = ((image, data) for image, data in reader.image_files(plan.first, plan.last) if image in leads)
+    yield from embed_files(files, encoder, cut_tiles)
 
 
 def cut_tiles(pixels: Pixels) -> list[Pixels]:
-    """The parts of a picture that `TILE_BOXES` names."""
+    """Return the parts of an image that `TILE_BOXES` lists."""
     height, width = pixels.shape[:2]
     return [
         pixels[int(y0 * height) : max(int(y0 * height) + 1, round(y1 * height)),
@@ -132,29 +160,32 @@ def cut_tiles(pixels: Pixels) -> list[Pixels]:
     ]  # fmt: skip
 
 
-def embed_pictures(pictures: Iterable[tuple[int, bytes]], encoder: Encoder,
-                   views: Callable[[Pixels], list[Pixels]]) -> Iterator[Embedded]:
-    """Ids [n] and vectors [n, dim] batch by batch: files are decoded on other cores while the graph runs."""
+def embed_files(files: Iterable[tuple[int, bytes]], encoder: Encoder,
+                views: Callable[[Pixels], list[Pixels]]) -> Iterator[Embedded]:
+    """Embed the views of image files, given as (id, file), batch by batch.
+
+    Files are decoded and preprocessed in threads while the encoder runs.
+    """
 
     def prepare(batch: Sequence[tuple[int, bytes]]) -> tuple[Ids, NDArray[np.float32]]:
-        seen = [(image, view) for image, data in batch for view in views(decode_picture(data).pixels)]
-        ids = np.array([image for image, _ in seen], dtype=np.int64)
-        return ids, encoder.preprocess([view for _, view in seen])
+        cut = [(image, view) for image, data in batch for view in views(decode_picture(data).pixels)]
+        ids = np.array([image for image, _ in cut], dtype=np.int64)
+        return ids, encoder.preprocess([view for _, view in cut])
 
-    for ids, pixels in _ahead(prepare, _batches(pictures, BATCH)):
+    for ids, pixels in _map_in_threads(prepare, _batches(files, BATCH)):
         for at in range(0, len(ids), BATCH):
             yield ids[at : at + BATCH], encoder.embed_pixels(pixels[at : at + BATCH])
 
 
-def _ahead(work: Callable[[Sequence[tuple[int, bytes]]], T],
-           batches: Iterator[Sequence[tuple[int, bytes]]]) -> Iterator[T]:
-    """Results in order, a few batches ahead of who takes them: memory stays bounded."""
+def _map_in_threads(work: Callable[[Sequence[tuple[int, bytes]]], T],
+                    batches: Iterator[Sequence[tuple[int, bytes]]]) -> Iterator[T]:
+    """Yield results in order. At most one batch more than there are cores is in progress: memory is bounded."""
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[T]] = deque(pool.submit(work, batch) for batch in islice(batches, workers + 1))
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(work, batch) for batch in islice(batches, 1))
+        pending: deque[Future[T]] = deque(pool.submit(work, batch) for batch in islice(batches, workers + 1))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(work, batch) for batch in islice(batches, 1))
             yield result
 
 
@@ -162,24 +193,23 @@ def _ahead(work: Callable[[Sequence[tuple[int, bytes]]], T],
 
 
 def _embed_captions(plan: ShardPlan, reader: SegmentReader, encoder: Encoder) -> Iterator[Embedded]:
-    """What is written under the segment's images; where nothing is, the title of the article.
-
-    Links to images of earlier segments stand in the first shard: a caption that is new there is embedded here. What
-    earlier segments embedded is not embedded again.
-    """
     yield from embed_captions(distinct_captions(plan, reader), encoder)
 
 
 def embed_captions(captions: Iterable[tuple[int, str]], encoder: Encoder) -> Iterator[Embedded]:
-    """Ids [n] and vectors [n, dim] batch by batch, of what is written under images."""
+    """Embed captions, given as (image id, text), batch by batch."""
     for batch in _batches(captions, BATCH):
         ids = np.array([image for image, _ in batch], dtype=np.int64)
         yield ids, encoder.embed_texts([text for _, text in batch])
 
 
 def distinct_captions(plan: ShardPlan, reader: SegmentReader) -> Iterator[tuple[int, str]]:
-    """Images in order, each with every text that stands under it once."""
-    at = (0 if plan.number == 0 else plan.first - 1, 2**62)
+    """Yield (image id, caption) by id, each distinct caption of an image once.
+
+    An image without a caption has the title of its article. Captions that were embedded with an earlier segment are
+    left out; new captions of earlier images belong to the first shard.
+    """
+    at = (0 if plan.number == 0 else plan.first - 1, 2**62)  # position in the order of links
     seen: tuple[int, set[str]] = (0, set())
     while links := reader.captions(at, BATCH):
         titles = reader.titles({link.article for link in links if not link.caption})
@@ -195,6 +225,32 @@ def distinct_captions(plan: ShardPlan, reader: SegmentReader) -> Iterator[tuple[
                 yield link.image, text
 
 
+# --- paragraphs ---------------------------------------------------------------------------------
+
+
+def _embed_paragraphs(plan: ShardPlan, reader: SegmentReader, encoder: TextEncoder) -> Iterator[Embedded]:
+    for batch in _batches(range(plan.first, plan.last + 1), PARAGRAPH_BATCH):
+        rows = reader.paragraphs(batch)
+        ids = np.array(sorted(rows), dtype=np.int64)
+        passages = (rows[number] for number in ids.tolist())
+        yield ids, encoder.embed_passages([passage_text(row.title, row.section, row.text) for row in passages])
+
+
+def embed_paragraph_queries(readers: Sequence[SegmentReader], deleted: Ids, encoder: TextEncoder,
+                            count: int) -> Vectors | None:
+    """Embed title and section of up to `count` live paragraphs: [n, dim] queries whose vectors are not stored.
+
+    Returns None if there is no paragraph.
+    """
+    ids = np.concatenate([np.empty(0, np.int64), *(reader.paragraph_ids() for reader in readers)])
+    live = np.setdiff1d(ids, deleted)
+    if not len(live):
+        return None
+    chosen = np.sort(np.random.default_rng(1).choice(live, min(count, len(live)), replace=False)).tolist()
+    rows = {number: row for reader in readers for number, row in reader.paragraphs(chosen).items()}
+    return encoder.embed_queries([f"{rows[number].title} {rows[number].section}".strip() for number in chosen])
+
+
 def _batches(values: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(values)
     while batch := list(islice(iterator, size)):
@@ -206,3 +262,61 @@ _EMBEDDERS: dict[str, Callable[[ShardPlan, SegmentReader, Encoder], Iterator[Emb
     TILES: _embed_tiles,
     CAPTIONS: _embed_captions,
 }
+
+
+# --- views of stored images, as queries ---------------------------------------------------------
+
+
+def sample_images(readers: Sequence[SegmentReader], deleted: Ids, count: int, seed: int = 0) -> Ids:
+    """Return up to `count` ids of live images, drawn uniformly, sorted."""
+    live = np.setdiff1d(np.concatenate([np.empty(0, np.int64), *(reader.image_ids() for reader in readers)]), deleted)
+    rng = np.random.default_rng(seed)
+    return np.sort(rng.choice(live, min(count, len(live)), replace=False))
+
+
+def random_view(pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    """Return a random crop of an image with changed brightness, tint and resolution."""
+    height, width = pixels.shape[:2]
+    share = rng.uniform(MIN_VIEW_SHARE, 1.0, 2)
+    h, w = (max(1, int(side * part)) for side, part in zip((height, width), share, strict=True))
+    y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+    brightness, tint = rng.normal(1.0, 0.12), rng.normal(1.0, 0.04, 3)
+    lit = np.clip(pixels[y : y + h, x : x + w] * (brightness * tint), 0, 255).astype(np.uint8)
+    scale = rng.uniform(0.5, 1.0)
+    size = max(1, int(w * scale)), max(1, int(h * scale))
+    return np.asarray(Image.fromarray(lit).resize(size, Image.Resampling.BILINEAR))
+
+
+def embed_random_views(readers: Sequence[SegmentReader], deleted: Ids, encoder: Encoder, count: int) -> Vectors | None:
+    """Embed random views of up to `count` live images: [n, dim] queries whose vectors are not stored.
+
+    Returns None if there is no image.
+    """
+    rng = np.random.default_rng(1)
+    views = []
+    for image in sample_images(readers, deleted, count).tolist():
+        stored = next(found for reader in readers if (found := reader.image_file(image)) is not None)
+        views.append(random_view(decode_picture(stored.data).pixels, rng))
+    if not views:
+        return None
+    return np.concatenate([encoder.embed_images(views[at : at + BATCH]) for at in range(0, len(views), BATCH)])
+
+
+def held_out_queries(spaces: Sequence[str], readers: Sequence[SegmentReader], images: Ids, paragraphs: Ids,
+                     encoders: Encoders) -> dict[str, Vectors | None]:
+    """Return the queries that the indexes of some spaces are measured with.
+
+    Args:
+        spaces: "images", "captions" or "paragraphs".
+        readers: all segments.
+        images: ids of deleted images.
+        paragraphs: ids of deleted paragraphs.
+        encoders: the pack's encoders.
+    """
+    queries: dict[str, Vectors | None] = dict.fromkeys(spaces)
+    of_images = [space for space in spaces if space != PARAGRAPHS]
+    if encoders.image is not None and of_images:
+        queries |= dict.fromkeys(of_images, embed_random_views(readers, images, encoders.image, HELD_OUT_QUERIES))
+    if encoders.text is not None and PARAGRAPHS in spaces:
+        queries[PARAGRAPHS] = embed_paragraph_queries(readers, paragraphs, encoders.text, HELD_OUT_QUERIES)
+    return queries

@@ -1,151 +1,175 @@
-"""Embeds what was read of a snapshot on many machines: Ray Data maps over the shards that are not done yet.
+"""Embeds the shards of an unfinished build on many machines with Ray Data.
 
-Every worker sees the pack's folder and the encoder's under the same path (NFS, Lustre, or one machine): it reads
-pictures from the finished store, which nobody writes any more, and its shards appear whole or not at all. So whatever
-is killed, what lies there is done, and `build_pack` goes on from there just as if it had embedded alone.
+Every worker sees the folders of the pack and of the encoder under the same path (NFS, Lustre, or one machine). It reads
+images from the finished store, which does not change any more, and writes shards atomically. Whatever is killed,
+existing shards are complete, and `build_pack` continues as if it had embedded them itself.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gog_edge.errors import BackendError, PackError
-from gog_edge.indexing.commit import current, unfinished, writing
-from gog_edge.indexing.embedding import OnShard, ShardPlan, embed_shard
-from gog_edge.indexing.generation import NextGeneration, PackOptions
+from gog_edge.indexing import OnProgress
+from gog_edge.indexing.commit import current_manifest, unfinished_build, write_lock
+from gog_edge.indexing.embedding import ShardPlan, embed_shard
+from gog_edge.indexing.encoders import Encoders
+from gog_edge.indexing.generation import GenerationBuilder, PackOptions
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import Snapshot
+from gog_edge.retrieval.text.encoder import TextEncoder
 from gog_edge.retrieval.text.segment import SegmentReader
 
-LOCAL = "local"  # no cluster: worker processes of this machine
+LOCAL = "local"  # no cluster: worker processes on this machine
 
 
 @dataclass(frozen=True, slots=True)
-class Workers:
-    """How the work is spread."""
+class RayWorkers:
+    """The workers to start."""
 
     count: int = 2
-    cores: int = 1  # of each
+    cores: int = 1  # per worker
     address: str = LOCAL  # of a Ray cluster, or "auto" for the one that this machine belongs to
 
 
 class ShardEmbedder:
-    """One worker: holds the encoder and the store, embeds one shard at a time."""
+    """A worker: opens the encoders and the store once, and embeds one shard per call."""
 
-    def __init__(self, folder: str, store: str, encoder: str, fingerprint: dict[str, Any], cores: int) -> None:
-        """PackError where this machine sees another encoder than the one that the work was given out with."""
+    def __init__(self, folder: str, store: str, encoder: str, text_encoder: str | None, fingerprints: dict[str, Any],
+                 cores: int) -> None:
+        """Open the files.
+
+        Raises:
+            PackError: this machine has another encoder under the same path.
+        """
         self._folder = Path(folder)
-        self._encoder = Encoder.open(Path(encoder), threads=cores)
-        if asdict(self._encoder.fingerprint) != fingerprint:
-            raise PackError(f"'{encoder}' is another encoder here than where the work was given out; copy it again")
+        self._encoders = _open_encoders(Path(encoder), None if text_encoder is None else Path(text_encoder), cores)
+        if self._encoders.to_json() != fingerprints:
+            raise PackError(f"the encoder '{encoder}' or '{text_encoder}' on this machine differs from the one of the "
+                            "build; copy it again")
         self._reader = SegmentReader.open(self._folder / store)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Embed a shard; what goes wrong with it is told, so that the others go on."""
+        """Embed a shard. Errors are returned with the shard, so that the other shards are embedded."""
         plan = ShardPlan(**row)
         try:
-            embed_shard(self._folder, plan, self._reader, self._encoder)
-        except Exception as exc:  # whatever it is, it is told with the shard's name
+            embed_shard(self._folder, plan, self._reader, self._encoders)
+        except Exception as exc:  # of any kind: it is reported with the name of the shard
             return {**row, "error": f"{type(exc).__name__}: {exc}"}
         return {**row, "error": ""}
 
 
-def embed_with_ray(folder: Path, encoder: Path, workers: Workers, on_shard: OnShard | None = None) -> int:
-    """Embed every shard of an unfinished build that is not done yet. Returns how many shards were embedded.
+def embed_with_ray(folder: Path, encoder: Path, workers: RayWorkers, on_progress: OnProgress | None = None, *,
+                   text_encoder: Path | None = None) -> int:
+    """Embed the missing shards of an unfinished build, and return their number.
 
     Args:
-        folder: of the pack that `build_pack` has read a snapshot into, seen by every worker.
-        encoder: folder of the encoder that the build was begun with, seen by every worker.
-        workers: how the work is spread.
-        on_shard: is told (kind, rows done, rows in all), as `build_pack` tells it.
+        folder: the pack, after `read_snapshot`; visible to every worker.
+        encoder: folder of the encoder that the build was started with; visible to every worker.
+        workers: the workers to start.
+        on_progress: called with (kind of shard, rows done, rows in total).
+        text_encoder: folder of the text encoder, if the build has one; visible to every worker.
 
     Raises:
-        PackError: nothing unfinished is here, its texts are not read yet, it was begun with another encoder, it is
-            being written, or shards failed: they are named, the others are done.
-        BackendError: Ray is not installed or its cluster cannot be reached.
+        PackError: there is no unfinished build, its snapshot is not read completely, it was started with another
+            encoder, another process writes the pack, or shards failed. Failed shards are listed; the others are done.
+        BackendError: Ray is not installed, or the cluster is not reachable.
     """
-    with writing(folder):
-        generation = resume(folder, Encoder.open(encoder, threads=1))
+    with write_lock(folder):
+        encoders = _open_encoders(encoder, text_encoder, threads=1)
+        generation = resume_build(folder, encoders.image, encoders.text)
         try:
-            plans, store = generation.plans(), generation.store
-            fingerprint = asdict(generation.encoder.fingerprint) if generation.encoder else {}
+            plans, store = generation.shard_plans(), generation.store
+            fingerprints = generation.encoders.to_json()
         finally:
             generation.close()
-        open_plans = [plan for plan in plans if not (folder / plan.vectors).is_file()]
-        progress = _Progress(plans, on_shard)
-        progress.done(set(plans) - set(open_plans))
-        if not open_plans:
+        missing = [plan for plan in plans if not (folder / plan.vectors).is_file()]
+        progress = _ShardProgress(plans, on_progress)
+        progress.add(set(plans) - set(missing))
+        if not missing:
             return 0
-        held = (str(folder.resolve()), store, str(encoder.resolve()), fingerprint, workers.cores)
+        text = None if text_encoder is None else str(text_encoder.resolve())
+        arguments = (str(folder.resolve()), store, str(encoder.resolve()), text, fingerprints, workers.cores)
         failed = []
-        for plan, error in _embedded(open_plans, held, workers):
+        for plan, error in _run(missing, arguments, workers):
             if error:
                 failed.append(f"'{plan.vectors}' ({error})")
             else:
-                progress.done([plan])
+                progress.add([plan])
     if failed:
-        raise PackError(f"{len(failed)} of {len(open_plans)} shards were not embedded: {', '.join(failed[:5])}; the "
+        raise PackError(f"{len(failed)} of {len(missing)} shards were not embedded: {', '.join(failed[:5])}; the "
                         "others are done: run the same command again")
-    return len(open_plans)
+    return len(missing)
 
 
-def resume(folder: Path, encoder: Encoder) -> NextGeneration:
-    """The generation that a build stopped in after reading. Raises PackError as `embed_with_ray` does."""
-    begun = unfinished(folder)
-    if begun is None:
-        raise PackError(f"'{folder}' holds no unfinished build; run `python -m index.build_pack SOURCE {folder} "
+def _open_encoders(encoder: Path, text_encoder: Path | None, threads: int) -> Encoders:
+    return Encoders(Encoder.open(encoder, threads=threads),
+                    None if text_encoder is None else TextEncoder.open(text_encoder, threads=threads))
+
+
+def resume_build(folder: Path, encoder: Encoder | None, text_encoder: TextEncoder | None = None) -> GenerationBuilder:
+    """Return the generation of a build that was stopped after reading. Raises PackError like `embed_with_ray`."""
+    current = current_manifest(folder)
+    settings = unfinished_build(folder, current)
+    if settings is None:
+        raise PackError(f"'{folder}' does not contain an unfinished build; run `gog-edge pack build SOURCE {folder} "
                         "--stop-after reading` first")
-    generation = NextGeneration(folder, name=begun["name"], snapshot=Snapshot(**begun["snapshot"]), encoder=encoder,
-                                options=PackOptions(**begun["options"]), parent=current(folder))
+    generation = GenerationBuilder(folder, name=settings["name"], snapshot=Snapshot(**settings["snapshot"]),
+                                   encoder=encoder, options=PackOptions(**settings["options"]), parent=current,
+                                   text_encoder=text_encoder)
     if not generation.store_done:
         generation.close()
-        raise PackError(f"'{folder}': its snapshot is not read to the end yet; run the same `build_pack` command first")
+        raise PackError(f"'{folder}': the snapshot is not read completely; run the same `gog-edge pack build` command "
+                        "first")
     return generation
 
 
-class _Progress:
-    def __init__(self, plans: Sequence[ShardPlan], on_shard: OnShard | None) -> None:
-        self._tell = on_shard
+class _ShardProgress:
+    """The progress of each kind of shard, in rows."""
+
+    def __init__(self, plans: Sequence[ShardPlan], on_progress: OnProgress | None) -> None:
+        self._report = on_progress
         self._done = {plan.kind: 0 for plan in plans}
         self._total = {kind: sum(_rows(plan) for plan in plans if plan.kind == kind) for kind in self._done}
 
-    def done(self, plans: Sequence[ShardPlan] | set[ShardPlan]) -> None:
-        """Tell of shards that are done."""
+    def add(self, plans: Iterable[ShardPlan]) -> None:
+        """Count shards as done."""
         for plan in plans:
             self._done[plan.kind] += _rows(plan)
-            if self._tell is not None:
-                self._tell(plan.kind, self._done[plan.kind], self._total[plan.kind])
+            if self._report is not None:
+                self._report(plan.kind, self._done[plan.kind], self._total[plan.kind])
 
 
 def _rows(plan: ShardPlan) -> int:
     return plan.last - plan.first + 1
 
 
-def _embedded(plans: Sequence[ShardPlan], held: tuple[Any, ...], workers: Workers) -> Iterator[tuple[ShardPlan, str]]:
-    """Shards as they become done, each with what went wrong or nothing."""
-    with _ray(workers) as ray:
+def _run(plans: Sequence[ShardPlan], arguments: tuple[Any, ...],
+         workers: RayWorkers) -> Iterator[tuple[ShardPlan, str]]:
+    """Yield the shards in the order of their completion, each with its error or an empty string."""
+    with _connect(workers) as ray:
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # ours counts pictures
+        context.enable_progress_bars = False  # ours counts images
         rows = ray.data.from_items([asdict(plan) for plan in plans], override_num_blocks=len(plans))
-        done = rows.map(ShardEmbedder, fn_constructor_args=held, num_cpus=workers.cores,
+        done = rows.map(ShardEmbedder, fn_constructor_args=arguments, num_cpus=workers.cores,
                         compute=ray.data.ActorPoolStrategy(size=min(workers.count, len(plans))))
         try:
             for row in done.iter_rows():
                 error = row.pop("error")
                 yield ShardPlan(**row), error
         except ray.exceptions.RayError as exc:
-            raise BackendError(f"Ray gave up ({exc}); shards that are done stay: run the same command again") from exc
+            raise BackendError(f"Ray failed ({exc}); completed shards remain: run the same command again") from exc
 
 
 @contextmanager
-def _ray(workers: Workers) -> Iterator[Any]:
-    """Ray, connected and quiet; nothing of it is left behind."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read where Ray is imported and where it is started
+def _connect(workers: RayWorkers) -> Iterator[Any]:
+    """Connect to Ray without logs and usage reports, and shut it down afterwards."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read on import and on start
     try:
         import ray
         import ray.data
@@ -157,7 +181,7 @@ def _ray(workers: Workers) -> Iterator[Any]:
     try:
         ray.init(address=workers.address, **settings)
     except (ConnectionError, RuntimeError, ValueError) as exc:
-        raise BackendError(f"there is no Ray cluster at '{workers.address}' ({exc}); start one, or leave out "
+        raise BackendError(f"the Ray cluster at '{workers.address}' is not reachable ({exc}); start it, or leave out "
                            "--address") from exc
     try:
         yield ray

@@ -1,4 +1,4 @@
-"""Writes one segment of a pack's store; `gog_edge.retrieval.text.segment` reads it."""
+"""Writes one segment of a pack's store with sqlite-utils; `gog_edge.retrieval.text.segment` reads it."""
 
 from __future__ import annotations
 
@@ -10,77 +10,111 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlite_utils import Database
+
 from gog_edge.errors import PackError
-from gog_edge.files import full_disk_said
-from gog_edge.indexing.sources.base import ArticleDraft, ImageDraft, RedirectDraft, Skipped
-from gog_edge.retrieval.manifest import Counts, Segment, Span
+from gog_edge.files import full_disk_as
+from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord, RedirectRecord, Skipped
+from gog_edge.retrieval.manifest import Counts, IdRange, Segment
 from gog_edge.retrieval.text.segment import STORE_SCHEMA, SegmentReader
-from gog_edge.retrieval.text.words import name_key
+from gog_edge.retrieval.text.tokens import name_key
 
 MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}  # by first bytes
-COMMON_PARAGRAPHS = 256  # words of at least so many paragraphs are counted beforehand: counting them takes a while
-EXAMPLES = 20  # of each reason for skipping, kept by name
-BETWEEN_PARAGRAPHS = 2  # characters: the empty line between two paragraphs of an article's text
+COMMON_PARAGRAPHS = 256  # terms of at least so many paragraphs have a stored count: counting them takes long
+MAX_EXAMPLES = 20  # stored per reason for skipping
+PARAGRAPH_SEPARATOR = 2  # characters: the blank line between two paragraphs of an article's text
+MAX_CACHED_IDS = 100_000  # of section titles and licences
 
-TABLES = """
-CREATE TABLE licences (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
-CREATE TABLE articles (
-    id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, title TEXT NOT NULL, licence INTEGER NOT NULL,
-    first INTEGER NOT NULL, last INTEGER NOT NULL, digest BLOB NOT NULL
-);
-CREATE TABLE sections (id INTEGER PRIMARY KEY, title TEXT NOT NULL UNIQUE);
-CREATE TABLE paragraphs (
-    id INTEGER PRIMARY KEY, article INTEGER NOT NULL, section INTEGER NOT NULL, start INTEGER NOT NULL,
-    text TEXT NOT NULL
-);
-CREATE TABLE names (
-    key TEXT NOT NULL, article INTEGER NOT NULL, redirect INTEGER NOT NULL, name TEXT NOT NULL,
-    PRIMARY KEY (key, redirect, article)
-) WITHOUT ROWID;
-CREATE TABLE images (
-    id INTEGER PRIMARY KEY, sha256 BLOB NOT NULL UNIQUE, media_type TEXT NOT NULL, licence INTEGER NOT NULL,
-    attribution TEXT NOT NULL, lead INTEGER NOT NULL
-);
-CREATE TABLE pixels (image INTEGER PRIMARY KEY, data BLOB NOT NULL);
-CREATE TABLE links (
-    image INTEGER NOT NULL, article INTEGER NOT NULL, position INTEGER NOT NULL, caption TEXT NOT NULL,
-    known INTEGER NOT NULL, PRIMARY KEY (image, article)
-) WITHOUT ROWID;
-CREATE TABLE skipped (reason TEXT PRIMARY KEY, count INTEGER NOT NULL, examples TEXT NOT NULL);
-CREATE TABLE build_chunks (number INTEGER PRIMARY KEY);
-CREATE TABLE build_redirects (key TEXT NOT NULL, name TEXT NOT NULL, article TEXT NOT NULL);
-CREATE TABLE kept (key TEXT PRIMARY KEY, article INTEGER NOT NULL) WITHOUT ROWID;
-"""
-# The word index holds no text of its own: it can be rebuilt from this view at any time.
-WORD_INDEX = f"""
-DROP TABLE IF EXISTS words;
-DROP VIEW IF EXISTS passages;
-DROP TABLE IF EXISTS common;
-DROP TABLE IF EXISTS counted;
-CREATE INDEX IF NOT EXISTS links_by_article ON links(article, image);
-CREATE VIEW passages AS SELECT p.id AS id, a.title AS title, s.title AS section, p.text AS text
-    FROM paragraphs p JOIN articles a ON a.id = p.article JOIN sections s ON s.id = p.section;
-CREATE VIRTUAL TABLE words USING fts5(
-    title, section, text, content='passages', content_rowid='id', tokenize='porter unicode61 remove_diacritics 2'
-);
-INSERT INTO words(words, rank) VALUES ('rank', 'bm25(0.5, 1.0, 1.0)');
-INSERT INTO words(words) VALUES ('rebuild');
-INSERT INTO words(words) VALUES ('optimize');
-CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab('main', 'words', 'row');
-CREATE TABLE common (term TEXT PRIMARY KEY, paragraphs INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO common SELECT term, doc FROM temp.vocabulary WHERE doc >= {COMMON_PARAGRAPHS};
-DROP TABLE temp.vocabulary;
-CREATE TABLE counted AS SELECT (SELECT count(*) FROM articles) AS articles,
-    (SELECT count(*) FROM paragraphs) AS paragraphs, (SELECT count(*) FROM images) AS images;
-"""
-_TAKEN = "SELECT (SELECT count(*) FROM articles WHERE key = ?) + (SELECT count(*) FROM kept WHERE key = ?)"
-_FINISHED = f"DROP TABLE build_chunks; DROP TABLE build_redirects; PRAGMA user_version = {STORE_SCHEMA};"
-_RESOLVE = (
+# --- schema -------------------------------------------------------------------------------------
+
+# Columns, and the primary key. All columns but a primary key of a single column are NOT NULL.
+TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...] | None]] = {
+    "licences": ({"id": int, "name": str}, "id"),
+    "articles": ({"id": int, "key": str, "title": str, "licence": int, "first": int, "last": int, "digest": bytes},
+                 "id"),
+    "sections": ({"id": int, "title": str}, "id"),
+    "paragraphs": ({"id": int, "article": int, "section": int, "start": int, "text": str}, "id"),
+    "names": ({"key": str, "article": int, "redirect": int, "name": str}, ("key", "redirect", "article")),
+    "images": ({"id": int, "sha256": bytes, "media_type": str, "licence": int, "attribution": str, "lead": int}, "id"),
+    "pixels": ({"image": int, "data": bytes}, "image"),
+    # known: the caption was embedded with an earlier segment
+    "links": ({"image": int, "article": int, "position": int, "caption": str, "known": int}, ("image", "article")),
+    "skipped": ({"reason": str, "count": int, "examples": str}, "reason"),
+    # kept: articles of earlier segments that this segment's snapshot contains unchanged
+    "kept": ({"key": str, "article": int}, "key"),
+    "build_chunks": ({"number": int}, "number"),
+    "build_redirects": ({"key": str, "name": str, "article": str}, None),
+}  # fmt: skip
+UNIQUE_COLUMNS = {"licences": "name", "articles": "key", "sections": "title", "images": "sha256"}
+WITHOUT_ROWID = ("names", "links", "kept")
+BUILD_TABLES = ("build_chunks", "build_redirects")  # dropped when the segment is finished
+
+_PASSAGES = (
+    "SELECT p.id AS id, a.title AS title, s.title AS section, p.text AS text FROM paragraphs p "
+    "JOIN articles a ON a.id = p.article JOIN sections s ON s.id = p.section"
+)
+# An external content table (https://sqlite.org/fts5.html#external_content_tables): the texts are stored once.
+_WORDS = (
+    "CREATE VIRTUAL TABLE words USING fts5(title, section, text, content='passages', content_rowid='id', "
+    "tokenize='porter unicode61 remove_diacritics 2')"
+)
+_COUNTED = (
+    "CREATE TABLE counted AS SELECT (SELECT count(*) FROM articles) AS articles, "
+    "(SELECT count(*) FROM paragraphs) AS paragraphs, (SELECT count(*) FROM images) AS images"
+)
+
+
+def open_database(path: Path | str, *, uri: bool = False) -> Database:
+    """Open a SQLite file for writing, with neither plugins nor settings of sqlite-utils."""
+    return Database(sqlite3.connect(path, uri=uri), recursive_triggers=False, execute_plugins=False)
+
+
+def create_tables(db: Database) -> None:
+    """Create the tables of a segment, empty and without the word index."""
+    for name, (columns, primary_key) in TABLES.items():
+        _create_table(db, name, columns, primary_key)
+    for name, column in UNIQUE_COLUMNS.items():
+        db.table(name).create_index([column], unique=True)
+
+
+def _create_table(db: Database, name: str, columns: dict[str, type], primary_key: str | tuple[str, ...] | None) -> None:
+    required = [column for column in columns if column != primary_key]
+    sql = db.create_table_sql(name, columns, pk=primary_key, not_null=required)
+    # sqlite-utils has no option for WITHOUT ROWID, which saves a third of the size of these tables.
+    db.execute(f"{sql.strip().rstrip(';')} WITHOUT ROWID" if name in WITHOUT_ROWID else sql)
+
+
+def create_word_index(db: Database) -> None:
+    """Build the FTS5 index over all paragraphs and the counts that readers use. Call it in a transaction."""
+    db.table("links").create_index(["article", "image"], index_name="links_by_article")
+    db.create_view("passages", _PASSAGES)
+    db.execute(_WORDS)  # sqlite-utils cannot create an FTS5 table over a view
+    db.execute("INSERT INTO words(words, rank) VALUES ('rank', 'bm25(0.5, 1.0, 1.0)')")
+    for command in ("rebuild", "optimize"):
+        db.execute("INSERT INTO words(words) VALUES (?)", [command])
+    db.execute("CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab('main', 'words', 'row')")
+    db.execute("CREATE TABLE common (term TEXT PRIMARY KEY, paragraphs INTEGER NOT NULL) WITHOUT ROWID")
+    db.execute("INSERT INTO common SELECT term, doc FROM temp.vocabulary WHERE doc >= ?", [COMMON_PARAGRAPHS])
+    db.execute("DROP TABLE temp.vocabulary")
+    db.execute(_COUNTED)
+    for name in BUILD_TABLES:
+        db.table(name).drop()
+    db.execute(f"PRAGMA user_version = {STORE_SCHEMA}")
+
+
+# --- the writer ---------------------------------------------------------------------------------
+
+_KEY_EXISTS = "SELECT (SELECT count(*) FROM articles WHERE key = ?) + (SELECT count(*) FROM kept WHERE key = ?)"
+_COUNT_SKIPPED = (
+    "INSERT INTO skipped VALUES (?, 1, ?) ON CONFLICT (reason) DO UPDATE SET count = count + 1, "
+    "examples = excluded.examples"
+)
+_RESOLVE_REDIRECTS = (
     "INSERT OR IGNORE INTO names (key, article, redirect, name) SELECT r.key, a.id, 1, r.name FROM build_redirects r "
     "JOIN articles a ON a.key = r.article WHERE NOT EXISTS "
     "(SELECT 1 FROM names n WHERE n.key = r.key AND n.article = a.id)"
 )
-_OLDER = "SELECT r.key, s.article, r.name FROM build_redirects r JOIN kept s ON s.key = r.article"
+_REDIRECTS_TO_EARLIER = "SELECT r.key, s.article, r.name FROM build_redirects r JOIN kept s ON s.key = r.article"
 _UNRESOLVED = (
     "FROM build_redirects r WHERE NOT EXISTS (SELECT 1 FROM articles a WHERE a.key = r.article) "
     "AND NOT EXISTS (SELECT 1 FROM kept s WHERE s.key = r.article)"
@@ -88,117 +122,135 @@ _UNRESOLVED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    """The first ids that a segment gives out: those after all others of the pack."""
+class FirstIds:
+    """The first ids that a segment assigns."""
 
     article: int = 1
     paragraph: int = 1
     image: int = 1
 
     @classmethod
-    def after(cls, segment: Segment) -> Start:
-        """Those after a pack's last segment."""
+    def after(cls, segment: Segment) -> FirstIds:
+        """Return the ids that follow the last segment of a pack."""
         return cls(segment.articles.last + 1, segment.paragraphs.last + 1, segment.images.last + 1)
 
 
-class DraftRefused(PackError):
-    """A draft that cannot be written; nothing of it was."""
+class RecordError(PackError):
+    """A record that cannot be written; nothing of it was written."""
 
-    def __init__(self, reason: str, what: str, advice: str) -> None:
-        super().__init__(f"{reason}: {what!r}; {advice}")
-        self.skipped = Skipped(reason, what)
+    def __init__(self, reason: str, item: str, advice: str) -> None:
+        super().__init__(f"{reason}: {item!r}; {advice}")
+        self.skipped = Skipped(reason, item)
 
 
 class StoreWriter:
-    """Writes one segment. The same drafts in the same order give the same rows.
+    """A writer of one segment. The same records in the same order give the same rows.
 
-    What was written between two `chunk`s is there after a crash, or none of it. `earlier` are the pack's other
-    segments: what they hold already is not written again, and what changed is named in `replaced`.
+    Each `chunk` is a transaction: after a crash, all or none of its rows exist. Articles that an earlier segment
+    contains unchanged are not written again.
     """
 
-    def __init__(self, path: Path, *, start: Start | None = None, earlier: Sequence[SegmentReader] = (),
-                 gone: frozenset[int] = frozenset()) -> None:
-        """Open a new file, or one that was begun. `gone`: articles of `earlier` that are no longer there."""
-        self._path, self._start, self._earlier, self._gone = path, start or Start(), tuple(earlier), gone
-        self._sql = sqlite3.connect(path)
-        with full_disk_said(path, PackError):
+    def __init__(self, path: Path, *, first_ids: FirstIds | None = None, earlier: Sequence[SegmentReader] = (),
+                 deleted: frozenset[int] = frozenset()) -> None:
+        """Create the file, or continue with an unfinished one.
+
+        Args:
+            path: the SQLite file.
+            first_ids: the first ids to assign.
+            earlier: the other segments of the pack, oldest first.
+            deleted: ids of articles of `earlier` that are deleted.
+        """
+        self._path, self._first, self._earlier, self._deleted = path, first_ids or FirstIds(), tuple(earlier), deleted
+        self._db = open_database(path)
+        with full_disk_as(path, PackError):
             if not self._value("SELECT count(*) FROM sqlite_master"):
-                self._sql.executescript("PRAGMA journal_mode = WAL; BEGIN;" + TABLES + "COMMIT;")
-        self._sql.execute("PRAGMA synchronous = NORMAL")
-        self._article = self._next("articles", self._start.article)
-        self._paragraph = self._next("paragraphs", self._start.paragraph)
-        self._image = self._next("images", self._start.image)
+                self._db.enable_wal()
+                with self._db.atomic():
+                    create_tables(self._db)
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        self._article = self._next_id("articles", self._first.article)
+        self._paragraph = self._next_id("paragraphs", self._first.paragraph)
+        self._image = self._next_id("images", self._first.image)
+        self._pending: dict[str, list[tuple[object, ...]]] = {}  # rows by table, written by `_flush`
+        self._ids: dict[tuple[str, str], int] = {}  # of section titles and licences
 
     @property
     def counts(self) -> Counts:
-        """Rows written so far."""
-        return Counts(self._article - self._start.article, self._paragraph - self._start.paragraph,
-                      self._image - self._start.image)
+        """Return the number of rows written so far."""
+        return Counts(self._article - self._first.article, self._paragraph - self._first.paragraph,
+                      self._image - self._first.image)
 
     @property
     def chunks(self) -> int:
-        """How many chunks are written."""
+        """Return the number of chunks written so far."""
         return int(self._value("SELECT count(*) FROM build_chunks"))
 
     @property
     def finished(self) -> bool:
-        """Whether all was written and only the last steps of `finish` are left: nothing more can be added."""
+        """Return whether `finish` has built the word index, after which nothing can be added."""
         return self._value("PRAGMA user_version") == STORE_SCHEMA
 
     @contextmanager
     def chunk(self, number: int) -> Iterator[None]:
-        """Write a chunk: all of it is kept at the end, or nothing."""
-        at = self._article, self._paragraph, self._image
-        with full_disk_said(self._path, PackError):
+        """Write chunk `number` in one transaction, which is rolled back if the block raises."""
+        ids = self._article, self._paragraph, self._image
+        with full_disk_as(self._path, PackError):
             try:
-                yield
-                self._sql.execute("INSERT INTO build_chunks VALUES (?)", [number])
-                self._sql.commit()
+                with self._db.atomic():
+                    yield
+                    self._flush()
+                    self._db.execute("INSERT INTO build_chunks VALUES (?)", [number])
             except BaseException:
-                self._sql.rollback()
-                self._article, self._paragraph, self._image = at
+                self._article, self._paragraph, self._image = ids
+                self._pending.clear()
+                self._ids.clear()
                 raise
+
+    def close(self) -> None:
+        """Close the file. Complete chunks remain."""
+        self._db.close()
 
     # --- articles -----------------------------------------------------------------------------
 
-    def add_article(self, draft: ArticleDraft, images: Sequence[ImageDraft] = ()) -> int:
-        """Write an article and return its id, or the id it has already where nothing changed.
+    def add_article(self, record: ArticleRecord, images: Sequence[ImageRecord] = ()) -> int:
+        """Write an article and return its id; an unchanged article keeps the id of its earlier segment.
 
-        `images` are those that stand in it: an article whose images changed is written anew.
+        Args:
+            record: the article.
+            images: its images. They count as part of the article when it is compared with the earlier version.
 
         Raises:
-            DraftRefused: its title has no word, or its key is already there.
+            RecordError: the title has no word, or the key exists already.
         """
-        if not name_key(draft.title):
-            raise DraftRefused("title without any word", draft.title or draft.key, "name it or leave it out")
-        if self._value(_TAKEN, draft.identity, draft.identity):
-            raise DraftRefused("two articles of one key", draft.identity, "merge them or make one a redirect")
-        digest = _digest(draft, images)
-        same = self._unchanged(draft.identity, digest)
-        if same is not None:
-            return same
+        if not name_key(record.title):
+            raise RecordError("title has no word", record.title or record.key, "give it a title, or leave it out")
+        if self._value(_KEY_EXISTS, record.identity, record.identity):
+            raise RecordError("duplicate article key", record.identity, "merge the articles, or make one a redirect")
+        digest = _digest(record, images)
+        unchanged = self._unchanged(record.identity, digest)
+        if unchanged is not None:
+            return unchanged
         article, first = self._article, self._paragraph
-        last = first + len(draft.paragraphs) - 1
-        row = (article, draft.identity, draft.title, self._licence(draft.licence), first, last, digest)
-        self._sql.execute("INSERT INTO articles VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        last = first + len(record.paragraphs) - 1
+        row = (article, record.identity, record.title, self._licence(record.licence), first, last, digest)
+        self._db.execute("INSERT INTO articles VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         self._article += 1
-        self._add_paragraphs(article, draft.paragraphs)
-        self._add_names(article, draft)
+        self._add_paragraphs(article, record.paragraphs)
+        self._add_names(article, record)
         return article
 
-    def add_redirect(self, draft: RedirectDraft) -> None:
-        """Write another name of an article that is there or is still to come; one without any word is left out."""
-        if name_key(draft.name):
-            self._sql.execute("INSERT INTO build_redirects VALUES (?, ?, ?)",
-                              (name_key(draft.name), draft.name, draft.article))
+    def add_redirect(self, record: RedirectRecord) -> None:
+        """Write a redirect, whose article may be added later. A name without a word is ignored."""
+        if name_key(record.name):
+            self._add_rows("build_redirects", [(name_key(record.name), record.name, record.article)])
 
     def _unchanged(self, key: str, digest: bytes) -> int | None:
-        """The id of an article that an earlier segment holds just so."""
+        """Return the id of the live article of this key if its digest is the same."""
         for reader in reversed(self._earlier):
-            article, known = reader.known([key]).get(key, (0, b""))
-            if article and article not in self._gone:
-                if known == digest:
-                    self._sql.execute("INSERT OR IGNORE INTO kept VALUES (?, ?)", [key, article])
+            article, stored = reader.articles_by_key([key]).get(key, (0, b""))
+            if article and article not in self._deleted:
+                if stored == digest:
+                    self._db.execute("INSERT OR IGNORE INTO kept VALUES (?, ?)", [key, article])
                     return article
                 return None
         return None
@@ -206,170 +258,189 @@ class StoreWriter:
     def _add_paragraphs(self, article: int, paragraphs: Iterable[tuple[str, str]]) -> None:
         start, rows = 0, []
         for section, text in paragraphs:
-            rows.append((self._paragraph, article, self._named("sections", "title", section), start, text))
+            rows.append((self._paragraph, article, self._id_of("sections", "title", section), start, text))
             self._paragraph += 1
-            start += len(text) + BETWEEN_PARAGRAPHS
-        self._sql.executemany("INSERT INTO paragraphs VALUES (?, ?, ?, ?, ?)", rows)
+            start += len(text) + PARAGRAPH_SEPARATOR
+        self._add_rows("paragraphs", rows)
 
-    def _add_names(self, article: int, draft: ArticleDraft) -> None:
-        names = {name_key(draft.title): (0, draft.title)}
-        for name in draft.redirects:
+    def _add_names(self, article: int, record: ArticleRecord) -> None:
+        names = {name_key(record.title): (0, record.title)}
+        for name in record.redirects:
             if name_key(name):
                 names.setdefault(name_key(name), (1, name))
-        rows = ((key, article, redirect, name) for key, (redirect, name) in names.items())
-        self._sql.executemany("INSERT INTO names VALUES (?, ?, ?, ?)", rows)
+        self._add_rows("names", ((key, article, redirect, name) for key, (redirect, name) in names.items()))
 
     # --- images -------------------------------------------------------------------------------
 
-    def add_image(self, draft: ImageDraft) -> int:
-        """Write an image and return its id; the same file given before is the same image, its articles are joined.
+    def add_image(self, record: ImageRecord) -> int:
+        """Write an image and return its id. A file that exists already is linked to the further articles.
 
         Raises:
-            DraftRefused: it belongs to no article, to one that is not there (yet), or is no PNG, JPEG or WebP.
+            RecordError: it belongs to no article or to one that was not added, or is not a PNG, JPEG or WebP file.
         """
-        owners = [self._owner(key) for key in draft.articles]
-        missing = [key for key, owner in zip(draft.articles, owners, strict=True) if owner is None]
-        if missing or not draft.articles:
-            raise DraftRefused("image of no article", ", ".join(missing) or draft.caption, "add the article first")
-        kind = media_type(draft.data)
-        digest = hashlib.sha256(draft.data).digest()
-        image = self._image_with(digest)
+        articles = [self._find_article(key) for key in record.articles]
+        missing = [key for key, article in zip(record.articles, articles, strict=True) if article is None]
+        if missing or not record.articles:
+            raise RecordError("image belongs to no article", ", ".join(missing) or record.caption,
+                              "add the article first")
+        kind = media_type(record.data)
+        digest = hashlib.sha256(record.data).digest()
+        image = self._find_image(digest)
         if image is None:
             image = self._image
-            row = (image, digest, kind, self._licence(draft.licence), draft.attribution, int(draft.lead))
-            self._sql.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", row)
-            self._sql.execute("INSERT INTO pixels VALUES (?, ?)", (image, draft.data))
+            row = (image, digest, kind, self._licence(record.licence), record.attribution, int(record.lead))
+            self._db.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", row)
+            self._add_rows("pixels", [(image, record.data)])
             self._image += 1
-        self._link(image, [owner for owner in owners if owner is not None], draft.caption)
+        self._link(image, [article for article in articles if article is not None], record.caption)
         return image
 
-    def _owner(self, key: str) -> int | None:
-        found = self._sql.execute("SELECT id FROM articles WHERE key = ?", [key]).fetchone()
+    def _find_article(self, key: str) -> int | None:
+        found = self._db.execute("SELECT id FROM articles WHERE key = ?", [key]).fetchone()
         if found:
             return int(found[0])
         for reader in reversed(self._earlier):
-            article = reader.known([key]).get(key, (0, b""))[0]
-            if article and article not in self._gone:
+            article = reader.articles_by_key([key]).get(key, (0, b""))[0]
+            if article and article not in self._deleted:
                 return article
         return None
 
-    def _image_with(self, digest: bytes) -> int | None:
-        found = self._sql.execute("SELECT id FROM images WHERE sha256 = ?", [digest]).fetchone()
+    def _find_image(self, digest: bytes) -> int | None:
+        found = self._db.execute("SELECT id FROM images WHERE sha256 = ?", [digest]).fetchone()
         if found:
             return int(found[0])
-        return next((image for reader in self._earlier if (image := reader.image_with(digest)) is not None), None)
+        return next((image for reader in self._earlier if (image := reader.image_by_digest(digest)) is not None), None)
 
     def _link(self, image: int, articles: Sequence[int], caption: str) -> None:
-        taken = int(self._value("SELECT count(*) FROM links WHERE image = ?", image))
-        said = self._said_of(image)
-        rows = [(image, article, taken + n, caption, int((caption or self._title(article)) in said))
-                for n, article in enumerate(articles)
-                if article >= self._start.article]  # those of earlier segments are unchanged: they have their links
-        self._sql.executemany("INSERT OR IGNORE INTO links VALUES (?, ?, ?, ?, ?)", rows)
+        position = int(self._value("SELECT count(*) FROM links WHERE image = ?", image))
+        embedded = self._embedded_captions(image)
+        for number, article in enumerate(articles):
+            if article < self._first.article:
+                continue  # an unchanged article of an earlier segment has its links
+            known = int((caption or self._title(article)) in embedded)
+            self._db.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?, ?, ?)",
+                             (image, article, position + number, caption, known))
 
-    def _said_of(self, image: int) -> set[str]:
-        """What earlier segments embedded as captions of an image."""
-        if image >= self._start.image:
+    def _embedded_captions(self, image: int) -> set[str]:
+        """Return the texts that were embedded as captions of an image with earlier segments."""
+        if image >= self._first.image:
             return set()
-        links = [link for reader in self._earlier for link in reader.links_of([image])]
+        links = [link for reader in self._earlier for link in reader.links_of_images([image])]
         titles: dict[int, str] = {}
         for reader in self._earlier:
             titles |= reader.titles(link.article for link in links if not link.caption)
         return {link.caption or titles.get(link.article, "") for link in links}
 
     def _title(self, article: int) -> str:
-        return str(self._sql.execute("SELECT title FROM articles WHERE id = ?", [article]).fetchone()[0])
+        return str(self._db.execute("SELECT title FROM articles WHERE id = ?", [article]).fetchone()[0])
 
-    # --- the end ------------------------------------------------------------------------------
+    # --- skipped records and the end ----------------------------------------------------------
 
     def skip(self, skipped: Skipped) -> None:
-        """Count something that does not come in."""
-        row = self._sql.execute("SELECT examples FROM skipped WHERE reason = ?", [skipped.reason]).fetchone()
+        """Count a record that is left out."""
+        row = self._db.execute("SELECT examples FROM skipped WHERE reason = ?", [skipped.reason]).fetchone()
         examples = json.loads(row[0]) if row else []
-        if len(examples) < EXAMPLES:
-            examples.append(skipped.what[:300])
-        self._sql.execute("INSERT INTO skipped VALUES (?, 1, ?) ON CONFLICT (reason) DO UPDATE SET count = count + 1, "
-                          "examples = excluded.examples", (skipped.reason, json.dumps(examples, ensure_ascii=False)))
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(skipped.item[:300])
+        self._db.execute(_COUNT_SKIPPED, (skipped.reason, json.dumps(examples, ensure_ascii=False)))
 
     def skipped_reasons(self) -> str:
-        """What was skipped so far, in words."""
-        rows = self._sql.execute("SELECT reason, count FROM skipped ORDER BY count DESC")
+        """Return the reasons for skipping with their counts, the most frequent first."""
+        rows = self._db.execute("SELECT reason, count FROM skipped ORDER BY count DESC")
         return ", ".join(f"{reason}: {count}" for reason, count in rows)
 
     def finish(self, store: str) -> Segment:
-        """Build the word index and close the file; `store` is what the manifest will call it."""
-        with full_disk_said(self._path, PackError):
-            self._sql.commit()
+        """Build the word index and close the file.
+
+        Args:
+            store: name of the file in the manifest.
+        """
+        with full_disk_as(self._path, PackError):
+            with self._db.atomic():
+                self._flush()
             if not self.finished:
-                self._resolve_redirects()
-                # A write-ahead log would hold the whole word index once more beside the file.
-                self._sql.execute("PRAGMA journal_mode = DELETE")
-                self._sql.executescript("BEGIN;" + WORD_INDEX + _FINISHED + "COMMIT;")
-            self._compact()
+                with self._db.atomic():
+                    self._resolve_redirects()
+                self._db.disable_wal()  # a write-ahead log would contain the whole word index a second time
+                with self._db.atomic():
+                    create_word_index(self._db)
+            self._db.disable_wal()
+            self._shrink()
         counts = self.counts
-        self._sql.close()
+        self._db.close()
         return Segment(
             store,
-            Span(self._start.article, self._article - 1),
-            Span(self._start.paragraph, self._paragraph - 1),
-            Span(self._start.image, self._image - 1),
+            IdRange(self._first.article, self._article - 1),
+            IdRange(self._first.paragraph, self._paragraph - 1),
+            IdRange(self._first.image, self._image - 1),
             counts,
         )
 
-    def close(self) -> None:
-        """Stop here; what was written in whole chunks stays."""
-        self._sql.close()
-
     def _resolve_redirects(self) -> None:
-        self._sql.execute(_RESOLVE)
-        new = [(key, article, name) for key, article, name in self._sql.execute(_OLDER)
-               if all(hit.article != article for reader in self._earlier for hit in reader.named([key]))]
-        self._sql.executemany("INSERT OR IGNORE INTO names (key, article, redirect, name) VALUES (?, ?, 1, ?)", new)
-        (lost,) = self._sql.execute(f"SELECT count(*) {_UNRESOLVED}").fetchone()
-        if lost:
-            names = [row[0] for row in self._sql.execute(f"SELECT r.name {_UNRESOLVED} LIMIT {EXAMPLES}")]
-            self._sql.execute("INSERT OR REPLACE INTO skipped VALUES ('redirect to no article', ?, ?)",
-                              (lost, json.dumps(names, ensure_ascii=False)))
-        self._sql.commit()
+        self._db.execute(_RESOLVE_REDIRECTS)
+        earlier = [(key, article, name) for key, article, name in self._db.execute(_REDIRECTS_TO_EARLIER)
+                   if all(match.article != article for reader in self._earlier for match in reader.find_names([key]))]
+        for row in earlier:
+            self._db.execute("INSERT OR IGNORE INTO names (key, article, redirect, name) VALUES (?, ?, 1, ?)", row)
+        unresolved = self._value(f"SELECT count(*) {_UNRESOLVED}")
+        if unresolved:
+            names = [row[0] for row in self._db.execute(f"SELECT r.name {_UNRESOLVED} LIMIT {MAX_EXAMPLES}")]
+            self._db.execute("INSERT OR REPLACE INTO skipped VALUES ('redirect to a missing article', ?, ?)",
+                             (unresolved, json.dumps(names, ensure_ascii=False)))
 
-    def _compact(self) -> None:
-        """One file without a journal beside it; rewritten only where a good part of it is free."""
-        pages, free = (int(self._value(f"PRAGMA {name}")) for name in ("page_count", "freelist_count"))
-        self._sql.execute("PRAGMA journal_mode = DELETE")
-        if free > pages // 10:
-            self._sql.execute("VACUUM")
+    def _shrink(self) -> None:
+        """Rewrite the file if more than a tenth of its pages is unused."""
+        pages, unused = (int(self._value(f"PRAGMA {name}")) for name in ("page_count", "freelist_count"))
+        if unused > pages // 10:
+            self._db.vacuum()
 
-    # --- small parts --------------------------------------------------------------------------
+    # --- rows ---------------------------------------------------------------------------------
+
+    def _add_rows(self, table: str, rows: Iterable[tuple[object, ...]]) -> None:
+        """Buffer rows of tables that are not queried while the chunk is written: inserting many at once is faster."""
+        self._pending.setdefault(table, []).extend(rows)
+
+    def _flush(self) -> None:
+        for table, rows in self._pending.items():
+            self._db.table(table).insert_all([tuple(TABLES[table][0]), *rows])
+        self._pending.clear()
 
     def _licence(self, name: str) -> int:
-        return self._named("licences", "name", name)
+        return self._id_of("licences", "name", name)
 
-    def _named(self, table: str, column: str, text: str) -> int:
-        """The id of a text that stands many times."""
-        found = self._sql.execute(f"SELECT id FROM {table} WHERE {column} = ?", [text]).fetchone()
-        if found:
-            return int(found[0])
-        return int(self._sql.execute(f"INSERT INTO {table} ({column}) VALUES (?)", [text]).lastrowid or 0)
+    def _id_of(self, table: str, column: str, text: str) -> int:
+        """Return the id of a section title or licence, which is stored once."""
+        if (table, text) not in self._ids:
+            if len(self._ids) >= MAX_CACHED_IDS:
+                self._ids.clear()
+            found = self._db.execute(f"SELECT id FROM {table} WHERE {column} = ?", [text]).fetchone()
+            insert = f"INSERT INTO {table} ({column}) VALUES (?)"
+            number = found[0] if found else self._db.execute(insert, [text]).lastrowid
+            self._ids[table, text] = int(number or 0)
+        return self._ids[table, text]
 
-    def _next(self, table: str, least: int) -> int:
-        return max(least, int(self._value(f"SELECT coalesce(max(id), 0) + 1 FROM {table}")))
+    def _next_id(self, table: str, first: int) -> int:
+        return max(first, self._value(f"SELECT coalesce(max(id), 0) + 1 FROM {table}"))
 
     def _value(self, sql: str, *values: object) -> int:
-        return int(self._sql.execute(sql, values).fetchone()[0])
+        return int(self._db.execute(sql, values).fetchone()[0])
 
 
 def media_type(data: bytes) -> str:
-    """Media type of an image file by its first bytes; DraftRefused for what a browser may not show."""
+    """Return the media type of an image file by its first bytes.
+
+    Raises:
+        RecordError: it is not a PNG, JPEG or WebP file.
+    """
     for start, kind in MEDIA_TYPES.items():
         if data.startswith(start):
             return kind
-    raise DraftRefused("image of another kind", repr(data[:4]), "store PNG, JPEG or WebP")
+    raise RecordError("unsupported image format", repr(data[:4]), "store PNG, JPEG or WebP")
 
 
-def _digest(draft: ArticleDraft, images: Sequence[ImageDraft]) -> bytes:
-    """What tells an article from an earlier version of it: sha256 over all that is written of it."""
-    own = [draft.title, draft.paragraphs, draft.licence, draft.redirects]
+def _digest(record: ArticleRecord, images: Sequence[ImageRecord]) -> bytes:
+    """Return the sha256 of everything that is stored for an article, by which versions of it are compared."""
+    article = [record.title, record.paragraphs, record.licence, record.redirects]
     shown = [(hashlib.sha256(image.data).hexdigest(), image.caption, image.licence, image.attribution)
              for image in images]
-    return hashlib.sha256(json.dumps([own, shown], ensure_ascii=False).encode()).digest()
-
+    return hashlib.sha256(json.dumps([article, shown], ensure_ascii=False).encode()).digest()

@@ -1,4 +1,4 @@
-"""What is no longer there after a generation, and what is left."""
+"""Determines what a generation deletes, and deletes articles and images by name. Files shrink only in `compact`."""
 
 from __future__ import annotations
 
@@ -10,67 +10,83 @@ from pathlib import Path
 import numpy as np
 
 from gog_edge.errors import PackError
-from gog_edge.files import full_disk_said
-from gog_edge.indexing.commit import changing, commit, prune, write_tombstones
-from gog_edge.indexing.index_planning import golden_image
+from gog_edge.files import full_disk_as
+from gog_edge.indexing.commit import commit_generation, modify_pack, prune, write_tombstones
+from gog_edge.indexing.index_writer import golden_image
 from gog_edge.retrieval.manifest import Counts, Manifest
 from gog_edge.retrieval.pack import open_shards, read_tombstones
 from gog_edge.retrieval.text.segment import SegmentReader
 from gog_edge.retrieval.text.store import Store
-from gog_edge.retrieval.text.words import name_key, raw_words, search_terms
+from gog_edge.retrieval.text.tokens import name_key, search_terms, tokenize
 from gog_edge.retrieval.vectors.faiss_index import VectorIndex
 from gog_edge.retrieval.vectors.shards import Ids
 
-BATCH = 5_000  # ids of one question to a store
+BATCH = 5_000  # ids of one query to a store
+MAX_SUGGESTIONS = 3  # titles that are suggested for an unknown name
+MAX_COMPARED_TITLES = 2_000  # titles that an unknown name is compared with
+COMMON_PREFIX = 2  # characters that these share with it
 
 
-def replaced(new: SegmentReader, earlier: Sequence[SegmentReader], *, only: bool) -> Ids:
-    """Articles of earlier segments that `new` holds in another version; with `only`, or does not hold at all."""
+# --- what a generation deletes ------------------------------------------------------------------
+
+
+def replaced_articles(new: SegmentReader, earlier: Sequence[SegmentReader], *, delete_missing: bool) -> Ids:
+    """Return the sorted ids of earlier articles that the new segment replaces.
+
+    Args:
+        new: the new segment.
+        earlier: the other segments of the pack.
+        delete_missing: also return the articles that the snapshot of the new segment does not contain.
+    """
     found: list[int] = []
-    if only:
-        kept = new.kept()
+    if delete_missing:
+        unchanged = new.unchanged_articles()
         for reader in earlier:
-            for keys in reader.keys(BATCH):
-                again = new.known(keys)
-                found += [article for key, article in keys.items() if key in again or article not in kept]
-    else:  # what is added may be little, and what was there much
-        for keys in new.keys(BATCH):
-            found += [article for reader in earlier for article, _ in reader.known(keys).values()]
+            for keys in reader.key_batches(BATCH):
+                again = new.articles_by_key(keys)
+                found += [article for key, article in keys.items() if key in again or article not in unchanged]
+    else:  # an addition may be small and the pack large
+        for keys in new.key_batches(BATCH):
+            found += [article for reader in earlier for article, _ in reader.articles_by_key(keys).values()]
     return np.array(sorted(found), dtype=np.int64)
 
 
-def dead_images(readers: Sequence[SegmentReader], gone: Ids, dead: Ids, new: SegmentReader | None = None) -> Ids:
-    """Images that are no longer there, sorted: in no live article, or removed by name.
+def deleted_images(readers: Sequence[SegmentReader], articles: Ids, images: Ids,
+                   new: SegmentReader | None = None) -> Ids:
+    """Return the sorted ids of images that are deleted: those without a live article, and `images`.
 
-    Those that were `dead` before stay so, unless the `new` segment shows them again.
+    Args:
+        readers: all segments.
+        articles: ids of deleted articles.
+        images: ids of images that are deleted already or by name.
+        new: the new segment; images that its articles contain are live again.
     """
-    doubtful: set[int] = set()
-    for articles in _batches(gone):
-        doubtful.update(link.image for reader in readers for link in reader.links_in(articles))
-    buried = set(dead.tolist())
-    still = doubtful - buried - _shown(readers, doubtful - buried, gone)
-    again = set() if new is None else _shown([new], buried, gone)
-    return np.array(sorted(still | (buried - again)), dtype=np.int64)
+    candidates: set[int] = set()
+    for batch in _batches(articles):
+        candidates.update(link.image for reader in readers for link in reader.links_of_articles(batch))
+    before = set(images.tolist())
+    orphaned = candidates - before - _images_in_live_articles(readers, candidates - before, articles)
+    restored = set() if new is None else _images_in_live_articles([new], before, articles)
+    return np.array(sorted(orphaned | (before - restored)), dtype=np.int64)
 
 
-def _shown(readers: Sequence[SegmentReader], images: Set[int], gone: Ids) -> set[int]:
-    """Those of some images that a live article shows."""
-    nobody = frozenset(gone.tolist())
-    alive: set[int] = set()
+def _images_in_live_articles(readers: Sequence[SegmentReader], images: Set[int], deleted_articles: Ids) -> set[int]:
+    deleted = frozenset(deleted_articles.tolist())
+    live: set[int] = set()
     for batch in _batches(np.array(sorted(images), dtype=np.int64)):
-        links = (link for reader in readers for link in reader.links_of(batch))
-        alive.update(link.image for link in links if link.article not in nobody)
-    return alive
+        links = (link for reader in readers for link in reader.links_of_images(batch))
+        live.update(link.image for link in links if link.article not in deleted)
+    return live
 
 
-def live_counts(readers: Sequence[SegmentReader], gone: Ids, dead: Ids) -> Counts:
-    """Rows of all segments, less those that are no longer there."""
+def live_counts(readers: Sequence[SegmentReader], articles: Ids, images: Ids) -> Counts:
+    """Return the rows of all segments without deleted articles and images."""
     each = [reader.counts() for reader in readers]
-    paragraphs = sum(reader.paragraph_count(articles) for articles in _batches(gone) for reader in readers)
+    paragraphs = sum(reader.paragraph_count(batch) for batch in _batches(articles) for reader in readers)
     return Counts(
-        sum(counts.articles for counts in each) - len(gone),
+        sum(counts.articles for counts in each) - len(articles),
         sum(counts.paragraphs for counts in each) - paragraphs,
-        sum(counts.images for counts in each) - len(dead),
+        sum(counts.images for counts in each) - len(images),
     )
 
 
@@ -79,94 +95,99 @@ def _batches(ids: Ids) -> Iterator[list[int]]:
         yield ids[at : at + BATCH].tolist()
 
 
-NEAR = 3  # names that are proposed in place of an unknown one
-NEIGHBOURS = 2_000  # names that are compared with it
-SAME_BEGINNING = 2  # characters
+# --- deletion by name ---------------------------------------------------------------------------
 
 
 def remove(folder: Path, *, articles: Sequence[str] = (), images: Sequence[int] = ()) -> Manifest:
-    """Take articles and images out of a pack; nothing is embedded or indexed again, the files shrink with `compact`.
+    """Delete articles and images in a new generation that adds tombstones only.
 
-    An image goes with the last article that shows it.
+    An image is deleted with the last article that contains it.
 
     Args:
         folder: the pack.
         articles: titles or keys.
-        images: ids, as citations give them.
+        images: ids, as citations contain them.
 
     Raises:
-        PackError: a name or id is not there, a title is that of several articles, nothing would be left, the pack is
-            being written, or the disk is full. The generation in force stays.
+        PackError: a name or id does not exist, a title is ambiguous, no article would remain, the pack is being
+            written, or the disk is full. The current generation is unchanged.
     """
-    with changing(folder) as parent, full_disk_said(folder, PackError):
-        prune(folder)
-        before, buried = read_tombstones(folder, parent)
-        store = Store.open(folder, parent.segments, before.tolist())
+    with modify_pack(folder) as parent, full_disk_as(folder, PackError):
+        prune(folder, parent)
+        old_articles, old_images = read_tombstones(folder, parent)
+        store = Store.open(folder, parent.segments, old_articles.tolist())
         try:
-            gone = np.union1d(before, _ids(find_article(store, name) for name in articles))
-            named = np.union1d(buried, _ids(_find_image(store, image, buried) for image in images))
-            dead = dead_images(store.readers, gone, named)
-            counts = live_counts(store.readers, gone, dead)
+            all_articles = np.union1d(old_articles, _ids(find_article(store, name) for name in articles))
+            by_id = np.union1d(old_images, _ids(_find_image(store, image, old_images) for image in images))
+            all_images = deleted_images(store.readers, all_articles, by_id)
+            counts = live_counts(store.readers, all_articles, all_images)
         finally:
             store.close()
         if not counts.articles:
-            raise PackError(f"pack '{parent.name}': no article would be left; remove the folder '{folder}' instead")
+            raise PackError(f"pack '{parent.name}': no article would remain; delete the folder '{folder}' instead")
         manifest = replace(
             parent,
             generation=parent.generation + 1,
             parent=parent.generation,
-            tombstones=write_tombstones(folder, parent.generation + 1, gone, dead),
+            tombstones=write_tombstones(folder, parent.generation + 1, all_articles, all_images),
             counts=counts,
-            golden=_golden(folder, parent, dead),
+            golden=_golden(folder, parent, all_images),
         )
-        return commit(folder, manifest, parent)
+        return commit_generation(folder, manifest, parent)
 
 
 def find_article(store: Store, name: str) -> int:
-    """The live article of a key, or else of a title; PackError names near ones where there is none."""
-    article = store.article(name)
+    """Return the id of the live article with this key, or else with this title.
+
+    Raises:
+        PackError: there is none (similar titles are suggested), or the title is ambiguous (its keys are listed).
+    """
+    article = store.article_by_key(name)
     if article is not None:
         return article
-    titled = [hit.article for hit in store.named([name_key(name)]) if not hit.redirect]
+    titled = [match.article for match in store.find_names([name_key(name)]) if not match.redirect]
     if len(titled) > 1:
-        keys = [key for reader in store.readers for key in reader.keys_of(titled).values()]
-        raise PackError(f"'{name}' is the title of {len(titled)} articles; name one by its key: {_listed(keys)}")
+        keys = [key for reader in store.readers for key in reader.article_keys(titled).values()]
+        raise PackError(f"'{name}' is the title of {len(titled)} articles; give the key of one: {_quoted(keys)}")
     if titled:
         return titled[0]
-    near = near_titles(store, name)
-    raise PackError(f"there is no article '{name}' in this pack; "
-                    + (f"near it are {_listed(near)}" if near else "give a title as citations write it"))
+    similar = similar_titles(store, name)
+    raise PackError(f"the article '{name}' does not exist in this pack; "
+                    + (f"similar titles: {_quoted(similar)}" if similar else "give a title as citations contain it"))
 
 
-def near_titles(store: Store, name: str) -> list[str]:
-    """Titles that a person may have meant: what it is another name of, those spelled alike, those with its words."""
+def similar_titles(store: Store, name: str) -> list[str]:
+    """Return titles that may be meant: of a redirect of this name, of similar spelling, with the same words."""
     key = name_key(name)
-    redirected = store.titles(hit.article for hit in store.named([key])).values()
-    alike = [title for reader in store.readers for title in reader.names_from(key[:SAME_BEGINNING], NEIGHBOURS)]
-    matches = store.rank(search_terms(raw_words(name)), NEAR)
+    redirected = store.titles(match.article for match in store.find_names([key])).values()
+    neighbours = [title for reader in store.readers
+                  for title in reader.titles_with_prefix(key[:COMMON_PREFIX], MAX_COMPARED_TITLES)]
+    matches = store.rank(search_terms(tokenize(name)), MAX_SUGGESTIONS)
     worded = store.titles(match.article for match in matches).values()
-    spelled = {name_key(title): title for title in (*alike, *worded)}
-    close = [spelled[match] for match in get_close_matches(key, spelled, NEAR) if store.named([match])]
-    return list(dict.fromkeys((*redirected, *close, *worded)))[:NEAR]
+    spelled = {name_key(title): title for title in (*neighbours, *worded)}
+    close = [spelled[match] for match in get_close_matches(key, spelled, MAX_SUGGESTIONS) if store.find_names([match])]
+    return list(dict.fromkeys((*redirected, *close, *worded)))[:MAX_SUGGESTIONS]
 
 
-def _find_image(store: Store, image: int, buried: Ids) -> int:
-    if image in buried or image not in store.images([image]):
-        raise PackError(f"there is no image {image} in this pack; citations and /v1/search give the ids of images")
+def _find_image(store: Store, image: int, deleted: Ids) -> int:
+    if image in deleted or image not in store.images([image]):
+        raise PackError(f"the image {image} does not exist in this pack; take the id from a citation or from "
+                        "/v1/search")
     return image
 
 
-def _golden(folder: Path, parent: Manifest, dead: Ids) -> int | None:
-    """The parent's where it is still there: with fewer images around it, it only finds itself more surely."""
-    if parent.golden is None or parent.golden not in dead:
+def _golden(folder: Path, parent: Manifest, deleted: Ids) -> int | None:
+    """Return the parent's golden image if it is live: with fewer images around it still finds itself."""
+    if parent.golden is None or parent.golden not in deleted:
         return parent.golden
-    shards = open_shards(folder, parent.images, parent.encoder.dim if parent.encoder else 0)
-    return golden_image(VectorIndex.open(folder, parent.images.index, shards, tombstones=dead), dead, None)
+    shards = open_shards(folder, parent.images, parent.dim_of("images"))
+    index = VectorIndex.open(folder, parent.images.index, shards, tombstones=deleted)
+    return golden_image(index, deleted, None)
 
 
 def _ids(values: Iterable[int]) -> Ids:
     return np.fromiter(values, dtype=np.int64)
 
 
-def _listed(names: Iterable[str]) -> str:
+def _quoted(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)

@@ -1,1 +1,1 @@
-"""The multimodal policy: what it sees, says and remembers."""
+"""The policy: a multimodal model in a live session, its dialects, and the ways to run it."""

@@ -1,4 +1,4 @@
-"""What the loop needs of a policy; a local session, a remote server and a script all fit it."""
+"""The interface between the agent loop and a policy; local, remote, scripted and recorded policies implement it."""
 
 from __future__ import annotations
 
@@ -11,39 +11,48 @@ from gog_edge.types import Action, Observation, Utterance
 
 
 class Conversation(Protocol):
-    """One question's dialogue. What was said stays said: turns only append."""
+    """The conversation of one question. It is only ever appended to."""
 
     def generate(self, *, max_tokens: int, deadline: float | None, force_answer: bool = False,
                  on_text: Callable[[str], None] | None = None,
                  on_action: Callable[[Action], None] | None = None) -> Utterance:
-        """Let the policy speak one turn.
+        """Generate one turn of the policy.
 
-        `deadline` is a `time.monotonic()` value; generation stops there with what it has.
-        `force_answer` opens the turn with the dialect's answer tag, so that an Answer must come.
-        `on_text` receives pieces of text as they are decoded, `on_action` at most once the action that the turn will
-        have, as soon as that is known; the utterance has the last word. Both are called where this was called.
+        Args:
+            max_tokens: upper limit of generated tokens.
+            deadline: a value of `time.monotonic()` at which generation stops with what it has.
+            force_answer: open the turn with the dialect's answer tag, so that it must be an answer.
+            on_text: called with each piece of text as it is decoded.
+            on_action: called at most once, as soon as the action of the turn is certain. The action of the utterance
+                is authoritative.
+
+        Both callbacks run in the calling thread.
+
+        Raises:
+            BudgetExceeded: the context is full.
+            BackendError: the engine or server failed.
         """
 
     def observe(self, observation: Observation) -> None:
-        """Append what an action brought back; nothing is computed before the next `generate`.
+        """Append the result of an action; nothing is computed before the next `generate`.
 
-        A notice said on top of what still waits to be answered belongs to its turn.
+        A notice that follows another observation without a `generate` between them becomes part of its turn.
         """
 
     def close(self) -> None:
-        """Give back the cache slots."""
+        """Release the KV cache."""
 
 
 class Policy(Protocol):
-    """Decides where to look and when to search."""
+    """A model that decides where to look and what to search for."""
 
     @property
     def name(self) -> str:
-        """Name for traces and /v1/models."""
+        """Return the name for traces and /v1/models."""
 
     @property
     def rules(self) -> LoopRules:
-        """What the loop is to keep to beside its own limits."""
+        """Return what the policy requires of the agent loop, in addition to the loop's own limits."""
 
     def begin(self, picture: Picture, question: str) -> Conversation:
-        """Open a dialogue about a picture; the picture is encoded once."""
+        """Start a conversation about a picture."""

@@ -1,4 +1,4 @@
-"""From logits to text: choosing a token, and telling text piece by piece."""
+"""Turn logits into text: sampling, constraints, incremental detokenization, and speculation by prompt lookup."""
 
 from __future__ import annotations
 
@@ -14,312 +14,393 @@ from tokenizers import Tokenizer
 
 from gog_edge.engines.base import Floats
 from gog_edge.errors import InputError
+from gog_edge.policy.dialect.dialect import Dialect
 
-Chances: TypeAlias = NDArray[np.float64]
-Ids: TypeAlias = NDArray[np.int64]
-UNFINISHED = "\ufffd"  # how a decoder shows bytes that are not yet a character
+PREFILL_CHUNK = 512  # tokens per prefill step: bounds the scratch memory at no cost in speed
+Probabilities: TypeAlias = NDArray[np.float64]
+TokenIds: TypeAlias = NDArray[np.int64]
+
+
+# --- sampling -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is chosen; temperature 0 takes the likeliest."""
+class SamplingParams:
+    """How the next token is selected; temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_p: float = 1.0
-    top_k: int = 0  # 0 keeps all
+    top_k: int = 0  # 0: no limit
     repetition_penalty: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
             raise InputError(
-                f"sampling with temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k} and "
-                f"repetition_penalty {self.repetition_penalty} is impossible; use temperature >= 0, 0 < top_p <= 1, "
-                "top_k >= 0, penalty > 0"
+                "sampling parameters must be temperature >= 0, 0 < top_p <= 1, top_k >= 0 and repetition_penalty > 0, "
+                f"got temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k} and "
+                f"repetition_penalty {self.repetition_penalty}"
             )
 
 
-class Chooser(Protocol):
-    """Chooses the tokens of one turn."""
+class TokenSampler(Protocol):
+    """Selects the tokens of one turn."""
 
-    def choose(self, logits: Floats, said: Sequence[int]) -> int:
-        """Next token id from logits [vocab]; `said` is the whole context, which only grows.
+    def sample(self, logits: Floats, context: Sequence[int]) -> int:
+        """Return the next token id for logits [vocab]; `context` holds all tokens so far and only grows.
 
-        Asked once for each token, in order, and once more, with what is not allowed at -inf, when the first choice was
-        not allowed.
+        Called once for each token, in order, and a second time, with the logits of invalid tokens at -inf, when the
+        constraint rejects the first result.
         """
 
 
 class Sampler:
-    """Chooses tokens, repeatably for one seed."""
+    """Samples tokens; the same seed gives the same tokens."""
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
-        self._penalised: Ids = np.empty(0, np.int64)  # each id that was said, once
-        self._read = 0  # tokens of `said` that are among them
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._random = np.random.default_rng(params.seed)
+        self._seen: TokenIds = np.empty(0, np.int64)  # distinct ids of the context
+        self._read = 0  # tokens of the context that `_seen` includes
 
-    def choose(self, logits: Floats, said: Sequence[int]) -> int:
-        """Next token id from logits [vocab]; `said` are the ids of the whole context, for the repetition penalty."""
-        if self._sampling.repetition_penalty != 1.0:
-            logits = penalise(logits, self._ids(said), self._sampling.repetition_penalty)
-        if self._sampling.temperature == 0.0:
+    def sample(self, logits: Floats, context: Sequence[int]) -> int:
+        """Return the next token id for logits [vocab]; `context` is needed for the repetition penalty."""
+        if self._params.repetition_penalty != 1.0:
+            logits = apply_repetition_penalty(logits, self._distinct(context), self._params.repetition_penalty)
+        if self._params.temperature == 0.0:
             return int(np.argmax(logits))
         return self._draw(logits)
 
-    def _ids(self, said: Sequence[int]) -> Ids:
-        fresh = np.setdiff1d(np.asarray(said[self._read :], np.int64), self._penalised)
-        if len(fresh):
-            self._penalised = np.concatenate([self._penalised, fresh])
-        self._read = len(said)
-        return self._penalised
+    def _distinct(self, context: Sequence[int]) -> TokenIds:
+        added = np.setdiff1d(np.asarray(context[self._read :], np.int64), self._seen)
+        if len(added):
+            self._seen = np.concatenate([self._seen, added])
+        self._read = len(context)
+        return self._seen
 
     def _draw(self, logits: Floats) -> int:
-        # One random number a token, however it is used: drafts and single steps then draw the same tokens.
-        ids, chances = shortlist(logits, self._sampling)
-        at = int(np.searchsorted(np.cumsum(chances), self._random.random(), side="right"))
+        # Exactly one random number per call, so that decoding with and without drafts draws the same tokens.
+        ids, probabilities = sampling_distribution(logits, self._params)
+        at = int(np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right"))
         return int(ids[min(at, len(ids) - 1)])
 
 
-def penalise(logits: Floats, ids: Ids, penalty: float) -> Floats:
-    """A copy of logits [vocab]; those of `ids`, which differ, divided (positive) or multiplied (negative)."""
-    changed = logits.copy()
-    values = changed[ids]
-    changed[ids] = np.where(values > 0, values / penalty, values * penalty)
-    return changed
+def apply_repetition_penalty(logits: Floats, ids: TokenIds, penalty: float) -> Floats:
+    """Return a copy of logits [vocab] with those of the distinct `ids` divided (positive) or multiplied (negative).
 
-
-def shortlist(logits: Floats, sampling: Sampling) -> tuple[Ids, Chances]:
-    """The ids that may be drawn from logits [vocab], in order, and their chances, which sum to 1.
-
-    Temperature first, then the `top_k` likeliest, then of these the fewest that hold `top_p`.
+    The penalty of CTRL (Keskar et al., 2019), as in transformers.
     """
-    ids: Ids = np.arange(len(logits))
-    if 0 < sampling.top_k < len(logits):
-        ids = np.argpartition(logits, -sampling.top_k)[-sampling.top_k :]
+    penalised = logits.copy()
+    values = penalised[ids]
+    penalised[ids] = np.where(values > 0, values / penalty, values * penalty)
+    return penalised
+
+
+def sampling_distribution(logits: Floats, params: SamplingParams) -> tuple[TokenIds, Probabilities]:
+    """Return the candidate ids for logits [vocab], ascending, and their probabilities, which sum to 1.
+
+    Applies the temperature, then `top_k`, then `top_p` (nucleus sampling).
+    """
+    ids: TokenIds = np.arange(len(logits))
+    if 0 < params.top_k < len(logits):
+        ids = np.argpartition(logits, -params.top_k)[-params.top_k :]
     ids = ids[np.argsort(-logits[ids], kind="stable")]
-    scaled = logits[ids].astype(np.float64) / sampling.temperature
-    chances = np.exp(scaled - scaled[0])
-    chances /= chances.sum()
-    kept = np.flatnonzero(np.cumsum(chances) - chances < sampling.top_p)
-    # By id: which of two equals is the likelier is a matter of rounding, and must not decide what is drawn.
-    kept = kept[np.argsort(ids[kept])]
-    return ids[kept], chances[kept] / chances[kept].sum()
+    scaled = logits[ids].astype(np.float64) / params.temperature
+    probabilities = np.exp(scaled - scaled[0])
+    probabilities /= probabilities.sum()
+    nucleus = np.flatnonzero(np.cumsum(probabilities) - probabilities < params.top_p)
+    # Sorted by id: the order of nearly equal logits depends on rounding and must not change which token is drawn.
+    nucleus = nucleus[np.argsort(ids[nucleus])]
+    return ids[nucleus], probabilities[nucleus] / probabilities[nucleus].sum()
+
+
+# --- constraints ----------------------------------------------------------------------------------
 
 
 class Constraint(Protocol):
-    """What one turn may still say."""
+    """Restricts the tokens of one turn."""
 
     @property
     def done(self) -> bool:
-        """Nothing may follow, not even an end token: the turn is over."""
+        """Return whether the turn is complete: no token may follow, and no end token is needed."""
 
-    def forced(self) -> Sequence[int]:
-        """Ids that must follow now, as the tokenizer would write them; none where there is a choice."""
+    def forced_tokens(self) -> Sequence[int]:
+        """Return the ids that must come next, in the tokenizer's own segmentation; empty when there is a choice."""
 
-    def admits(self, ids: Sequence[int]) -> int:
-        """How many of these ids, from the first, may follow one another now."""
+    def count_valid(self, ids: Sequence[int]) -> int:
+        """Return the length of the longest prefix of `ids` that may come next."""
 
-    def mask(self, logits: Floats) -> None:
-        """Set logits [vocab] of what may not follow to -inf, in place."""
+    def mask_logits(self, logits: Floats) -> None:
+        """Set logits [vocab] of invalid tokens to -inf, in place."""
 
-    def accept(self, token: int) -> None:
-        """Go on to what may follow `token`. DialectError where it may not be said."""
+    def accept_token(self, token: int) -> None:
+        """Advance past `token`.
+
+        Raises:
+            DialectError: the token is not valid here.
+        """
 
 
 class Unconstrained:
-    """Anything may be said."""
+    """A constraint that allows all tokens."""
 
     done = False
 
-    def forced(self) -> Sequence[int]:
-        """Nothing must follow."""
+    def forced_tokens(self) -> Sequence[int]:
+        """Return no tokens."""
         return ()
 
-    def admits(self, ids: Sequence[int]) -> int:
-        """All of them."""
+    def count_valid(self, ids: Sequence[int]) -> int:
+        """Return the number of ids."""
         return len(ids)
 
-    def mask(self, logits: Floats) -> None:
-        """Leave all as it is."""
+    def mask_logits(self, logits: Floats) -> None:
+        """Leave the logits unchanged."""
 
-    def accept(self, token: int) -> None:
-        """Anything may follow anything."""
+    def accept_token(self, token: int) -> None:
+        """Accept any token."""
+
+
+THINKING_BUDGET = 1024  # tokens of thinking in one turn, unless the dialect sets a budget
+
+
+class ThinkingBudget:
+    """A constraint that forces thinking to end after a number of tokens and leaves all else to an inner constraint."""
+
+    def __init__(self, inner: Constraint, dialect: Dialect, tokenizer: Tokenizer, max_tokens: int | None = None
+                 ) -> None:
+        """`max_tokens`: an upper limit for the thinking with its closing tag, whatever the dialect allows."""
+        thinking, closing = dialect.thinking, dialect.syntax.skip_until
+        self._inner = inner
+        self._opening, self._closing = thinking.open, closing
+        self._end: list[int] = tokenizer.encode(f"\n{closing}\n\n", add_special_tokens=False).ids
+        self._remaining = thinking.budget or THINKING_BUDGET
+        if max_tokens is not None:
+            self._remaining = min(self._remaining, max_tokens - len(self._end))
+        self._detokenizer = Detokenizer(tokenizer)
+        self._text = thinking.open if thinking.prefilled else ""
+
+    @property
+    def done(self) -> bool:
+        """Return whether the inner constraint is done."""
+        return self._inner.done
+
+    def forced_tokens(self) -> Sequence[int]:
+        """Return the tokens that end the thinking when the budget is spent, else those of the inner constraint."""
+        # The inner constraint rejects the closing tag after an incomplete UTF-8 sequence; it is forced one token later.
+        if self._remaining <= 0 and self._is_thinking() and self._inner.count_valid(self._end) == len(self._end):
+            return self._end
+        return self._inner.forced_tokens()
+
+    def count_valid(self, ids: Sequence[int]) -> int:
+        """Return the result of the inner constraint."""
+        return self._inner.count_valid(ids)
+
+    def mask_logits(self, logits: Floats) -> None:
+        """Apply the mask of the inner constraint."""
+        self._inner.mask_logits(logits)
+
+    def accept_token(self, token: int) -> None:
+        """Advance past `token`; inside thinking it reduces the budget by one."""
+        self._inner.accept_token(token)
+        self._text += self._detokenizer.push(token)
+        self._remaining -= self._is_thinking()
+
+    def _is_thinking(self) -> bool:
+        return self._text.lstrip().startswith(self._opening) and self._closing not in self._text
+
+
+# --- streaming ------------------------------------------------------------------------------------
+
+_REPLACEMENT = "\ufffd"  # decoders return it for an incomplete UTF-8 sequence
 
 
 @dataclass(slots=True)
-class TextStream:
-    """Turns ids into text piece by piece; bytes that are not yet a character are held back."""
+class Detokenizer:
+    """Decodes tokens to text incrementally; incomplete UTF-8 sequences are held back."""
 
     tokenizer: Tokenizer
-    _context: list[int] = field(default_factory=list)  # ids of the piece told last: some decoders look back
-    _waiting: list[int] = field(default_factory=list)
+    _context: list[int] = field(default_factory=list)  # ids of the last piece: some decoders depend on the id before
+    _pending: list[int] = field(default_factory=list)
 
     def push(self, token: int) -> str:
-        """Take one id; returns the text it completes, often one piece, sometimes none."""
-        self._waiting.append(token)
-        return self._tell(finish=False)
+        """Add a token; return the text that it completes, which may be empty."""
+        self._pending.append(token)
+        return self._decode_pending(finish=False)
 
     def finish(self) -> str:
-        """What was held back, incomplete characters as U+FFFD."""
-        return self._tell(finish=True)
+        """Return the text that was held back, with U+FFFD for incomplete characters."""
+        return self._decode_pending(finish=True)
 
-    def _tell(self, *, finish: bool) -> str:
+    def _decode_pending(self, *, finish: bool) -> str:
         before = self._decode(self._context)
-        piece = self._decode(self._context + self._waiting)[len(before) :]
-        if not self._waiting or (piece.endswith(UNFINISHED) and not finish):
+        piece = self._decode(self._context + self._pending)[len(before) :]
+        if not self._pending or (piece.endswith(_REPLACEMENT) and not finish):
             return ""
-        self._context, self._waiting = self._waiting, []
+        self._context, self._pending = self._pending, []
         return piece
 
     def _decode(self, ids: list[int]) -> str:
-        # Special tokens stay: a dialect's tags may be among them.
+        # Special tokens are kept: the tags of a dialect may be special tokens.
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
 
 @dataclass(slots=True)
-class Speech:
-    """What is being said, passed on as whole characters."""
+class TokenStream:
+    """The tokens and text of a turn so far; text is passed to `on_text` in whole characters."""
 
-    stream: TextStream
-    listener: Callable[[str], None] | None
+    detokenizer: Detokenizer
+    on_text: Callable[[str], None] | None
     tokens: list[int] = field(default_factory=list)
     text: str = ""
 
     def add(self, token: int) -> None:
-        """Say one more token."""
+        """Append a generated token."""
         self.tokens.append(token)
-        self._tell(self.stream.push(token))
+        self._emit(self.detokenizer.push(token))
 
     def finish(self) -> str:
-        """All text, what was held back included."""
-        self._tell(self.stream.finish())
+        """Return the whole text, including what was held back."""
+        self._emit(self.detokenizer.finish())
         return self.text
 
-    def _tell(self, piece: str) -> None:
+    def _emit(self, piece: str) -> None:
         self.text += piece
-        if piece and self.listener is not None:
-            self.listener(piece)
+        if piece and self.on_text is not None:
+            self.on_text(piece)
 
 
-RUN = 3  # tokens of the longest runs that are indexed; longer matches are found by looking further back
+# --- speculation by prompt lookup -----------------------------------------------------------------
+
+MAX_NGRAM = 3  # tokens; longer matches are found by comparing backwards from an n-gram of this length
 
 
 @dataclass(frozen=True, slots=True)
 class DraftConfig:
-    """When a draft is made, and of how many tokens: as many as promise most for the time that they take."""
+    """When to draft tokens, and how many: as many as maximise the expected tokens per second.
 
-    # (tokens that were said before in the same order, chance that the next guess is right before any was tried).
-    matches: tuple[tuple[int, float], ...] = ((1, 0.1), (2, 0.5), (3, 0.8), (5, 0.95))
-    weight: float = 3.0  # guesses that these chances count for against those that were tried
-    # The price: a step of n + 1 tokens takes (1 + setup + cost * n) times as long as a step of one. Attention over
-    # several tokens costs the setup. This is what two cores took once for 2 billion weights in int4 and 1,500 tokens in
-    # the cache; `draft_price` measures it where a large decoder runs.
-    setup: float = 0.33
-    cost: float = 0.24
-    most: int = 8  # tokens of one draft
+    A step that verifies n draft tokens takes (1 + setup_cost + token_cost * n) times as long as a step of one token.
+    The default costs were measured once on two cores with 2 billion int4 weights and 1,500 tokens in the cache; where
+    a large decoder runs they are measured (see `draft_cost`).
+    """
+
+    # (tokens of context that match an earlier place, prior probability that the next draft token is accepted).
+    acceptance_priors: tuple[tuple[int, float], ...] = ((1, 0.1), (2, 0.5), (3, 0.8), (5, 0.95))
+    prior_weight: float = 3.0  # number of observations that each prior counts for
+    setup_cost: float = 0.33
+    token_cost: float = 0.24
+    max_tokens: int = 8  # of one draft
 
     def __post_init__(self) -> None:
-        lengths = [length for length, _ in self.matches]
-        fits = bool(lengths) and lengths == sorted(set(lengths)) and lengths[0] >= 1 and self.most >= 1
-        times = 0 <= self.cost < math.inf and 0 <= self.setup < math.inf and self.weight > 0
-        if not fits or not times or not all(0 <= chance < 1 for _, chance in self.matches):
+        lengths = [length for length, _ in self.acceptance_priors]
+        ordered = bool(lengths) and lengths == sorted(set(lengths)) and lengths[0] >= 1 and self.max_tokens >= 1
+        costs = 0 <= self.token_cost < math.inf and 0 <= self.setup_cost < math.inf and self.prior_weight > 0
+        if not ordered or not costs or not all(0 <= prior < 1 for _, prior in self.acceptance_priors):
             raise InputError(
-                f"{self} makes no drafts; use matches of growing length from 1, with chances from 0 to below 1, "
-                "weight > 0, finite setup and cost >= 0, most >= 1"
+                "drafts need acceptance_priors with match lengths that increase from at least 1 and probabilities of "
+                "at least 0 and below 1, prior_weight > 0, finite setup_cost and token_cost >= 0, and max_tokens >= 1, "
+                f"got {self}"
             )
 
-    def length(self, chance: float) -> int:
-        """Guesses of the draft that says most tokens for its time when each is right with `chance`; 0: none pays."""
-        best, length, said, all_right = 1.0, 0, 1.0, 1.0
-        for count in range(1, self.most + 1):
-            all_right *= chance
-            said += all_right
-            rate = said / (1 + self.setup + self.cost * count)
-            if rate > best:
-                best, length = rate, count
+    def draft_length(self, acceptance: float) -> int:
+        """Return the number of draft tokens with the highest expected speed; 0 when no draft is faster than none.
+
+        `acceptance`: probability that a draft token is accepted, given that those before it were.
+        """
+        best, length, expected, all_accepted = 1.0, 0, 1.0, 1.0
+        for count in range(1, self.max_tokens + 1):
+            all_accepted *= acceptance
+            expected += all_accepted
+            speed = expected / (1 + self.setup_cost + self.token_cost * count)
+            if speed > best:
+                best, length = speed, count
         return length
 
 
-class Memory:
-    """Where each short run of tokens stood in what was said; grows with it and is forgotten from the end."""
+class NgramIndex:
+    """An index of all n-grams of up to `MAX_NGRAM` tokens in a growing context; it can be truncated from the end."""
 
     def __init__(self, barriers: Collection[int]) -> None:
-        """No match goes across a barrier: an id that is never drafted."""
+        """`barriers`: ids that are never drafted and that no match extends across."""
         self._barriers = frozenset(barriers)
         self._tokens: list[int] = []
-        self._places: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)  # run -> where it was followed
+        self._places: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)  # n-gram -> where it was continued
 
-    def read(self, said: Sequence[int]) -> None:
-        """Take in what was said since the last time."""
-        for token in said[len(self._tokens) :]:
+    def extend(self, context: Sequence[int]) -> None:
+        """Add the tokens that were appended to the context since the last call."""
+        for token in context[len(self._tokens) :]:
             if token not in self._barriers:
-                for run in self._runs():
-                    self._places[run].append(len(self._tokens))
+                for ngram in self._last_ngrams():
+                    self._places[ngram].append(len(self._tokens))
             self._tokens.append(token)
 
-    def forget(self, length: int) -> None:
-        """Go back to the first `length` tokens."""
+    def truncate(self, length: int) -> None:
+        """Remove all but the first `length` tokens."""
         while len(self._tokens) > length:
             if self._tokens.pop() not in self._barriers:
-                for run in self._runs():
-                    self._places[run].pop()
+                for ngram in self._last_ngrams():
+                    self._places[ngram].pop()
 
-    def following(self, most: int, look_back: int) -> tuple[int, list[int]]:
-        """What followed the last tokens when they were said before: at most `most` ids.
+    def lookup(self, max_tokens: int, max_match: int) -> tuple[int, list[int]]:
+        """Find the latest earlier place that matches the end of the context.
 
-        The first figure is the number of tokens that match, as far as `look_back`; 0 when none does.
+        Returns the number of matching tokens, counted up to `max_match` and 0 without a match, and at most
+        `max_tokens` ids that follow there.
         """
-        for run in reversed(self._runs()):
-            if places := self._places.get(run):
-                return self._matching(places[-1], len(run), look_back), self._until_barrier(places[-1], most)
+        for ngram in reversed(self._last_ngrams()):
+            if places := self._places.get(ngram):
+                return self._match_length(places[-1], len(ngram), max_match), self._continuation(places[-1], max_tokens)
         return 0, []
 
-    def _runs(self) -> list[tuple[int, ...]]:
-        """The runs at the end, shortest first."""
-        runs: list[tuple[int, ...]] = []
+    def _last_ngrams(self) -> list[tuple[int, ...]]:
+        """Return the n-grams at the end of the context, shortest first."""
+        ngrams: list[tuple[int, ...]] = []
         end = len(self._tokens)
-        for start in range(end - 1, max(-1, end - 1 - RUN), -1):
+        for start in range(end - 1, max(-1, end - 1 - MAX_NGRAM), -1):
             if self._tokens[start] in self._barriers:
                 break
-            runs.append(tuple(self._tokens[start:]))
-        return runs
+            ngrams.append(tuple(self._tokens[start:]))
+        return ngrams
 
-    def _matching(self, place: int, matching: int, most: int) -> int:
+    def _match_length(self, place: int, length: int, limit: int) -> int:
         tokens, end = self._tokens, len(self._tokens)
-        while matching < min(most, place) and tokens[place - 1 - matching] == tokens[end - 1 - matching]:
-            matching += 1
-        return matching
+        while length < min(limit, place) and tokens[place - 1 - length] == tokens[end - 1 - length]:
+            length += 1
+        return length
 
-    def _until_barrier(self, start: int, most: int) -> list[int]:
-        ids = self._tokens[start : start + most]
+    def _continuation(self, start: int, max_tokens: int) -> list[int]:
+        ids = self._tokens[start : start + max_tokens]
         return ids[: next((n for n, token in enumerate(ids) if token in self._barriers), len(ids))]
 
 
-class Drafter:
-    """Makes the drafts of one turn, and learns from them when the next one pays."""
+class PromptLookupDrafter:
+    """Proposes draft tokens for one turn by prompt lookup, and learns how often they are accepted.
 
-    def __init__(self, config: DraftConfig, memory: Memory) -> None:
-        self._config, self._memory = config, memory
-        self._right = [chance * config.weight for _, chance in config.matches]  # by kind of match
-        self._tried = [config.weight] * len(config.matches)
-        self._kind = -1  # of match, of the last proposal
+    Prompt lookup takes as draft what followed the last tokens when they occurred before; the answers of a policy often
+    quote the evidence in its prompt.
+    """
+
+    def __init__(self, config: DraftConfig, index: NgramIndex) -> None:
+        self._config, self._index = config, index
+        self._accepted = [prior * config.prior_weight for _, prior in config.acceptance_priors]  # by match length
+        self._verified = [config.prior_weight] * len(config.acceptance_priors)
+        self._kind = -1  # index of the last proposal's match length in `acceptance_priors`
         self.drafted = 0
         self.accepted = 0
 
-    def propose(self, said: Sequence[int], most: int) -> list[int]:
-        """Guesses of what follows `said`, at most `most`; often none."""
-        self._memory.read(said)
-        longest, _ = self._config.matches[-1]
-        matching, guesses = self._memory.following(min(most, self._config.most), longest)
-        self._kind = sum(matching >= length for length, _ in self._config.matches) - 1
+    def propose(self, context: Sequence[int], max_tokens: int) -> list[int]:
+        """Return at most `max_tokens` draft tokens for what follows `context`; often none."""
+        self._index.extend(context)
+        longest, _ = self._config.acceptance_priors[-1]
+        matching, draft = self._index.lookup(min(max_tokens, self._config.max_tokens), longest)
+        self._kind = sum(matching >= length for length, _ in self._config.acceptance_priors) - 1
         if self._kind < 0:
             return []
-        return guesses[: self._config.length(self._right[self._kind] / self._tried[self._kind])]
+        return draft[: self._config.draft_length(self._accepted[self._kind] / self._verified[self._kind])]
 
-    def learn(self, drafted: int, accepted: int) -> None:
-        """Of the last proposal `drafted` guesses were computed, and the first `accepted` were right."""
+    def update(self, drafted: int, accepted: int) -> None:
+        """Record that `drafted` tokens of the last proposal were computed and the first `accepted` were accepted."""
         self.drafted += drafted
         self.accepted += accepted
-        self._right[self._kind] += accepted
-        self._tried[self._kind] += min(drafted, accepted + 1)
+        self._accepted[self._kind] += accepted
+        self._verified[self._kind] += min(drafted, accepted + 1)

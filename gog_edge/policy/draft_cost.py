@@ -1,4 +1,7 @@
-"""What drafts cost where a decoder runs: measured at its first start, and kept beside the prompt for later ones."""
+"""Measure what draft tokens cost on this machine, once per model and device, and cache the result on disk.
+
+The default costs of `DraftConfig` fit one machine. With wrong costs, speculation makes a large decoder slower.
+"""
 
 from __future__ import annotations
 
@@ -7,96 +10,97 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
-from gog_edge.engines.base import DecoderEngine, Snapshot
+from gog_edge.engines.base import DecoderEngine, KvSnapshot
 from gog_edge.errors import GogEdgeError
 from gog_edge.files import read_json, write_json
 from gog_edge.policy.decoding import DraftConfig
 from gog_edge.policy.manifest import TextSpec
 from gog_edge.policy.model import PolicyModel
 
-GUESSES = (1, 4, 8)  # in the steps that are timed beside steps of one token
-PAST = 1500  # tokens before them, as in the middle of an episode: attention to these is a part of the price
-WARM = 2  # rounds that count for nothing: engines compile kernels in the first and may capture the second
-FEWEST, MOST = 3, 15  # rounds that count
-SECONDS = 1.5  # after so long no further round is begun
-Times = Mapping[int, float]  # seconds of a step by its guesses, 0 for a step of one token
+DRAFT_LENGTHS = (1, 4, 8)  # timed in addition to steps of one token
+PAST_TOKENS = 1500  # in the cache, as in the middle of an episode: attention to them is part of the cost
+WARMUP_ROUNDS = 2  # engines compile kernels in the first round and may capture a graph in the second
+MIN_ROUNDS, MAX_ROUNDS = 3, 15  # after the warm-up
+TIME_LIMIT_S = 1.5  # no further round starts later than this
+StepTimes: TypeAlias = Mapping[int, float]  # seconds of a step by its number of draft tokens; 0: one token
 _log = logging.getLogger(__name__)
 
 
-def drafts_here(model: PolicyModel) -> DraftConfig:
-    """Drafts at the price that a step of this model has here: kept by an earlier start, or measured and kept now.
+def load_draft_config(model: PolicyModel) -> DraftConfig:
+    """Return a draft config with the costs of this model on this machine, measured now or by an earlier start.
 
-    Where it cannot be kept, every start measures. A small model drafts at the usual price, as does one whose cache has
-    no room for a draft: whatever it is, it takes no time that anybody would notice.
+    Without a cache folder every start measures. Small models, and contexts too short for the measurement, get the
+    default config: drafts make no noticeable difference to them.
     """
     engine = model.decoder.engine
-    past = min(PAST, engine.capacity - 1 - GUESSES[-1])
-    if model.small or past < 0:
+    past = min(PAST_TOKENS, engine.capacity - 1 - DRAFT_LENGTHS[-1])
+    if model.is_small or past < 0:
         return DraftConfig()
-    path = model.cache / f"drafts-{_key(model.runs_on, past)}.json"
-    kept = _read(path) if path.is_file() else None
-    if kept is not None:
-        return kept
-    measured = at_price(time_steps(engine, model.manifest.text, past))
-    _keep(measured, path)
+    path = model.cache_dir / f"drafts-{_digest(model.device, past)}.json"
+    cached = _load(path) if path.is_file() else None
+    if cached is not None:
+        return cached
+    measured = fit_costs(time_steps(engine, model.manifest.text, past))
+    _save(measured, path)
     return measured
 
 
 def time_steps(
     engine: DecoderEngine, spec: TextSpec, past: int, clock: Callable[[], float] = time.perf_counter
-) -> Times:
-    """Median seconds of each kind of step after `past` tokens; kinds take turns, as others may use the box meanwhile.
+) -> StepTimes:
+    """Return the median seconds of steps with 0 and `DRAFT_LENGTHS` draft tokens after `past` tokens.
 
-    What the cache holds makes no difference to the time, as long as it holds something: memory that was never written
-    need not be read.
+    The lengths are interleaved, so that other load on the machine affects all of them alike.
     """
-    cache, kinds = engine.new_cache(), (0, *GUESSES)
+    cache, lengths = engine.new_cache(), (0, *DRAFT_LENGTHS)
+    # The values do not affect the time, but the memory must have been written: untouched pages need not be read.
     one = np.float32(1)
     states = np.broadcast_to(one, (2 * spec.layers, spec.kv_heads, past, spec.head_dim))
-    cache.restore(Snapshot(states, *(np.broadcast_to(one, (past, spec.head_dim // 2)) for _ in range(2))))
-    taken: dict[int, list[float]] = {guesses: [] for guesses in kinds}
+    cache.restore(KvSnapshot(states, *(np.broadcast_to(one, (past, spec.head_dim // 2)) for _ in range(2))))
+    seconds: dict[int, list[float]] = {length: [] for length in lengths}
     started = clock()
-    for number in range(WARM + MOST):
-        if number >= WARM + FEWEST and clock() - started > SECONDS:
+    for number in range(WARMUP_ROUNDS + MAX_ROUNDS):
+        if number >= WARMUP_ROUNDS + MIN_ROUNDS and clock() - started > TIME_LIMIT_S:
             break
-        for guesses in kinds:
-            embeds = np.ones((1 + guesses, spec.hidden), np.float32)
-            cos = np.ones((1 + guesses, spec.head_dim // 2), np.float32)
-            begun = clock()
-            engine.step(cache, embeds, cos, np.zeros_like(cos), past, keep=1 + guesses)
-            taken[guesses].append(clock() - begun)
-    return {guesses: float(np.median(seconds[WARM:])) for guesses, seconds in taken.items()}
+        for length in lengths:
+            embeds = np.ones((1 + length, spec.hidden), np.float32)
+            cos = np.ones((1 + length, spec.head_dim // 2), np.float32)
+            step_started = clock()
+            engine.step(cache, embeds, cos, np.zeros_like(cos), past, keep=1 + length)
+            seconds[length].append(clock() - step_started)
+    return {length: float(np.median(times[WARMUP_ROUNDS:])) for length, times in seconds.items()}
 
 
-def at_price(times: Times) -> DraftConfig:
-    """Drafts at the price on the straight line that is nearest to the steps' times; no part of it is below zero."""
-    guesses = np.array([count for count in times if count])
-    dearer = np.array([times[count] / times[0] for count in guesses]) - 1
-    cost = max(0.0, np.polyfit(guesses, dearer, 1)[0])
-    setup = max(0.0, dearer.mean() - cost * guesses.mean())
-    if not setup:
-        cost = max(0.0, guesses @ dearer / (guesses @ guesses))
-    return DraftConfig(setup=round(float(setup), 3), cost=round(float(cost), 3))
+def fit_costs(times: StepTimes) -> DraftConfig:
+    """Return the config whose costs are the least-squares line through the relative step times, clipped at 0."""
+    lengths = np.array([length for length in times if length])
+    excess = np.array([times[length] / times[0] for length in lengths]) - 1
+    token_cost = max(0.0, np.polyfit(lengths, excess, 1)[0])
+    setup_cost = max(0.0, excess.mean() - token_cost * lengths.mean())
+    if not setup_cost:
+        token_cost = max(0.0, lengths @ excess / (lengths @ lengths))
+    return DraftConfig(setup_cost=round(float(setup_cost), 3), token_cost=round(float(token_cost), 3))
 
 
-def _key(*facts: object) -> str:
-    return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()[:16]
+def _digest(*values: object) -> str:
+    return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()[:16]
 
 
-def _read(path: Path) -> DraftConfig | None:
+def _load(path: Path) -> DraftConfig | None:
     try:
-        kept = read_json(path, what="price of drafts")
-        return DraftConfig(setup=float(kept["setup"]), cost=float(kept["cost"]))
+        cached = read_json(path, what="draft costs")
+        return DraftConfig(setup_cost=float(cached["setup"]), token_cost=float(cached["cost"]))
     except (GogEdgeError, OSError, KeyError, TypeError, ValueError) as exc:
-        _log.warning("the price of drafts kept in '%s' cannot be used (%s): it is measured again", path, exc)
+        _log.warning("the cached draft costs in '%s' cannot be used (%s); they are measured again", path, exc)
         return None
 
 
-def _keep(config: DraftConfig, path: Path) -> None:
+def _save(config: DraftConfig, path: Path) -> None:
     try:
-        write_json(path, {"setup": config.setup, "cost": config.cost})
+        write_json(path, {"setup": config.setup_cost, "cost": config.token_cost})
     except OSError as exc:
-        _log.warning("the price of drafts cannot be kept in '%s' (%s): every start measures it", path, exc)
+        _log.warning("the draft costs cannot be cached in '%s' (%s); every start measures them", path, exc)

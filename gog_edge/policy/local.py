@@ -1,4 +1,4 @@
-"""What a turn is heard with: its words are passed on as they come, its action as soon as that is certain."""
+"""A policy that runs in this process: conversations over live sessions of one model."""
 
 from __future__ import annotations
 
@@ -10,241 +10,223 @@ from pathlib import Path
 from threading import Lock
 
 from gog_edge.engines.registry import EngineSet
-from gog_edge.errors import BudgetExceeded, GogEdgeError, MalformedAction
+from gog_edge.errors import BudgetExceeded, GogEdgeError
 from gog_edge.picture import Picture
-from gog_edge.policy.decoding import Constraint, DraftConfig, Sampling, Unconstrained
-from gog_edge.policy.dialect.actions import Frame
-from gog_edge.policy.dialect.dialect import Dialect, LoopRules, Segment
-from gog_edge.policy.dialect.grammar import Grammar, ThinkBudget
-from gog_edge.policy.dialect.loader import load_dialect
-from gog_edge.policy.draft_cost import drafts_here
-from gog_edge.policy.manifest import DIALECT, ChatFormat
+from gog_edge.policy.decoding import Constraint, DraftConfig, SamplingParams, ThinkingBudget, Unconstrained
+from gog_edge.policy.dialect.actions import ShownImages
+from gog_edge.policy.dialect.dialect import Dialect, LoopRules, Segment, TurnParser
+from gog_edge.policy.dialect.grammar import Grammar
+from gog_edge.policy.dialect.loader import DIALECT_FILE, load_dialect
+from gog_edge.policy.draft_cost import load_draft_config
+from gog_edge.policy.manifest import ChatFormat
 from gog_edge.policy.model import PolicyModel
-from gog_edge.policy.session import Session, prefill_kept
+from gog_edge.policy.prompt_cache import prefill_cached
+from gog_edge.policy.session import Session
 from gog_edge.types import Action, Observation, Utterance
 
-
-class Listener:
-    """Hears one turn, piece by piece."""
-
-    def __init__(self, dialect: Dialect, frame: Frame, on_text: Callable[[str], None] | None,
-                 on_action: Callable[[Action], None] | None) -> None:
-        self._dialect, self._frame = dialect, frame
-        self._on_text, self._on_action = on_text, on_action
-        self.text = ""
-
-    def hear(self, piece: str) -> None:
-        """Take what was said next."""
-        if not piece:
-            return
-        self.text += piece
-        if self._on_text is not None:
-            self._on_text(piece)
-        if self._on_action is not None:
-            action = self._dialect.closed_action(self.text, self._frame)
-            if action is not None:
-                tell, self._on_action = self._on_action, None
-                tell(action)
-
-    def understood(self) -> tuple[Action | None, str]:
-        """The action of the whole turn; None and the reason when there is none."""
-        try:
-            return self._dialect.parse(self.text, self._frame), ""
-        except MalformedAction as exc:
-            return None, str(exc)
-
-
-ACTION_ROOM = 64  # tokens of a turn that a thought may not use
-ANSWER_ROOM = 96  # tokens of the context that only a forced answer may use
-_DRAFTS = DraftConfig()
+ACTION_RESERVE = 64  # tokens of a turn that thinking may not use
+ANSWER_RESERVE = 96  # tokens of the context that only a forced answer may use
+_DEFAULT_DRAFTS = DraftConfig()
 
 
 @dataclass(frozen=True, slots=True)
-class Markup:
-    """One of the chat format's strings: only these may hold special tokens."""
+class TemplateText:
+    """One of the strings of the chat format, the only text that may contain special tokens."""
 
     text: str
 
 
 class LocalConversation:
-    """One question's dialogue; turns are appended to the session and computed when the policy speaks next."""
+    """One conversation about a picture. Observations are queued and computed by the next `generate`."""
 
-    def __init__(self, policy: LocalPolicy, session: Session, frame: Frame, question: str) -> None:
+    def __init__(self, policy: LocalPolicy, session: Session, images: ShownImages, question: str) -> None:
         self._policy = policy
         self._chat: ChatFormat = policy.model.manifest.chat
         self._session = session
-        self._frame = frame
+        self._images = images
         self._question = question
-        self._queued: list[Segment | Markup] = []  # said to the policy, not yet appended
-        self._pixel_budget = policy.model.manifest.vision.max_pixels  # of the next picture: the first is the whole one
+        self._queued: list[Segment | TemplateText] = []
+        self._max_pixels = policy.model.manifest.vision.max_pixels  # of the next image; the first is the whole picture
         self._closed = False
 
-    def say(self, *segments: Segment | Markup) -> None:
-        """Queue text and pictures; nothing is computed before the next `generate`."""
+    def queue(self, *segments: Segment | TemplateText) -> None:
+        """Add text and images to what the next `generate` appends."""
         self._queued.extend(segments)
 
     def generate(self, *, max_tokens: int, deadline: float | None, force_answer: bool = False,
                  on_text: Callable[[str], None] | None = None,
                  on_action: Callable[[Action], None] | None = None) -> Utterance:
-        """Let the policy speak one turn; see `Conversation.generate`.
+        """Generate one turn; see `Conversation.generate`.
 
-        BudgetExceeded when what was queued does not fit: it is dropped, and room is left to force an answer.
+        Raises:
+            BudgetExceeded: what was queued does not fit; it is dropped, and an answer can still be forced.
         """
         started = time.monotonic()
         opening = self._policy.dialect.answer_open if force_answer else ""
-        reserve = 0 if force_answer else ANSWER_ROOM
-        self._append([*self._queued, Markup(self._chat.assistant_open), opening], reserve)
-        max_tokens = min(max_tokens, self._session.room - reserve)
-        listener = Listener(self._policy.dialect, self._frame, on_text, on_action)
-        listener.hear(opening)
+        reserve = 0 if force_answer else ANSWER_RESERVE
+        self._append([*self._queued, TemplateText(self._chat.assistant_open), opening], reserve)
+        max_tokens = min(max_tokens, self._session.remaining - reserve)
+        parser = TurnParser(self._policy.dialect, self._images, on_text, on_action)
+        parser.feed(opening)
         appended = time.monotonic()
-        said = self._session.generate(
+        turn = self._session.generate(
             max_tokens=max_tokens,
             sampling=self._policy.sampling,
             constraint=self._policy.constraint(max_tokens, force_answer=force_answer),
             drafts=self._policy.drafts,
             deadline=deadline,
-            on_text=listener.hear,
+            on_text=parser.feed,
         )
-        self._queued.append(Markup(self._chat.assistant_close))
-        action, reason = listener.understood()
-        prefill_ms = said.prefill_ms + 1e3 * (appended - started)
-        return Utterance(listener.text, action, reason, said.prefilled, len(said.tokens), prefill_ms, said.decode_ms)
+        self._queued.append(TemplateText(self._chat.assistant_close))
+        action, reason = parser.result()
+        prefill_ms = turn.prefill_ms + 1e3 * (appended - started)
+        return Utterance(parser.text, action, reason, turn.prompt_tokens, len(turn.tokens), prefill_ms, turn.decode_ms)
 
     def observe(self, observation: Observation) -> None:
-        """Queue a turn that shows what an action brought back."""
+        """Queue a user turn with the result of an action; see `Conversation.observe`."""
         dialect, vision = self._policy.dialect, self._policy.model.vision
         segments = dialect.render_observation(observation, self._question)
-        self._frame = dialect.frame_after(self._frame, observation, vision.resized_crop)
-        opening: Segment | Markup = Markup(self._chat.user_open)
-        if observation.notice is not None and any(not isinstance(waits, Markup) for waits in self._queued):
-            self._queued.pop()  # the end of the turn that waits
+        self._images = dialect.images_after(self._images, observation, vision.resized_crop)
+        opening: Segment | TemplateText = TemplateText(self._chat.user_open)
+        if observation.notice is not None and any(not isinstance(queued, TemplateText) for queued in self._queued):
+            self._queued.pop()  # reopen the queued user turn: the notice becomes its last line
             opening = "\n"
-        self.say(opening, *segments, Markup(self._chat.user_close))
+        self.queue(opening, *segments, TemplateText(self._chat.user_close))
 
     def close(self) -> None:
-        """Give the cache back; the conversation cannot go on."""
+        """Return the session to the policy; the conversation cannot continue."""
         if not self._closed:
             self._closed = True
-            self._policy.give_back(self._session)
+            self._policy.release(self._session)
 
-    def _append(self, segments: list[Segment | Markup], reserve: int) -> None:
-        """Append all segments with more than `reserve` tokens to spare, or nothing at all."""
-        mark = self._session.mark()
+    def _append(self, segments: list[Segment | TemplateText], reserve: int) -> None:
+        """Append all segments if more than `reserve` tokens remain after them, else none."""
+        savepoint = self._session.savepoint()
         self._queued = []
         try:
             for segment in segments:
-                self._append_one(segment)
-            if self._session.room <= reserve:
+                self._append_segment(segment)
+            if self._session.remaining <= reserve:
                 raise BudgetExceeded(
-                    f"{len(self._session.tokens)} of {self._session.capacity} tokens said, {reserve} are kept for the "
-                    "answer; answer now, or open the policy with a larger context"
+                    f"the context is full: the conversation has {len(self._session.tokens)} tokens, and of its "
+                    f"capacity of {self._session.capacity} the last {reserve} are reserved for the answer; answer now, "
+                    "or open the policy with a larger context"
                 )
         except GogEdgeError:
-            self._session.rollback(mark)
-            self._queued = [segment for segment in segments[:1] if isinstance(segment, Markup)]  # the last turn's end
+            self._session.rollback(savepoint)
+            # Keep the end of the policy's last turn, which precedes all that was dropped.
+            self._queued = [segment for segment in segments[:1] if isinstance(segment, TemplateText)]
             raise
 
-    def _append_one(self, segment: Segment | Markup) -> None:
+    def _append_segment(self, segment: Segment | TemplateText) -> None:
         if isinstance(segment, str):
             self._session.append_text(segment)
-        elif isinstance(segment, Markup):
-            self._session.append_markup(segment.text)
+        elif isinstance(segment, TemplateText):
+            self._session.append_template(segment.text)
         else:
-            self._session.append_markup(self._chat.image_open)
-            self._session.append_image(self._policy.model.vision.encode(segment, self._pixel_budget))
-            self._pixel_budget = self._policy.model.manifest.vision.crop_max_pixels
-            self._session.append_markup(self._chat.image_close)
+            self._session.append_template(self._chat.image_open)
+            self._session.append_image(self._policy.model.vision.encode(segment, self._max_pixels))
+            self._max_pixels = self._policy.model.manifest.vision.crop_max_pixels
+            self._session.append_template(self._chat.image_close)
 
 
 class LocalPolicy:
-    """A policy folder on this box. Several conversations may go on at once, one thread each."""
+    """A policy folder that is open in this process. Conversations may run in parallel, one thread each."""
 
-    def __init__(self, model: PolicyModel, dialect: Dialect, sampling: Sampling, *, grammar: bool = True,
-                 drafts: DraftConfig | None = _DRAFTS) -> None:
-        """`grammar`: turns are held to the dialect. `drafts`: None computes one token a step."""
+    def __init__(self, model: PolicyModel, dialect: Dialect, sampling: SamplingParams, *, grammar: bool = True,
+                 drafts: DraftConfig | None = _DEFAULT_DRAFTS) -> None:
+        """`grammar`: constrain turns to the dialect's syntax. `drafts`: None disables speculation."""
         self.model = model
-        self.dialect = dialect.after(model.manifest.chat.assistant_open)
+        self.dialect = dialect.for_template(model.manifest.chat.assistant_open)
         self.sampling = sampling
         self.drafts = drafts
         self._idle: list[Session] = []
         self._lock = Lock()
         chat = model.manifest.chat
-        self._prefix = Session(model.decoder)
-        self._prefix.append_markup(chat.system_open)
+        self._prefix = Session(model.decoder)  # the system prompt, computed once; conversations are forked from it
+        self._prefix.append_template(chat.system_open)
         self._prefix.append_text(dialect.system_prompt)
-        self._prefix.append_markup(chat.system_close)
-        self._prefix.append_markup(chat.user_open)
-        prefill_kept(self._prefix, model.cache, model.form)
-        # A real vocabulary takes a third of a second, in which no other thread runs Python: the first picture is
-        # computed meanwhile.
-        self._grammar = _beside(self._read_grammar) if grammar else None
+        self._prefix.append_template(chat.system_close)
+        self._prefix.append_template(chat.user_open)
+        prefill_cached(self._prefix, model.cache_dir, model.kernels)
+        # In the background: a large vocabulary takes a third of a second, and the first turn needs it last.
+        self._grammar = _in_background(self._compile_grammar) if grammar else None
 
     @classmethod
     def open(cls, folder: Path, threads: int | None = None, *, context: int | None = None,
-             sampling: Sampling | None = None, engines: EngineSet | None = None,
+             sampling: SamplingParams | None = None, engines: EngineSet | None = None,
              drafts: DraftConfig | None = None) -> LocalPolicy:
-        """Verify and load a policy folder, and compute the system prompt once.
+        """Verify and load a policy folder, and compute the system prompt.
 
-        `threads`: one for each physical core when None. `context`: tokens of one conversation. `sampling`: the
-        checkpoint's own when None. `engines`: built ones that run in place of the folder's graphs. `drafts`: the
-        usual ones when None, at the price measured here. Raises ArtifactError, DialectError or BackendError.
+        Args:
+            folder: the policy folder.
+            threads: upper limit of CPU threads, by default the number of physical cores.
+            context: tokens per conversation, by default as in the manifest.
+            sampling: by default as the checkpoint recommends.
+            engines: engines that were built from the folder's graphs, to run instead of these graphs.
+            drafts: by default with the costs measured on this machine.
+
+        Raises:
+            ArtifactError: a file is missing, altered or inconsistent.
+            DialectError: the dialect cannot be used.
+            BackendError: the graphs cannot run on this machine.
         """
         model = PolicyModel.open(folder, threads=threads, context=context, engines=engines)
-        defaults = model.manifest.generation
-        chosen = sampling or Sampling(**asdict(defaults))
-        dialect = load_dialect(folder / DIALECT)
-        return cls(model, dialect, chosen, drafts=drafts or drafts_here(model))
+        dialect = load_dialect(folder / DIALECT_FILE)
+        params = sampling or SamplingParams(**asdict(model.manifest.generation))
+        return cls(model, dialect, params, drafts=drafts or load_draft_config(model))
 
     @property
     def name(self) -> str:
-        """Name for traces and /v1/models."""
+        """Return the name for traces and /v1/models."""
         return self.model.manifest.name
 
     @property
     def rules(self) -> LoopRules:
-        """The dialect's."""
+        """Return what the dialect requires of the agent loop."""
         return self.dialect.loop_rules
 
     def begin(self, picture: Picture, question: str) -> LocalConversation:
-        """Open a dialogue about a picture; picture and question are computed at the first `generate`."""
-        frame = Frame(given=picture.size, resized=self.model.vision.resized(picture.size))
-        conversation = LocalConversation(self, self._take(), frame, question)
+        """Start a conversation about a picture; picture and question are computed by the first `generate`."""
+        images = ShownImages(given=picture.size, resized=self.model.vision.resized(picture.size))
+        conversation = LocalConversation(self, self._acquire(), images, question)
         opening = self.dialect.render_question(picture.pixels, question)
-        conversation.say(*opening, Markup(self.model.manifest.chat.user_close))
+        conversation.queue(*opening, TemplateText(self.model.manifest.chat.user_close))
         return conversation
 
     def constraint(self, max_tokens: int, *, force_answer: bool) -> Constraint:
-        """What the next turn may say; a forced answer has been opened. A thought leaves room for an action."""
+        """Return the constraint of the next turn; thinking leaves at least `ACTION_RESERVE` tokens for the action.
+
+        `force_answer`: the text that opens an answer was appended already.
+        """
         grammar = self._grammar.result() if self._grammar else None
         if force_answer:
             return grammar.answer() if grammar else Unconstrained()
         turn = grammar.turn() if grammar else Unconstrained()
         if not self.dialect.thinking.open:
             return turn
-        most = max(max_tokens - ACTION_ROOM, max_tokens // 2)
-        return ThinkBudget(turn, self.dialect, self.model.decoder.tokenizer, most)
+        thinking_tokens = max(max_tokens - ACTION_RESERVE, max_tokens // 2)
+        return ThinkingBudget(turn, self.dialect, self.model.decoder.tokenizer, thinking_tokens)
 
-    def _read_grammar(self) -> Grammar:
-        decoder = self.model.decoder
-        return Grammar(self.dialect, decoder.tokenizer, self.model.manifest.text.vocab, decoder.eos)
-
-    def give_back(self, session: Session) -> None:
-        """Keep a session's cache for the next conversation."""
+    def release(self, session: Session) -> None:
+        """Keep a session, and its KV cache, for the next conversation."""
         with self._lock:
             self._idle.append(session)
 
-    def _take(self) -> Session:
+    def _acquire(self) -> Session:
         with self._lock:
             session = self._idle.pop() if self._idle else None
         session = session or Session(self.model.decoder)
         session.fork_from(self._prefix)
         return session
 
+    def _compile_grammar(self) -> Grammar:
+        decoder = self.model.decoder
+        return Grammar(self.dialect, decoder.tokenizer, self.model.manifest.text.vocab, decoder.eos)
 
-def _beside(work: Callable[[], Grammar]) -> Future[Grammar]:
-    """Work begun in a thread of its own."""
-    threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-    begun = threads.submit(work)
-    threads.shutdown(wait=False)
-    return begun
+
+def _in_background(work: Callable[[], Grammar]) -> Future[Grammar]:
+    executor = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+    future = executor.submit(work)
+    executor.shutdown(wait=False)
+    return future

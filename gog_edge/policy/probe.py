@@ -1,4 +1,4 @@
-"""Which dialect a checkpoint speaks: it is let to speak in each, and what parses and where boxes fall is counted."""
+"""Find the dialect of an exported policy: generate turns in each dialect, count which parse and where boxes fall."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gog_edge.bundle import LISTING, read_samples
+from gog_edge.bundle import SAMPLES_FILE, read_samples
 from gog_edge.errors import ArtifactError, BudgetExceeded, CheckpointError, InputError
 from gog_edge.files import describe_files, write_json
 from gog_edge.picture import Picture, decode_picture
 from gog_edge.policy.base import Policy
-from gog_edge.policy.decoding import Sampling
-from gog_edge.policy.dialect.actions import FRAMES, BoxFrame, Corners, Frame, Kind, ToolCalls, View
+from gog_edge.policy.decoding import SamplingParams
+from gog_edge.policy.dialect.actions import BOX_FRAMES, ActionKind, BoxFrame, Corners, ShownImage, ShownImages
 from gog_edge.policy.dialect.dialect import Dialect
-from gog_edge.policy.dialect.loader import copy_dialect, load_dialect, shipped
+from gog_edge.policy.dialect.loader import DIALECT_FILE, copy_dialect, load_dialect, shipped
+from gog_edge.policy.dialect.tool_calls import ToolCallSyntax
 from gog_edge.policy.local import LocalPolicy
-from gog_edge.policy.manifest import DIALECT, MANIFEST, read_manifest
+from gog_edge.policy.manifest import MANIFEST, read_manifest
 from gog_edge.policy.model import PolicyModel
 from gog_edge.types import Size, Utterance
 
-ENOUGH = 0.8  # more than this share must parse, and fall inside
-MARKED = 0.25  # at least this share must use the dialect's marks: any text at all is a plain answer
-SLACK = 1.02  # of a frame: a box may end a little outside
-MAX_TOKENS = 512  # of one turn; a thinking model may need more
+MIN_SHARE = 0.8  # more than this share of the turns must parse, and of the boxes be inside their image
+MIN_MARKED = 0.25  # of the turns must use the dialect's delimiters: any text parses as a plain answer
+TOLERANCE = 1.02  # boxes may extend beyond their image by this factor
+MAX_TOKENS = 512  # of one turn; policies that think may need more
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 QUESTIONS = ("What is the thing on the left, and what is known of it?", "What is the smallest thing that has a name?")
 
@@ -44,69 +45,69 @@ class Candidate:
 
     source: str | Path  # as `load_dialect` takes it
     dialect: Dialect
-    own: bool = False  # the one that lies beside the checkpoint
+    own: bool = False  # the dialect of the policy folder
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a checkpoint said in one dialect."""
+    """The turns that a policy generated in one dialect."""
 
     candidate: Candidate
     turns: int = 0
-    plain: int = 0  # answers without any mark: they speak for no dialect, and against none
-    kinds: Mapping[Kind, int] = field(default_factory=dict)  # marked actions that parsed
-    boxes: tuple[tuple[Corners, View], ...] = ()  # as written, and on which image
+    plain: int = 0  # answers without delimiters, which are no evidence for or against a dialect
+    kinds: Mapping[ActionKind, int] = field(default_factory=dict)  # delimited actions that parsed
+    boxes: tuple[tuple[Corners, ShownImage], ...] = ()  # as written, with the image that they refer to
     example: str = ""  # a turn that did not parse, else the first
-    failure: str = ""  # why it could not be tried
+    failure: str = ""  # why the dialect could not be tried
 
     @property
     def parsed(self) -> int:
-        """Turns that held a marked action."""
+        """Return the number of turns with a delimited action."""
         return sum(self.kinds.values())
 
     @property
     def share(self) -> float:
-        """Of the turns that are no plain answers, how many parsed."""
-        asked = self.turns - self.plain
-        return self.parsed / asked if asked else 0.0
+        """Return the share of turns that parsed, plain answers excluded."""
+        counted = self.turns - self.plain
+        return self.parsed / counted if counted else 0.0
 
     def inside(self, frame: BoxFrame) -> float:
-        """Share of boxes that lie on their image when their numbers are read in this frame."""
-        return _share(_lies_on(corners, view, frame) for corners, view in self.boxes)
+        """Return the share of boxes that are inside their image when they are read in a coordinate frame."""
+        return _share(_is_inside(corners, image, frame) for corners, image in self.boxes)
 
     @property
     def over_1000(self) -> float:
-        """Share of boxes with a number above 1000."""
+        """Return the share of boxes with a number above 1000."""
         return _share(max(corners) > 1000 for corners, _ in self.boxes)
 
     @property
     def over_resized(self) -> float:
-        """Share of boxes that leave the image as the policy sees it."""
-        return _share(not _within(corners, view.extent("resized_px")) for corners, view in self.boxes)
+        """Return the share of boxes outside the image as the policy sees it."""
+        return _share(not _is_within(corners, image.extent("resized_px")) for corners, image in self.boxes)
 
     @property
     def below_1(self) -> float:
-        """Share of boxes whose numbers are all 1 at the most."""
+        """Return the share of boxes whose numbers are all at most 1."""
         return _share(max(corners) <= 1 for corners, _ in self.boxes)
 
     @property
     def box_frame(self) -> BoxFrame | None:
-        """The frame that boxes fall into: the dialect's own, or another where the dialect is only assumed."""
+        """Return the coordinate frame of the boxes: that of the dialect, or the best one if the dialect is assumed."""
         dialect = self.candidate.dialect
-        if not self.boxes or self.inside(dialect.box_frame) > ENOUGH:
+        if not self.boxes or self.inside(dialect.box_frame) > MIN_SHARE:
             return dialect.box_frame
-        best = max(FRAMES, key=self.inside)
-        return best if dialect.assumed and self.inside(best) > ENOUGH else None
+        best = max(BOX_FRAMES, key=self.inside)
+        return best if dialect.assumed and self.inside(best) > MIN_SHARE else None
 
     @property
-    def against(self) -> str:
-        """Why the dialect is not the checkpoint's; "" when it is."""
+    def rejection(self) -> str:
+        """Return why the dialect is rejected; "" if it fits."""
         if self.failure:
             return self.failure
-        if self.share <= ENOUGH:
-            return f"{self.share:.0%} parses"
-        if self.parsed < MARKED * self.turns:
-            return f"{self.parsed} of {self.turns} turns use its marks"
+        if self.share <= MIN_SHARE:
+            return f"{self.share:.0%} of the turns parse"
+        if self.parsed < MIN_MARKED * self.turns:
+            return f"{self.parsed} of {self.turns} turns use its delimiters"
         if self.box_frame is None:
             return f"{self.inside(self.candidate.dialect.box_frame):.0%} of the boxes fit its frame"
         return ""
@@ -114,29 +115,35 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All findings, in the order tried."""
+    """The findings of all dialects, in the order tried."""
 
     findings: tuple[Finding, ...]
 
     @property
     def best(self) -> Finding | None:
-        """The dialect that parses most; the checkpoint's own, or one that is not assumed, where several do."""
-        fitting = [finding for finding in self.findings if not finding.against]
+        """Return the finding with most parsed turns; ties go to the policy's own dialect, then to published ones."""
+        fitting = [finding for finding in self.findings if not finding.rejection]
         order = {id(finding): _rank(finding) for finding in fitting}
         return max(fitting, key=lambda finding: order[id(finding)]) if fitting else None
 
 
 def probe_folder(folder: Path, cases: Sequence[Case], candidates: Sequence[Candidate], *, threads: int | None = None,
                  max_tokens: int = MAX_TOKENS, on_finding: Callable[[Finding], None] | None = None) -> Report:
-    """Let an exported policy speak in each dialect, greedily and freely. Raises ArtifactError or BackendError."""
+    """Probe an exported policy with greedy sampling and without a grammar.
+
+    Raises:
+        ArtifactError: the folder is not a valid policy folder.
+        BackendError: the policy cannot run on this machine.
+    """
     check_exported(folder)
     model = PolicyModel.open(folder, threads=threads)
 
-    def freely(dialect: Dialect) -> LocalPolicy:
-        return LocalPolicy(model, dialect, Sampling(), grammar=False)  # held to a grammar, anything parses
+    def open_policy(dialect: Dialect) -> LocalPolicy:
+        return LocalPolicy(model, dialect, SamplingParams(), grammar=False)  # with a grammar every turn would parse
 
     found = []
-    for finding in probe(cases, candidates, policy_of=freely, resized=model.vision.resized, max_tokens=max_tokens):
+    for finding in probe(cases, candidates, policy_of=open_policy, resized=model.vision.resized,
+                         max_tokens=max_tokens):
         found.append(finding)
         if on_finding is not None:
             on_finding(finding)
@@ -145,7 +152,7 @@ def probe_folder(folder: Path, cases: Sequence[Case], candidates: Sequence[Candi
 
 def probe(cases: Sequence[Case], candidates: Sequence[Candidate], *, policy_of: Callable[[Dialect], Policy],
           resized: Callable[[Size], Size], max_tokens: int = MAX_TOKENS) -> Iterator[Finding]:
-    """One finding for each candidate. `resized`: the size in which the policy sees a picture."""
+    """Yield one finding for each candidate; `resized` maps a picture's size to that the policy sees."""
     for candidate in candidates:
         try:
             policy = policy_of(candidate.dialect)
@@ -153,52 +160,64 @@ def probe(cases: Sequence[Case], candidates: Sequence[Candidate], *, policy_of: 
         except BudgetExceeded:
             yield Finding(candidate, failure="its prompt does not fit the context")
         else:
-            views = [Frame(case.picture.size, resized(case.picture.size)).whole for case in cases]
-            yield _finding(candidate, turns, views)
+            images = [ShownImages(case.picture.size, resized(case.picture.size)).picture for case in cases]
+            yield _finding(candidate, turns, images)
 
 
 def check_exported(folder: Path) -> None:
-    """CheckpointError or ArtifactError, saying what to do, for what is no policy folder."""
+    """Raise an error with the remedy unless `folder` is a policy folder.
+
+    Raises:
+        CheckpointError: it is a checkpoint, which must be exported first.
+        ArtifactError: it is something else.
+    """
     if (folder / MANIFEST).is_file():
         return
     if (folder / "config.json").is_file():
-        raise CheckpointError(f"'{folder}' is a checkpoint; export it first (python -m export.export_policy "
-                              f"{folder} OUT) and probe what was exported")
-    raise ArtifactError(f"'{folder}' is no policy folder, it has no {MANIFEST}; name one that export_policy wrote")
+        raise CheckpointError(f"'{folder}' is a checkpoint; export it first (gog-edge export policy "
+                              f"{folder} OUT) and probe the exported policy")
+    raise ArtifactError(f"'{folder}' is not a policy folder: it has no {MANIFEST}; name a folder that `gog-edge "
+                        "export policy` wrote")
 
 
 def candidates_for(folder: Path, named: Iterable[str | Path] = ()) -> tuple[Candidate, ...]:
-    """The dialects named, else the checkpoint's own and all that ship. Raises DialectError."""
+    """Return the named dialects, by default that of the policy folder and all dialects of the package.
+
+    Raises:
+        DialectError: a dialect does not exist or cannot be used.
+    """
     chosen = tuple(Candidate(source, load_dialect(source)) for source in named)
     if chosen:
         return tuple(dataclasses.replace(one, own=_is_own(one.dialect, folder)) for one in chosen)
-    own = Candidate(folder / DIALECT, load_dialect(folder / DIALECT), own=True)
+    own = Candidate(folder / DIALECT_FILE, load_dialect(folder / DIALECT_FILE), own=True)
     others = (Candidate(name, load_dialect(name)) for name in shipped() if name != own.dialect.name)
     return own, *others
 
 
 def read_cases(folder: Path) -> tuple[Case, ...]:
-    """The samples of a bundle's samples folder, else general questions about each picture in a folder.
+    """Return the samples of a bundle's samples folder, or general questions about each picture of another folder.
 
-    Raises InputError or BundleError.
+    Raises:
+        InputError: the folder has no pictures, or one cannot be decoded.
+        BundleError: the list of samples is not valid.
     """
-    if (folder / LISTING).is_file():
+    if (folder / SAMPLES_FILE).is_file():
         asked = [(sample.picture, sample.questions) for sample in read_samples(folder)]
     else:
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
         asked = [(path, QUESTIONS) for path in paths if path.suffix.lower() in PICTURES]
     if not asked:
-        raise InputError(f"'{folder}' holds no pictures; name a folder of {', '.join(PICTURES)} files")
+        raise InputError(f"'{folder}' contains no pictures; name a folder with {', '.join(PICTURES)} files")
     pictures = [(decode_picture(path.read_bytes()), questions) for path, questions in asked]
     return tuple(Case(picture, question) for picture, questions in pictures for question in questions)
 
 
 def write_dialect(folder: Path, finding: Finding) -> Dialect:
-    """Put the dialect found into the policy folder, and its hash and frame into the manifest."""
+    """Write a finding's dialect to the policy folder and update the manifest's hashes and box frame."""
     manifest = read_manifest(folder)
     dialect, written = copy_dialect(finding.candidate.source, folder, finding.box_frame)
-    kept = [entry for entry in manifest.files if entry.path not in written]
-    files = sorted([*kept, *describe_files(folder, written)], key=lambda entry: entry.path)
+    unchanged = [entry for entry in manifest.files if entry.path not in written]
+    files = sorted([*unchanged, *describe_files(folder, written)], key=lambda entry: entry.path)
     changed = dataclasses.replace(manifest, box_frame=dialect.box_frame, files=tuple(files))
     write_json(folder / MANIFEST, changed.to_json())
     return dialect
@@ -212,27 +231,27 @@ def _first_turn(policy: Policy, case: Case, max_tokens: int) -> Utterance:
         conversation.close()
 
 
-def _finding(candidate: Candidate, turns: Sequence[Utterance], views: Sequence[View]) -> Finding:
+def _finding(candidate: Candidate, turns: Sequence[Utterance], images: Sequence[ShownImage]) -> Finding:
     syntax = candidate.dialect.syntax
-    kinds: Counter[Kind] = Counter()
+    kinds: Counter[ActionKind] = Counter()
     boxes, failed, plain = [], [], 0
-    for turn, view in zip(turns, views, strict=True):
+    for turn, image in zip(turns, images, strict=True):
         if turn.action is None:
             failed.append(turn.text)
             continue
-        said = candidate.dialect.read(turn.text)
-        if said.kind == "answer" and isinstance(syntax, ToolCalls) and syntax.answer is None:
+        raw = candidate.dialect.parse_raw(turn.text)
+        if raw.kind == "answer" and isinstance(syntax, ToolCallSyntax) and syntax.answer is None:
             plain += 1
             continue
-        kinds[said.kind] += 1
-        if said.corners is not None:
-            boxes.append((said.corners, view))
+        kinds[raw.kind] += 1
+        if raw.corners is not None:
+            boxes.append((raw.corners, image))
     example = next(iter([*failed, *(turn.text for turn in turns)]), "")
     return Finding(candidate, len(turns), plain, dict(kinds), tuple(boxes), example)
 
 
 def _is_own(dialect: Dialect, folder: Path) -> bool:
-    return (folder / DIALECT).is_file() and load_dialect(folder / DIALECT).name == dialect.name
+    return (folder / DIALECT_FILE).is_file() and load_dialect(folder / DIALECT_FILE).name == dialect.name
 
 
 def _rank(finding: Finding) -> tuple[int, bool, bool, int]:
@@ -240,18 +259,18 @@ def _rank(finding: Finding) -> tuple[int, bool, bool, int]:
     return finding.parsed, candidate.own, not candidate.dialect.assumed, len(finding.boxes)
 
 
-def _lies_on(corners: Corners, view: View, frame: BoxFrame) -> bool:
-    """Numbers of 1 at the most are shares of a side, never pixels."""
-    return _within(corners, view.extent(frame)) and (frame == "rel1" or max(corners) > 1)
+def _is_inside(corners: Corners, image: ShownImage, frame: BoxFrame) -> bool:
+    """Return whether a box is inside its image; boxes with no number above 1 are fractions, never pixels."""
+    return _is_within(corners, image.extent(frame)) and (frame == "rel1" or max(corners) > 1)
 
 
-def _within(corners: Corners, extent: tuple[float, float]) -> bool:
+def _is_within(corners: Corners, extent: tuple[float, float]) -> bool:
     x0, y0, x1, y1 = corners
-    width, height = extent[0] * SLACK, extent[1] * SLACK
+    width, height = extent[0] * TOLERANCE, extent[1] * TOLERANCE
     return min(corners) >= 0 and max(x0, x1) <= width and max(y0, y1) <= height
 
 
-def _share(holds: Iterable[bool]) -> float:
-    """Share of true ones; 0 of none."""
-    each = list(holds)
-    return sum(each) / len(each) if each else 0.0
+def _share(values: Iterable[bool]) -> float:
+    """Return the share of true values; 0 without any."""
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0

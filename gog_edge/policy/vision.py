@@ -1,6 +1,7 @@
-"""From pixels to the decoder's embeddings: resize, patches, windows, rotary angles, positions.
+"""Convert pixels to decoder embeddings: resize, patches, windows, rotary angles, learned positions.
 
-All numpy and Pillow, and number for number what the image processor of Qwen2.5-VL and Qwen3-VL gives.
+The preprocessing is numpy and Pillow only, and gives the same patches as transformers' image processors of Qwen2.5-VL
+and Qwen3-VL, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,19 +16,58 @@ from threading import Lock
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from gog_edge.engines.base import Array, Floats, GraphEngine
 from gog_edge.errors import PictureError
-from gog_edge.policy.manifest import VisionSpec
+from gog_edge.picture import resize
 from gog_edge.types import Pixels, Size
 
-MAX_ASPECT = 200  # longer strips cannot be told apart by the tower
+MAX_ASPECT = 200  # longest side over shortest side, as in transformers' `smart_resize` of Qwen2-VL
+
+
+@dataclass(frozen=True, slots=True)
+class VisionSpec:
+    """The shape of a vision tower and its preprocessing; the `vision` object of a policy manifest."""
+
+    depth: int  # transformer blocks
+    hidden: int
+    heads: int
+    intermediate: int
+    out_hidden: int  # equals the hidden size of the decoder
+    patch: int  # pixels per side of a patch
+    merge: int  # patches per side that are merged into one token
+    temporal: int  # a still picture is repeated this many times in each patch
+    window: int  # pixels per side of a local-attention window; 0: every block attends to the whole picture
+    full_attention: tuple[int, ...]  # indices of the blocks that attend to the whole picture when there are windows
+    rope_theta: float
+    norm_eps: float
+    mean: tuple[float, float, float]  # of pixels scaled to 0..1
+    std: tuple[float, float, float]
+    min_pixels: int
+    max_pixels: int
+    crop_max_pixels: int  # limit for crops that are shown to the policy
+    position_side: int = 0  # the learned position table has position_side x position_side entries; 0: no table
+    deepstack: tuple[int, ...] = ()  # blocks whose features are added after the first layers of the decoder (Qwen3-VL)
+
+    @property
+    def factor(self) -> int:
+        """Return the pixels per side of a token; the sides of resized pictures are multiples of it."""
+        return self.patch * self.merge
+
+    @property
+    def head_dim(self) -> int:
+        """Return the width of an attention head."""
+        return self.hidden // self.heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Return the number of values of a flat patch."""
+        return 3 * self.temporal * self.patch * self.patch
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A resized picture in patches."""
+    """The patches of a resized picture."""
 
     rows: int
     columns: int
@@ -35,72 +75,71 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class ImageTokens:
-    """One picture as the decoder takes it."""
+    """The embeddings of one picture for the decoder."""
 
     embeds: Floats  # [rows * columns, hidden] float32, in reading order
-    rows: int  # tokens
+    rows: int  # of tokens
     columns: int
-    resized: Size  # pixels the tower saw; boxes may be said in them
-    deepstack: Floats | None = None  # [layers, rows * columns, hidden]: what the decoder's first layers add
+    resized: Size  # the size in pixels that the vision tower received
+    deepstack: Floats | None = None  # [layers, rows * columns, hidden], added after the first layers of the decoder
 
 
 class PixelBudget(Protocol):
-    """What decides the size of a resized picture."""
+    """The limits that determine the size of a resized picture: a `VisionSpec`, or the config of a remote policy."""
 
     @property
     def factor(self) -> int:
-        """Sides are multiples of it."""
+        """Return the number that both sides must be a multiple of."""
 
     @property
     def min_pixels(self) -> int:
-        """Smaller pictures are enlarged."""
+        """Return the area below which pictures are enlarged."""
 
     @property
     def max_pixels(self) -> int:
-        """Larger pictures are made smaller."""
+        """Return the area above which pictures are reduced."""
 
 
-def smart_resize(size: Size, spec: PixelBudget, max_pixels: int | None = None) -> Size:
-    """The size to resize to: sides multiples of `spec.factor`, area within the pixel budget, aspect nearly kept.
+def smart_resize(size: Size, budget: PixelBudget, max_pixels: int | None = None) -> Size:
+    """Return the size to resize a picture to, as transformers' `smart_resize` of Qwen2-VL computes it.
 
-    `max_pixels` replaces the spec's. Raises PictureError for strips more than 200 times as long as wide.
+    Both sides are multiples of `budget.factor`, the area is within the budget, the aspect ratio is kept as far as
+    possible. `max_pixels` overrides that of the budget.
+
+    Raises:
+        PictureError: one side is more than 200 times as long as the other.
     """
     long, short = max(size.width, size.height), min(size.width, size.height)
     if short < 1 or long / short > MAX_ASPECT:
         raise PictureError(
-            f"a picture of {size.width} x {size.height} pixels is too thin to look at "
-            f"(one side may be at most {MAX_ASPECT} times the other); give a wider cut-out"
+            f"the picture of {size.width} x {size.height} pixels is too narrow for the policy: one side may be at most "
+            f"{MAX_ASPECT} times as long as the other; select a wider region"
         )
-    factor, area, most = spec.factor, size.width * size.height, max_pixels or spec.max_pixels
+    factor, area, limit = budget.factor, size.width * size.height, max_pixels or budget.max_pixels
     height, width = (round(side / factor) * factor for side in (size.height, size.width))
-    if height * width > most:
-        shrink = math.sqrt(area / most)
+    if height * width > limit:
+        shrink = math.sqrt(area / limit)
         height, width = (
             max(factor, math.floor(side / shrink / factor) * factor) for side in (size.height, size.width)
         )
-    elif height * width < spec.min_pixels:
-        grow = math.sqrt(spec.min_pixels / area)
+    elif height * width < budget.min_pixels:
+        grow = math.sqrt(budget.min_pixels / area)
         height, width = (math.ceil(side * grow / factor) * factor for side in (size.height, size.width))
     return Size(width, height)
 
 
-def resize(pixels: Pixels, size: Size) -> Pixels:
-    """Bicubic, as Pillow does it; pixels [height, width, 3] uint8."""
-    if pixels.shape[:2] == (size.height, size.width):
-        return pixels
-    image = Image.fromarray(pixels).resize((size.width, size.height), Image.Resampling.BICUBIC)
-    return np.asarray(image, np.uint8)
-
-
 def normalise(pixels: Pixels, spec: VisionSpec) -> Floats:
-    """[height, width, 3] uint8 0..255 -> [3, height, width] float32, scaled to 0..1, less mean, over std."""
+    """Scale pixels [height, width, 3] uint8 to 0..1, subtract the mean, divide by std -> [3, height, width] float32."""
     scaled = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
     mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
     return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1), np.float32)
 
 
 def flatten(image: Floats, spec: VisionSpec) -> tuple[Floats, Grid]:
-    """Normalised [3, height, width] -> flat patches [M, patch_dim], merged blocks together, and their grid."""
+    """Cut a normalised image [3, height, width] into flat patches [M, patch_dim]; return them with their grid.
+
+    The patches of one token are consecutive, and tokens are in reading order.
+    """
     _, height, width = image.shape
     grid = Grid(height // spec.patch, width // spec.patch)
     merge, side = spec.merge, spec.patch
@@ -111,9 +150,10 @@ def flatten(image: Floats, spec: VisionSpec) -> tuple[Floats, Grid]:
 
 
 def window_feeds(grid: Grid, spec: VisionSpec) -> dict[str, Array]:
-    """Windows as slots: the patch in each of W * S places, the place of each patch, who is there to be seen.
+    """Return the graph inputs of window attention, for W windows of S slots each.
 
-    `window_slots` [W, S] int64 (0 where a place is empty), `patch_places` [M] int64, `window_mask` [W, 1, S, S] bool.
+    `window_slots` [W, S] int64: the patch in each slot, 0 in unused slots. `patch_places` [M] int64: the slot of each
+    patch, counted over all windows. `window_mask` [W, 1, S, S] bool: True for slots that hold a patch.
     """
     rows, columns = grid.rows // spec.merge, grid.columns // spec.merge
     side, unit = spec.window // spec.factor, spec.merge**2
@@ -125,18 +165,19 @@ def window_feeds(grid: Grid, spec: VisionSpec) -> dict[str, Array]:
     count, slots = int(window.max()) + 1, side**2 * unit
     patches = np.full(count * slots, -1, np.int64)
     patches[patch_places] = np.arange(len(patch_places))
-    held = (patches >= 0).reshape(count, 1, 1, slots)
+    used = (patches >= 0).reshape(count, 1, 1, slots)
     return {
         "window_slots": np.maximum(patches, 0).reshape(count, slots),
         "patch_places": patch_places,
-        "window_mask": np.ascontiguousarray(np.broadcast_to(held, (count, 1, slots, slots))),
+        "window_mask": np.ascontiguousarray(np.broadcast_to(used, (count, 1, slots, slots))),
     }
 
 
 def position_feeds(grid: Grid, spec: VisionSpec) -> dict[str, Array]:
-    """Each patch's four nearest places in the learned table and their shares, patches in the order of `flatten`.
+    """Return the graph inputs that interpolate the learned position table bilinearly, with aligned corners.
 
-    The picture's corners fall on the table's corners; between its places it is mixed bilinearly.
+    `position_places` [M, 4] int64: the four nearest table entries of each patch, in the order of `flatten`.
+    `position_shares` [M, 4] float32: their weights.
     """
     side = spec.position_side
     axes = []
@@ -146,7 +187,7 @@ def position_feeds(grid: Grid, spec: VisionSpec) -> dict[str, Array]:
         share = at - low.astype(np.float32)
         axes.append((np.stack([low, np.minimum(low + 1, side - 1)]), np.stack([1 - share, share])))
     (row, row_share), (column, column_share) = axes
-    row_of, column_of = blockwise(np.indices((grid.rows, grid.columns)), grid, spec.merge).astype(np.int64)
+    row_of, column_of = group_by_token(np.indices((grid.rows, grid.columns)), grid, spec.merge).astype(np.int64)
     places = row[:, None, row_of] * side + column[None, :, column_of]  # [2, 2, M]
     shares = row_share[:, None, row_of] * column_share[None, :, column_of]
     return {
@@ -155,16 +196,16 @@ def position_feeds(grid: Grid, spec: VisionSpec) -> dict[str, Array]:
     }
 
 
-def blockwise(places: Array, grid: Grid, merge: int) -> Array:
-    """[n, rows, columns] -> [n, M] with the patches of one token side by side, tokens in reading order."""
-    blocks = places.reshape(len(places), grid.rows // merge, merge, grid.columns // merge, merge)
-    return blocks.transpose(0, 1, 3, 2, 4).reshape(len(places), -1)
+def group_by_token(values: Array, grid: Grid, merge: int) -> Array:
+    """Reorder values of patches [n, rows, columns] to [n, M], in the order of `flatten`."""
+    blocks = values.reshape(len(values), grid.rows // merge, merge, grid.columns // merge, merge)
+    return blocks.transpose(0, 1, 3, 2, 4).reshape(len(values), -1)
 
 
 def rotary_angles(grid: Grid, spec: VisionSpec) -> Floats:
-    """[M, head_dim / 2] radians, rows then columns, patches in the order of `flatten`."""
+    """Return the rotary angles of patches [M, head_dim / 2] in radians: rows, then columns. Order as in `flatten`."""
     quarter = spec.head_dim // 4
-    places = blockwise(np.indices((grid.rows, grid.columns), np.float32), grid, spec.merge)
+    places = group_by_token(np.indices((grid.rows, grid.columns), np.float32), grid, spec.merge)
     exponent = np.arange(0, 2 * quarter, 2, dtype=np.float32) / np.float32(2 * quarter)
     frequencies = (np.float32(1) / np.power(np.float32(spec.rope_theta), exponent)).astype(np.float32)
     angles = places[:, :, None] * frequencies  # [2, M, head_dim / 4]
@@ -173,7 +214,7 @@ def rotary_angles(grid: Grid, spec: VisionSpec) -> Floats:
 
 @lru_cache(maxsize=64)
 def grid_feeds(grid: Grid, spec: VisionSpec) -> Mapping[str, Array]:
-    """All that the graph needs beside the patches; cached, since few grids come back often."""
+    """Return all graph inputs but the patches. Cached: most pictures share a few grids."""
     angles = rotary_angles(grid, spec)[None]
     feeds: dict[str, Array] = {"cos": np.cos(angles), "sin": np.sin(angles)}
     if spec.window:
@@ -184,46 +225,50 @@ def grid_feeds(grid: Grid, spec: VisionSpec) -> Mapping[str, Array]:
 
 
 class VisionEncoder:
-    """Encodes pictures and remembers the last ones."""
+    """Encodes pictures with the vision tower and caches the most recent results. Safe for use by several threads."""
 
-    def __init__(self, graph: GraphEngine, spec: VisionSpec, *, remember: int = 16) -> None:
+    def __init__(self, graph: GraphEngine, spec: VisionSpec, *, cache_size: int = 16) -> None:
+        """`cache_size`: pictures whose embeddings are kept, least recently used first out."""
         self._graph = graph
-        self._remember = remember
-        self._seen: OrderedDict[tuple[bytes, Size], ImageTokens] = OrderedDict()
+        self._cache_size = cache_size
+        self._cache: OrderedDict[tuple[bytes, Size], ImageTokens] = OrderedDict()
         self._lock = Lock()
         self.spec = spec
-        self.encoded = 0  # pictures that went through the tower
+        self.encoded = 0  # pictures that were run through the tower
 
     def resized(self, size: Size) -> Size:
-        """The size in which the tower sees a picture of `size`."""
+        """Return the size to which a whole picture of `size` is resized."""
         return smart_resize(size, self.spec)
 
     def resized_crop(self, size: Size) -> Size:
-        """The size in which the tower sees a crop of `size`."""
+        """Return the size to which a crop of `size` is resized."""
         return smart_resize(size, self.spec, self.spec.crop_max_pixels)
 
     def encode(self, pixels: Pixels, max_pixels: int | None = None) -> ImageTokens:
-        """Pixels [height, width, 3] uint8 RGB -> embeddings; pictures seen lately come from memory.
+        """Encode pixels [height, width, 3] uint8 RGB, or return the cached result.
 
-        `max_pixels` replaces the spec's budget. Raises PictureError for pictures too thin to look at.
+        `max_pixels` overrides the limit of the spec.
+
+        Raises:
+            PictureError: one side is more than 200 times as long as the other.
         """
         size = smart_resize(Size(pixels.shape[1], pixels.shape[0]), self.spec, max_pixels)
         contiguous = np.ascontiguousarray(pixels)
         key = (hashlib.sha256(contiguous.data).digest() + repr(pixels.shape).encode(), size)
         with self._lock:
-            if key in self._seen:
-                self._seen.move_to_end(key)
-                return self._seen[key]
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
         tokens = self._encode(contiguous, size)
         with self._lock:
-            self._seen[key] = tokens
-            while len(self._seen) > self._remember:
-                self._seen.popitem(last=False)
+            self._cache[key] = tokens
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
         return tokens
 
     def _encode(self, pixels: Pixels, size: Size) -> ImageTokens:
         patches, grid = flatten(normalise(resize(pixels, size), self.spec), self.spec)
-        said = self._graph.run({"patches": patches, **grid_feeds(grid, self.spec)})
+        outputs = self._graph.run({"patches": patches, **grid_feeds(grid, self.spec)})
         self.encoded += 1
         rows, columns = grid.rows // self.spec.merge, grid.columns // self.spec.merge
-        return ImageTokens(said["tokens"], rows, columns, size, said.get("deepstack"))
+        return ImageTokens(outputs["tokens"], rows, columns, size, outputs.get("deepstack"))

@@ -1,1 +1,1 @@
-"""The local snapshot: encoder, index, store, and what joins them."""
+"""Retrieval from packs: encoder, vector and text search, fusion, and the registry of open packs."""

@@ -1,4 +1,9 @@
-"""Reciprocal rank fusion: scores of different channels do not compare, the places that they give do."""
+"""The search channels of a query and their fusion.
+
+Image vectors and caption vectors are searched for pictures and for texts; for texts also words, by BM25, and vectors of
+paragraphs. Each channel ranks articles; scores of different channels do not compare, so that only ranks are fused
+(reciprocal rank fusion).
+"""
 
 from __future__ import annotations
 
@@ -12,14 +17,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gog_edge.retrieval.pack import Pack
-from gog_edge.retrieval.text.segment import Match, NameHit
+from gog_edge.retrieval.text.segment import NameMatch, ParagraphMatch
 from gog_edge.retrieval.text.store import ImageRow
-from gog_edge.retrieval.text.words import raw_words, search_terms, spans
+from gog_edge.retrieval.text.tokens import search_terms, tokenize, word_spans
 from gog_edge.retrieval.vectors.shards import Ids
 from gog_edge.types import ChannelRank, Vectors
 
-RRF_K = 60  # the usual constant (Cormack, Clarke, Buettcher 2009): the first few places count nearly alike
-Key: TypeAlias = tuple[str, int]  # name of a pack, id of an article in it
+# Names of the channels, as results state them.
+IMAGE_TO_IMAGE = "image_to_image"
+IMAGE_TO_CAPTION = "image_to_caption"
+TEXT_TO_IMAGE = "text_to_image"
+TEXT_TO_CAPTION = "text_to_caption"
+WORDS = "words"
+TEXT_TO_PARAGRAPH = "text_to_paragraph"
+
+RRF_K = 60  # the usual constant (Cormack, Clarke and Buettcher, SIGIR 2009)
+ArticleKey: TypeAlias = tuple[str, int]  # pack name, article id
+
+
+# --- reciprocal rank fusion -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,26 +43,26 @@ class Ranking:
     """The articles that one channel found for one query."""
 
     channel: str
-    ranks: Mapping[Key, int]  # from 1, best first; articles that share a picture share a rank
+    ranks: Mapping[ArticleKey, int]  # from 1, best first; articles that share an image share a rank
     weight: float = 1.0
 
 
-def ranked(keys: Iterable[Key]) -> dict[Key, int]:
-    """Rank from 1 by key, of keys in order; a key counts where it comes first."""
+def rank_keys(keys: Iterable[ArticleKey]) -> dict[ArticleKey, int]:
+    """Return the rank, from 1, of each distinct key by its first position."""
     return {key: rank for rank, key in enumerate(dict.fromkeys(keys), 1)}
 
 
-def fuse(rankings: Iterable[Ranking], k: int = RRF_K) -> dict[Key, float]:
-    """Articles with the sum of weight / (k + rank), best first; those of one score as the rankings bring them."""
-    scores: dict[Key, float] = {}
+def fuse(rankings: Iterable[Ranking], k: int = RRF_K) -> dict[ArticleKey, float]:
+    """Return the sum of weight / (k + rank) per article, highest first; ties keep the order of the rankings."""
+    scores: dict[ArticleKey, float] = {}
     for ranking in rankings:
         for key, rank in ranking.ranks.items():
             scores[key] = scores.get(key, 0.0) + ranking.weight / (k + rank)
     return dict(sorted(scores.items(), key=lambda pair: -pair[1]))
 
 
-def ranks_of(key: Key, rankings: Iterable[Ranking]) -> tuple[ChannelRank, ...]:
-    """The best rank that each channel gives an article."""
+def channel_ranks(key: ArticleKey, rankings: Iterable[Ranking]) -> tuple[ChannelRank, ...]:
+    """Return the best rank of an article in each channel that found it."""
     best: dict[str, int] = {}
     for ranking in rankings:
         rank = ranking.ranks.get(key)
@@ -55,19 +71,16 @@ def ranks_of(key: Key, rankings: Iterable[Ranking]) -> tuple[ChannelRank, ...]:
     return tuple(ChannelRank(*pair) for pair in best.items())
 
 
-def weighted(rankings: Iterable[Ranking], factor: float) -> list[Ranking]:
-    """The same rankings with more or less to say."""
+def scale_weights(rankings: Iterable[Ranking], factor: float) -> list[Ranking]:
+    """Return the rankings with their weights multiplied by `factor`."""
     return [replace(ranking, weight=factor * ranking.weight) for ranking in rankings]
 
 
-IMAGE_TO_IMAGE = "image_to_image"
-IMAGE_TO_CAPTION = "image_to_caption"
-TEXT_TO_IMAGE = "text_to_image"
-TEXT_TO_CAPTION = "text_to_caption"
-WORDS = "words"
-CANDIDATES = 24  # images compared with a query, in each pack
-DEPTH = 6  # places of a ranking that count: what stands lower only resembles
-SPARE = 2  # further groups of images that are looked up, for those that name nothing new
+# --- vector channels --------------------------------------------------------------------------
+
+CANDIDATES = 24  # nearest images per query and pack
+RANKING_DEPTH = 6  # ranks that count; lower ones are merely similar
+EXTRA_GROUPS = 2  # groups read in addition, to replace those that add no article
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,163 +92,141 @@ class Candidate:
     score: float  # cosine
 
     @property
-    def keys(self) -> list[Key]:
-        """The articles that it stands in, the main one first."""
+    def keys(self) -> list[ArticleKey]:
+        """Return the articles of the image, the main one first."""
         return [(self.pack.name, article) for article in self.row.articles]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Thing:
-    """Stored images that show the same."""
+class MatchGroup:
+    """Near-duplicate images that match a query."""
 
-    head: Candidate  # the nearest
-    keys: tuple[Key, ...]  # the articles of all, best first
+    best: Candidate
+    keys: tuple[ArticleKey, ...]  # articles of all images, those of the best match first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Look:
-    """What the pixels of a query may show."""
+class ImageMatches:
+    """The stored images and captions that match a picture."""
 
-    things: tuple[Thing, ...]  # best first
+    groups: tuple[MatchGroup, ...]  # best first
     mean: float  # cosine of all candidates
-    captions: Mapping[str, Mapping[Key, int]]  # by pack, of those whose captions were searched: articles by rank
+    captions: Mapping[str, Mapping[ArticleKey, int]]  # by pack: ranks of the caption search, if there was one
 
     @property
     def ranking(self) -> Ranking:
-        """Articles by the rank of the thing that shows them."""
-        ranks: dict[Key, int] = {}
-        for rank, thing in enumerate(self.things, 1):
-            for key in thing.keys:
+        """Return the articles, each with the rank of its first group."""
+        ranks: dict[ArticleKey, int] = {}
+        for rank, group in enumerate(self.groups, 1):
+            for key in group.keys:
                 ranks.setdefault(key, rank)
         return Ranking(IMAGE_TO_IMAGE, ranks)
 
     @property
     def features(self) -> tuple[float, ...]:
-        """IMAGE_FEATURES of `retrieval.calibration`."""
-        if not self.things:
+        """Return the IMAGE_FEATURES of the calibration."""
+        if not self.groups:
             return (0.0, 0.0, 0.0, 0.0)
-        best = self.things[0].head.score
-        second = self.things[1].head.score if len(self.things) > 1 else 0.0
-        places = [1 / ranks[key] for ranks in self.captions.values() for key in self.things[0].keys if key in ranks]
-        return (best, best - second, best - self.mean, max(places, default=0.0))
+        best = self.groups[0].best.score
+        second = self.groups[1].best.score if len(self.groups) > 1 else 0.0
+        agreement = [1 / ranks[key] for ranks in self.captions.values() for key in self.groups[0].keys if key in ranks]
+        return (best, best - second, best - self.mean, max(agreement, default=0.0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Near:
-    """The images of all packs nearest to some queries, best first."""
+class _Neighbours:
+    """The nearest images of n queries over all packs, best first; m per query."""
 
-    scores: NDArray[np.float32]  # [n, m] cosine; -inf where there is none
-    ids: Ids  # [n, m]; -1 where there is none
-    packs: NDArray[np.int64]  # [n, m] which pack it is of
+    scores: NDArray[np.float32]  # [n, m] cosine, padded with -inf
+    ids: Ids  # [n, m], padded with -1
+    packs: NDArray[np.int64]  # [n, m] index of the pack
 
-    def __getitem__(self, rows: Sequence[int] | slice | tuple[slice, slice]) -> _Near:
-        return _Near(self.scores[rows], self.ids[rows], self.packs[rows])
+    def __getitem__(self, rows: Sequence[int] | slice | tuple[slice, slice]) -> _Neighbours:
+        return _Neighbours(self.scores[rows], self.ids[rows], self.packs[rows])
 
 
-class Channels:
-    """The vectors of some packs, searched with vectors: one search of each index for all queries."""
+class VectorChannels:
+    """The image and caption vectors of several packs; each index is searched once for all queries of a call."""
 
     def __init__(self, packs: Sequence[Pack], *, candidates: int = CANDIDATES,
                  duplicate_cosine: float | None = None) -> None:
-        """`duplicate_cosine`: from where on two stored images show the same; None: what each pack says."""
+        """Search the packs that have images.
+
+        Args:
+            packs: Packs of one encoder.
+            candidates: Nearest images per query and pack.
+            duplicate_cosine: Cosine from which two stored images count as duplicates; None: the value of each pack.
+        """
         self._packs = [pack for pack in packs if len(pack.images.shards)]
         self._candidates = candidates
         self._dim = next((pack.manifest.encoder.dim for pack in self._packs if pack.manifest.encoder), 0)
-        self._least = np.array([pack.manifest.duplicate_cosine if duplicate_cosine is None else duplicate_cosine
-                                for pack in self._packs], dtype=np.float32)  # fmt: skip
+        self._duplicate_cosines = np.array(
+            [pack.manifest.duplicate_cosine if duplicate_cosine is None else duplicate_cosine for pack in self._packs],
+            dtype=np.float32,
+        )
 
-    def look(self, views: Sequence[Vectors], *, captions: Callable[[Pack], bool], without: Ids | None = None,
-             depth: int = DEPTH) -> list[Look]:
-        """What some pictures show.
+    def match_images(self, views: Sequence[Vectors], *, captions: Callable[[Pack], bool], without: Ids | None = None,
+                     depth: int = RANKING_DEPTH) -> list[ImageMatches]:
+        """Return the stored images that match some pictures.
 
         Args:
-            views: of each picture, the vectors [views, dim] of its framings; the one that matches best counts.
-            captions: the packs whose captions are searched too.
-            without: ids of images that are passed over, as if they were not there.
-            depth: things and articles at most.
+            views: Per picture, the vectors [views, dim] of its framings; the one with the best match is used.
+            captions: Whether to search the captions of a pack too.
+            without: Ids of images to ignore.
+            depth: Maximum number of groups, and of ranks in the caption channel.
         """
         if not views or not self._packs:
-            return [Look((), 0.0, {}) for _ in views]
+            return [ImageMatches((), 0.0, {}) for _ in views]
         vectors = np.concatenate(views)
         near = self._search(vectors, without)
         starts = np.cumsum([0, *(len(own) for own in views)])
-        tops = near.scores[:, 0] if near.scores.shape[1] else np.zeros(len(vectors))
-        best = [int(start + np.argmax(tops[start:stop])) for start, stop in pairwise(starts)]
-        things = self._things(near[best], depth)
-        said = self._captions(vectors[best], captions, without, depth)
+        top = near.scores[:, 0] if near.scores.shape[1] else np.zeros(len(vectors))
+        best = [int(start + np.argmax(top[start:stop])) for start, stop in pairwise(starts)]
+        groups = self._match_groups(near[best], depth)
+        by_caption = self._search_captions(vectors[best], captions, without, depth)
         means = [float(own[np.isfinite(own)].mean()) if np.isfinite(own).any() else 0.0 for own in near[best].scores]
-        return [Look(tuple(own), mean, by_pack) for own, mean, by_pack in zip(things, means, said, strict=True)]
+        return [ImageMatches(tuple(own), mean, ranks)
+                for own, mean, ranks in zip(groups, means, by_caption, strict=True)]
 
-    def read(self, vectors: Vectors, depth: int = DEPTH) -> list[tuple[Ranking, ...]]:
-        """Articles whose pictures, and whose captions, are near some texts [n, dim]."""
+    def match_texts(self, vectors: Vectors, depth: int = RANKING_DEPTH) -> list[tuple[Ranking, ...]]:
+        """Return, for each text vector of [n, dim], rankings of articles by their images and by their captions."""
         if not len(vectors) or not self._packs:
             return [() for _ in vectors]
-        pictures = self._articles(self._search(vectors, None)[:, :depth])
-        captions = self._captions(vectors, lambda _: True, None, depth)
-        return [(Ranking(TEXT_TO_IMAGE, own), *(Ranking(TEXT_TO_CAPTION, ranks) for ranks in said.values()))
-                for own, said in zip(pictures, captions, strict=True)]
+        by_image = self._article_ranks(self._search(vectors, None)[:, :depth])
+        by_caption = self._search_captions(vectors, lambda _: True, None, depth)
+        return [(Ranking(TEXT_TO_IMAGE, own), *(Ranking(TEXT_TO_CAPTION, ranks) for ranks in captions.values()))
+                for own, captions in zip(by_image, by_caption, strict=True)]
 
-    def _search(self, vectors: Vectors, without: Ids | None) -> _Near:
-        """Images of all packs in one order: one encoder made them all, so their cosines compare."""
+    def _search(self, vectors: Vectors, without: Ids | None) -> _Neighbours:
+        """Merge the nearest images of all packs: cosines of one encoder compare."""
         hits = [pack.images.search(vectors, self._candidates, without=without) for pack in self._packs]
         scores = np.concatenate([one.scores for one in hits], axis=1)
         ids = np.concatenate([one.ids for one in hits], axis=1)
         packs = np.concatenate([np.full(one.ids.shape, n, np.int64) for n, one in enumerate(hits)], axis=1)
         if len(hits) == 1:
-            return _Near(scores, ids, packs)
+            return _Neighbours(scores, ids, packs)
         order = np.argsort(-scores, axis=1, kind="stable")
-        return _Near(np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1),
-                     np.take_along_axis(packs, order, axis=1))
+        return _Neighbours(np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1),
+                           np.take_along_axis(packs, order, axis=1))
 
-    def _captions(self, vectors: Vectors, wanted: Callable[[Pack], bool], without: Ids | None,
-                  depth: int) -> list[dict[str, dict[Key, int]]]:
-        """For each vector, and each pack that is wanted, the articles whose captions are near, by rank."""
-        found: list[dict[str, dict[Key, int]]] = [{} for _ in vectors]
+    def _search_captions(self, vectors: Vectors, selected: Callable[[Pack], bool], without: Ids | None,
+                         depth: int) -> list[dict[str, dict[ArticleKey, int]]]:
+        """Return, per vector and by name of each selected pack, the ranks of articles whose captions are near."""
+        found: list[dict[str, dict[ArticleKey, int]]] = [{} for _ in vectors]
         for n, pack in enumerate(self._packs):
-            if wanted(pack) and len(pack.captions.shards):
+            if selected(pack) and len(pack.captions.shards):
                 hits = pack.captions.search(vectors, depth, without=without)
-                near = _Near(hits.scores, hits.ids, np.full(hits.ids.shape, n, np.int64))
-                for own, ranks in zip(found, self._articles(near), strict=True):
+                near = _Neighbours(hits.scores, hits.ids, np.full(hits.ids.shape, n, np.int64))
+                for own, ranks in zip(found, self._article_ranks(near), strict=True):
                     own[pack.name] = ranks
         return found
 
-    def _articles(self, near: _Near) -> list[dict[Key, int]]:
-        """The articles that images stand in, by rank, of each query."""
-        return [ranked(key for one in own for key in one.keys) for own in self._read(near)]
+    def _article_ranks(self, near: _Neighbours) -> list[dict[ArticleKey, int]]:
+        """Return, per query, the articles of the images by rank."""
+        return [rank_keys(key for one in own for key in one.keys) for own in self._candidates_of(near)]
 
-    # --- duplicates ---------------------------------------------------------------------------
-
-    def _things(self, near: _Near, depth: int) -> list[list[Thing]]:
-        """Near-identical images merged, best first, of each query; what names nothing new is dropped."""
-        groups = [own[: depth + SPARE] for own in self._alike(near)]
-        used = np.zeros(near.ids.shape, dtype=bool)
-        for n, own in enumerate(groups):
-            used[n, [place for group in own for place in group]] = True
-        found = self._read(_Near(near.scores, np.where(used, near.ids, -1), near.packs))
-        things = []
-        for n, own in enumerate(groups):
-            members = dict(zip(np.flatnonzero(used[n]).tolist(), found[n], strict=True))
-            things.append(_new_things([[members[place] for place in group] for group in own])[:depth])
-        return things
-
-    def _alike(self, near: _Near) -> list[list[list[int]]]:
-        """The places of each query's images, those together that are near-identical to the first of them."""
-        vectors = self._stored(near)  # [n, m, dim]
-        least = self._least[near.packs][:, :, None]
-        alike = np.triu(vectors @ vectors.transpose(0, 2, 1) >= least, 1) & (near.ids >= 0)[:, None, :]
-        return [_grouped(int((own >= 0).sum()), same) for own, same in zip(near.ids, alike, strict=True)]
-
-    def _stored(self, near: _Near) -> NDArray[np.float32]:
-        """The stored vectors [n, m, dim]; 0 where there is none."""
-        found = np.zeros((*near.ids.shape, self._dim), dtype=np.float32)
-        for n, pack in enumerate(self._packs):
-            here = (near.packs == n) & (near.ids >= 0)
-            ids, places = np.unique(near.ids[here], return_inverse=True)
-            found[here] = pack.images.shards.take(pack.images.shards.first_rows(ids))[places]
-        return found
-
-    def _read(self, near: _Near) -> list[list[Candidate]]:
-        """Images with what the stores say of them, best first, of each query; one look-up in each pack."""
+    def _candidates_of(self, near: _Neighbours) -> list[list[Candidate]]:
+        """Read the image rows, best first, per query. Each store is read once."""
         rows: dict[tuple[int, int], ImageRow] = {}
         for n, pack in enumerate(self._packs):
             ids = np.unique(near.ids[(near.packs == n) & (near.ids >= 0)]).tolist()
@@ -246,132 +237,202 @@ class Channels:
             for packs, ids, scores in zip(near.packs.tolist(), near.ids.tolist(), near.scores.tolist(), strict=True)
         ]  # fmt: skip
 
+    # --- near-duplicates ----------------------------------------------------------------------
 
-def _new_things(groups: Sequence[Sequence[Candidate]]) -> list[Thing]:
-    things: list[Thing] = []
-    named: set[Key] = set()
+    def _match_groups(self, near: _Neighbours, depth: int) -> list[list[MatchGroup]]:
+        """Return, per query, near-duplicates merged into groups, best first, without groups that add no article."""
+        groups = [own[: depth + EXTRA_GROUPS] for own in self._group_by_vector(near)]
+        used = np.zeros(near.ids.shape, dtype=bool)
+        for n, own in enumerate(groups):
+            used[n, [place for group in own for place in group]] = True
+        found = self._candidates_of(_Neighbours(near.scores, np.where(used, near.ids, -1), near.packs))
+        merged = []
+        for n, own in enumerate(groups):
+            members = dict(zip(np.flatnonzero(used[n]).tolist(), found[n], strict=True))
+            merged.append(_with_new_articles([[members[place] for place in group] for group in own])[:depth])
+        return merged
+
+    def _group_by_vector(self, near: _Neighbours) -> list[list[list[int]]]:
+        """Return, per query, groups of positions whose stored vectors are near-duplicates of the group's first."""
+        vectors = self._stored_vectors(near)  # [n, m, dim]
+        threshold = self._duplicate_cosines[near.packs][:, :, None]
+        alike = np.triu(vectors @ vectors.transpose(0, 2, 1) >= threshold, 1) & (near.ids >= 0)[:, None, :]
+        return [_group_positions(int((own >= 0).sum()), same) for own, same in zip(near.ids, alike, strict=True)]
+
+    def _stored_vectors(self, near: _Neighbours) -> NDArray[np.float32]:
+        """Return the stored vectors [n, m, dim], padded with 0."""
+        found = np.zeros((*near.ids.shape, self._dim), dtype=np.float32)
+        for n, pack in enumerate(self._packs):
+            here = (near.packs == n) & (near.ids >= 0)
+            ids, places = np.unique(near.ids[here], return_inverse=True)
+            found[here] = pack.images.shards.take(pack.images.shards.first_rows(ids))[places]
+        return found
+
+
+def _with_new_articles(groups: Sequence[Sequence[Candidate]]) -> list[MatchGroup]:
+    """Return the groups that have an article which no earlier group has."""
+    kept: list[MatchGroup] = []
+    seen: set[ArticleKey] = set()
     for group in groups:
         keys = tuple(dict.fromkeys(key for one in group for key in one.keys))
-        if not named.issuperset(keys):
-            named.update(keys)
-            things.append(Thing(group[0], keys))
-    return things
+        if not seen.issuperset(keys):
+            seen.update(keys)
+            kept.append(MatchGroup(group[0], keys))
+    return kept
 
 
-def _grouped(count: int, alike: NDArray[np.bool_]) -> list[list[int]]:
-    """Places 0..count - 1, each with those behind it that are alike [m, m] and not yet taken."""
-    behind = {n: np.flatnonzero(alike[n]).tolist() for n in np.flatnonzero(alike.any(axis=1)).tolist()}
-    if not behind:
+def _group_positions(count: int, alike: NDArray[np.bool_]) -> list[list[int]]:
+    """Return positions 0 to count - 1 in groups: each ungrouped position with the later ones alike [m, m] to it."""
+    later = {n: np.flatnonzero(alike[n]).tolist() for n in np.flatnonzero(alike.any(axis=1)).tolist()}
+    if not later:
         return [[n] for n in range(count)]
-    taken: set[int] = set()
+    grouped: set[int] = set()
     groups: list[list[int]] = []
     for n in range(count):
-        if n not in taken:
-            groups.append([n, *(place for place in behind.get(n, ()) if place not in taken)])
-            taken.update(groups[-1])
+        if n not in grouped:
+            groups.append([n, *(place for place in later.get(n, ()) if place not in grouped)])
+            grouped.update(groups[-1])
     return groups
 
 
-PARAGRAPHS = 64  # paragraphs looked at per query, before grouping by article
-RERANKED = 4  # articles whose whole text is compared with the query: facts of one thing stand in many paragraphs
-NAMED_BONUS = 1.2  # factor on BM25 for an article that the query names in full: 'Guinea' before 'Papua New Guinea'
-CODE_CHARS = 3  # names up to this length in capitals are codes ('PT', 'USA'): they count only as written
+# --- word channel -----------------------------------------------------------------------------
+
+MAX_PARAGRAPHS = 64  # per query, pack and channel, before they are grouped by article
+RERANKED_ARTICLES = 4  # whose whole text is compared with the query: its terms may be in several paragraphs
+NAME_BONUS = 1.2  # factor for an article whose full name is in the query: 'Guinea' before 'Papua New Guinea'
+MAX_CODE_CHARS = 3  # names up to this length in capitals ('PT', 'USA') are codes and match only in capitals
 
 
 @dataclass(frozen=True, slots=True)
-class Ranked:
-    """The articles of a pack for a text query, best first, each with its paragraphs, best first."""
+class WordRanking:
+    """The articles of a pack for a text query, best first, each with its paragraphs, best first.
+
+    The features are those that TEXT_FEATURES of the calibration names, with rarity as a normalised idf (see
+    `_rarities`): coverage, the share of known terms, by rarity, that the best article contains; unknown, the share of
+    terms that the pack does not contain; rarity, of the rarest term in the best article; named, 1 if the query contains
+    the full name of an article.
+    """
 
     articles: tuple[tuple[int, tuple[int, ...]], ...]
-    features: tuple[float, ...]  # TEXT_FEATURES
+    features: tuple[float, ...]
 
     @property
     def coverage(self) -> float:
-        """Share of the known words of the query, by rarity, that the best article holds."""
+        """Return the share of the known terms, by rarity, that the best article contains."""
         return self.features[0]
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
-    """A text query as one pack understands it."""
+class _ParsedQuery:
+    """A text query with the names that one pack recognises in it."""
 
-    terms: tuple[str, ...]  # redirects replaced by titles
-    named: tuple[int, ...]  # articles named in full
+    terms: tuple[str, ...]  # with redirects replaced by titles
+    named: tuple[int, ...]  # articles whose full name is in the query
 
 
-def rank_words(pack: Pack, text: str) -> Ranked:
-    """Articles by the BM25 of their best paragraph, the first few by how much of the query the whole article covers."""
-    read = _read(pack, text)
-    grouped: dict[int, list[Match]] = {}
-    for match in pack.store.rank(read.terms, PARAGRAPHS):
+def rank_articles(pack: Pack, text: str) -> WordRanking:
+    """Rank articles by the BM25 score of their best paragraph, then the first few by how many terms they contain."""
+    query = _parse_query(pack, text)
+    grouped: dict[int, list[ParagraphMatch]] = {}
+    for match in pack.store.rank(query.terms, MAX_PARAGRAPHS):
         grouped.setdefault(match.article, []).append(match)
-    for article in read.named:
+    for article in query.named:
         if article not in grouped:
-            grouped[article] = pack.store.rank(read.terms, PARAGRAPHS, article)
-    weights = {
-        article: (matches[0].score if matches else 0.0) * (NAMED_BONUS if article in read.named else 1.0)
+            grouped[article] = pack.store.rank_within(article, query.terms, MAX_PARAGRAPHS)
+    scores = {
+        article: (matches[0].score if matches else 0.0) * (NAME_BONUS if article in query.named else 1.0)
         for article, matches in grouped.items()
     }
-    order = sorted(weights, key=lambda article: (-weights[article], article))
-    rarities = _rarities(pack, read.terms)
-    held = {article: _held(pack, article, rarities) for article in order[:RERANKED]}
-    first = sorted(held, key=lambda article: -weights[article] * sum(held[article]))
-    features = _text_features(read, rarities, held[first[0]] if first else [])
-    ranked = [(article, tuple(match.paragraph for match in grouped[article])) for article in first + order[RERANKED:]]
-    return Ranked(tuple(ranked), features)
+    order = sorted(scores, key=lambda article: (-scores[article], article))
+    rarities = _rarities(pack, query.terms)
+    contained = {
+        article: [rarity for term, rarity in rarities.items() if pack.store.contains(article, term)]
+        for article in order[:RERANKED_ARTICLES]
+    }
+    first = sorted(contained, key=lambda article: -scores[article] * sum(contained[article]))
+    best = contained[first[0]] if first else []
+    features = (
+        sum(best) / max(sum(rarities.values()), 1e-9),
+        1.0 - len(rarities) / max(len(query.terms), 1),
+        max(best, default=0.0),
+        float(bool(query.named)),
+    )
+    articles = [*first, *order[RERANKED_ARTICLES:]]
+    return WordRanking(
+        tuple((article, tuple(match.paragraph for match in grouped[article])) for article in articles), features
+    )
 
 
-def _read(pack: Pack, text: str) -> _Read:
-    """Find names in a query: the longest first, none inside another; redirects become titles."""
-    words = raw_words(text)
-    places = spans(words)
-    hits = [hit for hit in pack.store.named(places) if _as_written(hit, words, places)]
-    titles = pack.store.titles({hit.article for hit in hits})
+@dataclass(frozen=True, slots=True)
+class DenseRanking:
+    """The articles of a pack whose paragraphs are nearest to a text query, best first, each with these paragraphs.
+
+    The features are the last two of DENSE_TEXT_FEATURES of the calibration: similarity, the cosine of the best
+    paragraph; similarity_margin, its difference to the best paragraph of another article.
+    """
+
+    articles: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    features: tuple[float, ...] = (0.0, 0.0)
+
+
+def match_paragraphs(pack: Pack, vectors: Vectors) -> list[DenseRanking]:
+    """Rank articles by the cosine of their best paragraph, for each vector of a text query in [n, dim]."""
+    if pack.paragraphs is None or not len(vectors):
+        return [DenseRanking() for _ in vectors]
+    hits = pack.paragraphs.search(vectors, MAX_PARAGRAPHS)
+    articles = pack.store.articles_of(np.unique(hits.ids[hits.ids >= 0]).tolist())
+    found = []
+    for ids, scores in zip(hits.ids.tolist(), hits.scores.tolist(), strict=True):
+        grouped: dict[int, list[int]] = {}
+        best: list[float] = []  # cosine of the first paragraph of each article
+        for paragraph, score in zip(ids, scores, strict=True):
+            if paragraph >= 0:
+                own = grouped.setdefault(articles[paragraph], [])
+                best += [] if own else [score]
+                own.append(paragraph)
+        first, second = [*best, 0.0, 0.0][:2]
+        found.append(DenseRanking(tuple((one, tuple(own)) for one, own in grouped.items()), (first, first - second)))
+    return found
+
+
+def fuse_paragraphs(words: Sequence[int], dense: Sequence[int]) -> tuple[int, ...]:
+    """Return the paragraphs of one article, found by words and by vectors, in the order of their fused ranks."""
+    keys = ([("", paragraph) for paragraph in own] for own in (words, dense))
+    return tuple(paragraph for _, paragraph in fuse(Ranking("", rank_keys(own)) for own in keys))
+
+
+def _parse_query(pack: Pack, text: str) -> _ParsedQuery:
+    """Recognise titles and redirects in a query, longest first and without overlap; redirects become titles."""
+    words = tokenize(text)
+    spans = word_spans(words)
+    names = [name for name in pack.store.find_names(spans) if _is_mentioned(name, words, spans)]
+    titles = pack.store.titles({name.article for name in names})
     used: set[int] = set()
     named: dict[int, None] = {}
-    replaced: dict[int, list[str]] = {}  # first word of a span -> words that stand for it
-    for key in sorted({hit.key for hit in hits}, key=lambda key: (-key.count(" "), places[key][0])):
-        bearers = [hit for hit in hits if hit.key == key]
-        bearers = [hit for hit in bearers if not hit.redirect] or bearers
-        for start, stop in places[key]:
+    replaced: dict[int, list[str]] = {}  # first position of a span -> words that replace the span
+    for key in sorted({name.key for name in names}, key=lambda key: (-key.count(" "), spans[key][0])):
+        same_key = [name for name in names if name.key == key]
+        same_key = [name for name in same_key if not name.redirect] or same_key
+        for start, stop in spans[key]:
             if used.isdisjoint(range(start, stop)):
                 used.update(range(start, stop))
-                named.update(dict.fromkeys(hit.article for hit in bearers))
-                replaced[start] = [word for hit in bearers for word in raw_words(titles[hit.article])]
+                named.update(dict.fromkeys(name.article for name in same_key))
+                replaced[start] = [word for name in same_key for word in tokenize(titles[name.article])]
     terms: list[str] = []
-    for place, word in enumerate(words):
-        terms += replaced.get(place, [] if place in used else [word])
-    return _Read(search_terms(terms), tuple(named))
+    for position, word in enumerate(words):
+        terms += replaced.get(position, [] if position in used else [word])
+    return _ParsedQuery(search_terms(terms), tuple(named))
 
 
-def _as_written(hit: NameHit, words: Sequence[str], places: dict[str, list[tuple[int, int]]]) -> bool:
-    """Codes count only in capitals ('IT is a country', not 'is it'), or when they are all that was asked."""
-    if len(hit.name) > CODE_CHARS or not hit.name.isupper() or len(words) == 1:
+def _is_mentioned(name: NameMatch, words: Sequence[str], spans: dict[str, list[tuple[int, int]]]) -> bool:
+    """Return whether a name counts: a code ('IT') must be in capitals ('is it' is no match) or the whole query."""
+    if len(name.name) > MAX_CODE_CHARS or not name.name.isupper() or len(words) == 1:
         return True
-    return any(" ".join(words[start:stop]) == hit.name for start, stop in places[hit.key])
+    return any(" ".join(words[start:stop]) == name.name for start, stop in spans[name.key])
 
 
 def _rarities(pack: Pack, terms: Sequence[str]) -> dict[str, float]:
-    """How rare each term is in the pack, from 0 (everywhere) to 1 (once); terms that it never uses are left out."""
+    """Return the idf of each term that the pack contains, relative to a term in no paragraph: 0 to 1."""
     size = pack.manifest.counts.paragraphs + 1.0
     counts = {term: pack.store.frequency(term) for term in terms}
     return {term: math.log(size / (count + 0.5)) / math.log(size / 0.5) for term, count in counts.items() if count}
-
-
-def _held(pack: Pack, article: int, rarities: dict[str, float]) -> list[float]:
-    """The rarities of the terms that an article holds."""
-    return [rarity for term, rarity in rarities.items() if pack.store.holds(article, term)]
-
-
-def _text_features(read: _Read, rarities: dict[str, float], held: Sequence[float]) -> tuple[float, ...]:
-    """TEXT_FEATURES of a query whose best article holds terms of the rarities `held`.
-
-    coverage: share of the known words, by rarity, that it holds. unknown: share of words that the pack never uses.
-    rarity: of the rarest word that it holds. named: an article is named in full.
-    """
-    return (
-        sum(held) / max(sum(rarities.values()), 1e-9),
-        1.0 - len(rarities) / max(len(read.terms), 1),
-        max(held, default=0.0),
-        float(bool(read.named)),
-    )

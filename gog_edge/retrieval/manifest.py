@@ -1,4 +1,8 @@
-"""From what a search looked like to the chance that the thing is in the snapshot at all."""
+"""The manifest of a pack (MANIFEST.json): one generation with its files, encoder, indexes and calibration.
+
+It is read when a pack is opened. What a search needs of it is computed then (see `Pack`), so that no search runs code
+of this module.
+"""
 
 from __future__ import annotations
 
@@ -7,78 +11,31 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from gog_edge.errors import PackError
 from gog_edge.files import HASH_AT_OPEN_BYTES, FileEntry, OnBytes, read_json, verify_files
 
-# score: the best cosine. margin: how far the next thing is behind it. contrast: how far the candidates' mean is.
-# agreement: one over the place that the captions' search gives the best thing, 0 where it does not find it.
-IMAGE_FEATURES = ("score", "margin", "contrast", "agreement")
-TEXT_FEATURES = ("coverage", "unknown", "rarity", "named")
-FOUND = 0.5  # chance from which a thing counts as found
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """A logistic model and what it was measured to do on queries that it was not fitted to.
-
-    Its bias is such that `FOUND` stands where the stated share of absent things passes.
-    """
-
-    features: tuple[str, ...]
-    weights: tuple[float, ...]  # one per feature; 0 where it did not earn its place
-    bias: float
-    target_false_accept: float  # share of absent things that may count as found
-    false_accept: float  # measured at FOUND
-    true_accept: float
-    present: int  # queries; the model was fitted to one half of them and measured on the other
-    absent: int
-    caption_weight: float = 0.0  # how much captions count beside pictures when things are ranked
-
-    @property
-    def asks_captions(self) -> bool:
-        """Whether captions must be searched for a picture."""
-        return self.caption_weight > 0 or any(
-            weight for name, weight in zip(self.features, self.weights, strict=True) if name == "agreement"
-        )
-
-    def chance(self, features: ArrayLike) -> float:
-        """Chance, 0..1, that what was searched for is in the snapshot; `features` as named."""
-        logit = float(np.dot(np.asarray(self.weights), np.asarray(features, dtype=np.float64))) + self.bias
-        return float(1.0 / (1.0 + np.exp(-np.clip(logit, -60.0, 60.0))))
-
-    def to_json(self) -> dict[str, Any]:
-        """For a pack's manifest."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any], names: tuple[str, ...]) -> Calibration:
-        """Read what `to_json` gave.
-
-        Raises:
-            PackError: other features than `names`, or not of this form.
-        """
-        try:
-            read = cls(**{**raw, "features": tuple(raw["features"]), "weights": tuple(map(float, raw["weights"]))})
-        except (KeyError, TypeError, ValueError) as exc:
-            raise PackError(f"pack: its calibration is not usable ({exc!r}); calibrate the pack again") from exc
-        if read.features != names or len(read.weights) != len(names):
-            raise PackError(f"pack: its calibration is for {read.features}, wanted {names}; calibrate it again")
-        return read
-
-
 SCHEMA = 2
 MANIFEST = "MANIFEST.json"
-GENERATIONS = "generations"
-BUILD = "build"  # folder of what is not finished
-COMMAND = f"{BUILD}/command"  # what goes on with it
+GENERATIONS = "generations"  # folder of the manifests of all generations
+BUILD = "build"  # folder of a build in progress
+COMMAND = f"{BUILD}/command"  # holds the command line that resumes the build
+
+# Features of the calibration models, in the order of their weights.
+# score: cosine of the best match. margin: difference to the next match. contrast: difference to the mean of all
+# candidates. agreement: reciprocal rank that the caption search gives the best match, 0 if it does not return it.
+IMAGE_FEATURES = ("score", "margin", "contrast", "agreement")
+TEXT_FEATURES = ("coverage", "unknown", "rarity", "named")  # see `fusion.WordRanking`
+# Of packs with paragraph vectors; see `fusion.DenseRanking`.
+DENSE_TEXT_FEATURES = (*TEXT_FEATURES, "similarity", "similarity_margin")
+FOUND_THRESHOLD = 0.5  # probability from which the subject of a query counts as found
+
+
+# --- parts of a generation --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a pack was made from."""
+    """The source that a pack was built from."""
 
     name: str
     date: str  # of the snapshot, ISO 8601
@@ -89,7 +46,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many rows there are."""
+    """Numbers of rows."""
 
     articles: int
     paragraphs: int
@@ -97,45 +54,42 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """A range of ids, both ends included; empty where `last` lies before `first`."""
+class IdRange:
+    """A range of ids with both ends included; empty if `last` is below `first`."""
 
     first: int
     last: int
 
-    def __contains__(self, number: int) -> bool:
-        return self.first <= number <= self.last
-
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One SQLite file of a pack. Ids are unique within the pack and stable over generations."""
+    """One SQLite file of a pack. Ids are unique within the pack and stable across generations."""
 
     store: str
-    articles: Span
-    paragraphs: Span
-    images: Span
-    counts: Counts  # rows of the file, dead ones included
+    articles: IdRange
+    paragraphs: IdRange
+    images: IdRange
+    counts: Counts  # rows of the file, deleted ones included
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Segment:
         """Read the JSON object."""
-        articles, paragraphs, images = (Span(**raw[name]) for name in ("articles", "paragraphs", "images"))
+        articles, paragraphs, images = (IdRange(**raw[name]) for name in ("articles", "paragraphs", "images"))
         return cls(str(raw["store"]), articles, paragraphs, images, Counts(**raw["counts"]))
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Two files of embeddings, relative to the pack."""
+    """Two files of embeddings; paths are relative to the pack."""
 
     vectors: str  # float16 [rows, dim], of unit length
-    ids: str  # int64 [rows], ids of images
+    ids: str  # int64 [rows], ids of images or of paragraphs
     rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What makes vectors comparable: the same weights behind the same preprocessing, in whatever precision."""
+    """The identity of an encoder; vectors compare if weights and preprocessing are the same, at any precision."""
 
     name: str
     weights_sha256: str
@@ -145,19 +99,19 @@ class Fingerprint:
 
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
-    """The FAISS file of a generation, and what was measured when it was built."""
+    """The FAISS file of a generation and the measurements taken when it was built."""
 
     path: str  # relative to the pack
-    factory: str  # as FAISS's index_factory reads it
-    params: dict[str, int]  # how it is searched: "nprobe" or "efSearch"
-    candidates: int  # rows that are compared exactly with stored vectors for each query; 0: its own scores are exact
-    rows: int  # rows it holds: the first of the space
+    factory: str  # string for FAISS's index_factory
+    params: dict[str, int]  # search parameters: "nprobe" or "efSearch"
+    candidates: int  # rows per query that are rescored with stored vectors; 0 if the index's own scores are exact
+    rows: int  # rows in the index: the first ones of the space
     recall_k: int
-    recall: float  # share of the recall_k exactly nearest that a search finds
-    p50_ms_1: float  # median of a search with one query, and with eight at once
-    p50_ms_8: float
-    queries: int  # that measured it
-    held_out: bool  # False: none were given, so these were stored vectors with noise
+    recall: float  # share of the `recall_k` exact nearest neighbours that a search returns
+    p50_ms_1: float  # median latency of a search with one query
+    p50_ms_8: float  # and with a batch of eight
+    queries: int  # number of queries in the measurement
+    held_out: bool  # False: the queries were stored vectors with noise, because no others were given
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,16 +119,16 @@ class Space:
     """Vectors that are searched together, and the index over the first of them."""
 
     shards: tuple[Shard, ...] = ()
-    index: IndexEntry | None = None  # None: searched exactly
+    index: IndexEntry | None = None  # None: exact search
 
     @property
     def rows(self) -> int:
-        """Vectors in all."""
+        """Return the total number of vectors."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def paths(self) -> Iterator[str]:
-        """Every file."""
+        """Yield the paths of all files."""
         for shard in self.shards:
             yield from (shard.vectors, shard.ids)
         if self.index is not None:
@@ -189,18 +143,66 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class SearchTarget:
-    """What the search was to be when the pack was built; later generations keep to it."""
+    """Requirements on the index, given when the pack was first built and kept by later generations."""
 
-    memory: int | None  # bytes; None: what is quickest
-    recall: float  # share of the ten nearest that an index must find
+    memory: int | None  # bytes; None: no limit, the fastest index
+    recall: float  # share of the ten nearest neighbours that the index must return
 
 
 @dataclass(frozen=True, slots=True)
 class Tombstones:
-    """Files of sorted int64 ids of what is no longer there."""
+    """Paths of files with the sorted int64 ids of deleted rows."""
 
     articles: str
     images: str
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A logistic model of the probability that a query's subject is in the pack, with its measured error rates.
+
+    The bias is chosen so that the stated share of absent subjects reaches `FOUND_THRESHOLD`.
+    """
+
+    features: tuple[str, ...]
+    weights: tuple[float, ...]  # one per feature; 0 for a feature that did not improve the model
+    bias: float
+    target_false_accept: float  # share of absent subjects that may count as found
+    false_accept: float  # share measured at FOUND_THRESHOLD, on queries that the model was not fitted to
+    true_accept: float  # share of present subjects that count as found, likewise
+    present: int  # queries whose subject is in the pack; one half for fitting, the other for measuring
+    absent: int
+    caption_weight: float = 0.0  # weight of the caption channel relative to the image channel
+
+    @property
+    def uses_captions(self) -> bool:
+        """Return whether an image query must search captions too."""
+        return self.caption_weight > 0 or any(
+            weight for name, weight in zip(self.features, self.weights, strict=True) if name == "agreement"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], names: tuple[str, ...]) -> Calibration:
+        """Read the JSON object.
+
+        Raises:
+            PackError: A field is missing or has another form, or the features differ from `names`.
+        """
+        try:
+            read = cls(**{**raw, "features": tuple(raw["features"]), "weights": tuple(map(float, raw["weights"]))})
+        except (KeyError, TypeError, ValueError) as exc:
+            raise PackError(f"pack: invalid calibration in the manifest ({exc!r}); calibrate the pack again") from exc
+        if read.features != names or len(read.weights) != len(names):
+            raise PackError(f"pack: the calibration must have the features {names} and as many weights, got "
+                            f"{read.features} and {len(read.weights)}; calibrate the pack again")
+        return read
+
+
+# --- the manifest -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,50 +213,64 @@ class Manifest:
     generation: int
     parent: int | None
     snapshot: Snapshot
-    encoder: Fingerprint | None  # None: a pack of texts alone
+    encoder: Fingerprint | None  # None: a pack without images
     segments: tuple[Segment, ...]
-    images: Space  # pictures, whole and in tiles
-    captions: Space  # what is written under them
+    images: Space  # embeddings of whole images and of tiles
+    captions: Space  # embeddings of captions
     tombstones: Tombstones | None
-    counts: Counts  # of what is live
+    counts: Counts  # rows that are not deleted
     target: SearchTarget
-    duplicate_cosine: float  # stored images at least this near show the same thing
-    golden: int | None  # id of the image that must find itself; None where there is no image
-    report: str | None  # what was skipped
+    duplicate_cosine: float  # cosine from which two stored images count as duplicates
+    golden: int | None  # id of an image whose vector must find itself; None if the pack has no image
+    report: str | None  # path of the list of skipped input
     files: tuple[FileEntry, ...]
     image_calibration: Calibration | None = None
     text_calibration: Calibration | None = None
+    text_encoder: Fingerprint | None = None  # of the paragraphs; None: they have no embeddings
+    paragraphs: Space = Space()  # embeddings of paragraphs
+
+    @property
+    def text_features(self) -> tuple[str, ...]:
+        """Return the features of the text calibration."""
+        return TEXT_FEATURES if self.text_encoder is None else DENSE_TEXT_FEATURES
+
+    def dim_of(self, space: str) -> int:
+        """Return the length of the vectors of "images", "captions" or "paragraphs"; 0 without their encoder."""
+        encoder = self.text_encoder if space == "paragraphs" else self.encoder
+        return 0 if encoder is None else encoder.dim
 
     @property
     def paths(self) -> Iterator[str]:
-        """Every file that this generation uses."""
+        """Yield the paths of all files that this generation uses."""
         yield from (segment.store for segment in self.segments)
         yield from self.images.paths
         yield from self.captions.paths
+        yield from self.paragraphs.paths
         if self.tombstones is not None:
             yield from (self.tombstones.articles, self.tombstones.images)
         if self.report is not None:
             yield self.report
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object of the file."""
+        """Return the JSON object of MANIFEST.json."""
         value = asdict(self)
+        if self.text_encoder is None:  # the JSON of such a pack stays as it was before there were text encoders
+            del value["text_encoder"], value["paragraphs"]
         calibration = {"image": value.pop("image_calibration"), "text": value.pop("text_calibration")}
         return {"schema": SCHEMA, "kind": "pack", **value, "calibration": calibration}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Manifest:
-        """Read the JSON object.
+        """Read the JSON object of MANIFEST.json.
 
         Raises:
-            PackError: another kind or schema, or a field is missing or of another form.
+            PackError: Another kind or schema, or a field is missing or has another form.
         """
         if raw.get("kind") != "pack" or raw.get("schema") != SCHEMA:
-            raise PackError(
-                f"pack: its manifest is of kind {raw.get('kind')!r}, schema {raw.get('schema')!r}; this version reads "
-                f"kind 'pack', schema {SCHEMA}; build it again with this version"
-            )
+            raise PackError(f"pack: the manifest must have kind 'pack' and schema {SCHEMA}, got {raw.get('kind')!r} "
+                            f"and {raw.get('schema')!r}; build the pack again with this version")
         try:
+            text_encoder = None if raw.get("text_encoder") is None else Fingerprint(**raw["text_encoder"])
             return cls(
                 name=str(raw["name"]),
                 generation=int(raw["generation"]),
@@ -272,58 +288,74 @@ class Manifest:
                 report=None if raw["report"] is None else str(raw["report"]),
                 files=tuple(FileEntry(**entry) for entry in raw["files"]),
                 image_calibration=_calibration(raw["calibration"], "image", IMAGE_FEATURES),
-                text_calibration=_calibration(raw["calibration"], "text", TEXT_FEATURES),
+                text_calibration=_calibration(
+                    raw["calibration"], "text", TEXT_FEATURES if text_encoder is None else DENSE_TEXT_FEATURES
+                ),
+                text_encoder=text_encoder,
+                paragraphs=Space() if text_encoder is None else Space.from_json(raw["paragraphs"]),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
-            raise PackError(f"pack: its manifest is not usable ({exc!r}); build the pack again") from exc
+            raise PackError(f"pack: invalid manifest ({exc!r}); build the pack again") from exc
 
-    def calibrated(self, image: Calibration | None, text: Calibration | None) -> Manifest:
-        """The same generation with other calibrations."""
+    def with_calibration(self, image: Calibration | None, text: Calibration | None) -> Manifest:
+        """Return the same generation with other calibrations."""
         return replace(self, image_calibration=image, text_calibration=text)
-
-    def check_listed(self) -> None:
-        """PackError when a file is used whose hash is not told."""
-        listed = {entry.path for entry in self.files}
-        for path in self.paths:
-            if path not in listed:
-                raise PackError(f"pack '{self.name}': its manifest uses '{path}' without its hash; build it again")
 
 
 def _calibration(raw: Mapping[str, Any], channel: str, names: tuple[str, ...]) -> Calibration | None:
     return None if raw.get(channel) is None else Calibration.from_json(raw[channel], names)
 
 
+# --- files ------------------------------------------------------------------------------------
+
+
 def read_manifest(folder: Path) -> Manifest:
-    """Read a pack's manifest without opening the pack; PackError when it is not one, or not one yet."""
+    """Read the manifest of a pack without opening the pack.
+
+    Raises:
+        PackError: The folder has no manifest, or an invalid one, or its first build has not finished.
+    """
     if (folder / BUILD).is_dir() and not (folder / MANIFEST).exists():
-        raise PackError(f"pack '{folder}' is not finished: its first build still runs, or was stopped and goes on with "
-                        f"{command_of(folder)}")
+        raise PackError(f"pack: the first build of '{folder}' has not finished; if it is not running, resume it with "
+                        f"{resume_command(folder)}")
     return Manifest.from_json(read_json(folder / MANIFEST, what="pack", error=PackError))
 
 
-def command_of(folder: Path) -> str:
-    """What goes on with an unfinished build, in words."""
+def resume_command(folder: Path) -> str:
+    """Return a phrase that names the command that resumes an unfinished build."""
     command = folder / COMMAND
-    return f"`{command.read_text(encoding='utf-8')}`" if command.is_file() else "the command that began it"
+    return f"`{command.read_text(encoding='utf-8')}`" if command.is_file() else "the command that started it"
 
 
 def generation_path(folder: Path, generation: int) -> Path:
-    """Where the manifest of a generation is kept."""
+    """Return the path of a generation's manifest."""
     return folder / GENERATIONS / f"{generation:06d}.json"
 
 
-def verify_files_of(folder: Path, manifest: Manifest, *, full: bool, vectors: bool = True,
-                    on_bytes: OnBytes | None = None) -> None:
-    """Compare files with the manifest's sizes and hashes; PackError names the first that is missing or altered.
+def verify_pack_files(folder: Path, manifest: Manifest, *, full: bool, vectors: bool = True,
+                      on_bytes: OnBytes | None = None) -> None:
+    """Compare the files of a pack with the sizes and hashes in its manifest.
 
-    Without `full`, large files are compared by size only, and so are vectors and indexes that are large together: a
-    pack must open in a second, and its golden image tells whether they are its own. Without `vectors` those are left
-    out.
-    `on_bytes` is told how much was hashed.
+    A pack must open within a second. Therefore, unless `full` is set, large files are compared by size only, and so
+    are vectors and indexes if they are large together; the golden image of the pack detects wrong ones.
+
+    Args:
+        folder: The pack.
+        manifest: Its manifest.
+        full: Whether to hash every file.
+        vectors: Whether to check the vectors and indexes of images and captions, which a server may hold instead.
+        on_bytes: Called with the number of bytes of each hashed block.
+
+    Raises:
+        PackError: Names the first file that is missing, altered, or used but not listed with a hash.
     """
-    manifest.check_listed()
-    spaces = {*manifest.images.paths, *manifest.captions.paths}
-    entries = [entry for entry in manifest.files if vectors or entry.path not in spaces]
-    large = sum(entry.size for entry in entries if entry.path in spaces) > HASH_AT_OPEN_BYTES
-    verify_files(folder, entries, what="pack", error=PackError, full=full, by_size=spaces if large else (),
+    listed = {entry.path for entry in manifest.files}
+    for path in manifest.paths:
+        if path not in listed:
+            raise PackError(f"pack '{manifest.name}': the manifest lists no hash for '{path}'; build the pack again")
+    image_paths = {*manifest.images.paths, *manifest.captions.paths}
+    vector_paths = {*image_paths, *manifest.paragraphs.paths}
+    entries = [entry for entry in manifest.files if vectors or entry.path not in image_paths]
+    large = sum(entry.size for entry in entries if entry.path in vector_paths) > HASH_AT_OPEN_BYTES
+    verify_files(folder, entries, what="pack", error=PackError, full=full, by_size=vector_paths if large else (),
                  on_bytes=on_bytes)

@@ -1,12 +1,13 @@
-"""A pack: one snapshot made searchable. Opening it checks that everything in it belongs together."""
+"""Open and verify packs: one snapshot made searchable, with its store, vector indexes and calibration."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,154 +15,251 @@ from numpy.typing import ArrayLike
 from gog_edge.errors import PackError, PictureError
 from gog_edge.files import OnBytes
 from gog_edge.picture import decode_picture
-from gog_edge.retrieval.encoder import INTERCHANGEABLE_COSINE, Encoder
-from gog_edge.retrieval.manifest import Counts, Manifest, Space, read_manifest, verify_files_of
-from gog_edge.retrieval.text.segment import StoredPicture
+from gog_edge.retrieval.encoder import MIN_COMPATIBLE_COSINE, Encoder
+from gog_edge.retrieval.manifest import Fingerprint, Manifest, Space, read_manifest, verify_pack_files
+from gog_edge.retrieval.text.segment import ImageFile
 from gog_edge.retrieval.text.store import Store
 from gog_edge.retrieval.vectors.faiss_index import Hits, VectorIndex
 from gog_edge.retrieval.vectors.shards import Ids, Rows, VectorShards, read_ids
 from gog_edge.types import Vectors
 
-SPOT_CHECKS = 64  # ids of vectors that are looked up in the store at open; `verify_pack` looks at all
+if TYPE_CHECKING:
+    from gog_edge.retrieval.text.encoder import TextEncoder
+
+_log = logging.getLogger(__name__)
+SPOT_CHECKS = 64  # vectors per space whose ids are looked up at open; `verify_pack` checks all of them
+LENGTH_TOLERANCE = 0.01  # of a unit vector stored as float16
+
+
+# --- interfaces of a space's vectors ----------------------------------------------------------
 
 
 class StoredVectors(Protocol):
-    """Vectors by row, as `VectorShards` has them."""
+    """Vectors by row: `VectorShards` from files, `MilvusRows` from a server."""
 
     def __len__(self) -> int: ...
 
     def ids_of(self, rows: Rows) -> Ids:
-        """Ids of rows; -1 where there is none."""
+        """Return the ids of rows; -1 for row -1."""
 
     def first_rows(self, ids: ArrayLike) -> Rows:
-        """The first row of each id; -1 where there is none."""
+        """Return the first row of each id; -1 for an id without rows."""
 
     def take(self, rows: ArrayLike) -> Vectors:
-        """Vectors of rows: [n, dim] float32."""
+        """Return the vectors of rows: [n, dim] float32."""
 
 
 class SpaceIndex(Protocol):
-    """What searches a space: `VectorIndex` on this box, `server.MilvusIndex` elsewhere."""
+    """An index over a space: `VectorIndex` on the CPU, `GpuVectorIndex` on a GPU, `MilvusIndex` on a server."""
 
     @property
     def shards(self) -> StoredVectors:
-        """What is searched."""
+        """Return the vectors that are searched."""
 
     def __len__(self) -> int: ...
 
     def search(self, queries: Vectors, k: int, *, without: Ids | None = None) -> Hits:
-        """The k nearest of each query."""
+        """Return the k nearest ids of each query."""
 
     def close(self) -> None:
-        """End what helps searching; nobody may be searching."""
+        """Release threads and memory. No search may be running."""
 
 
-OpenIndex: TypeAlias = Callable[[Manifest, str, Ids], SpaceIndex]  # "images" or "captions", ids of images that are gone
-MakeIndex: TypeAlias = Callable[[VectorShards, Ids], SpaceIndex]  # a space's vectors, ids of images that are gone
+# Arguments: manifest, "images", "captions" or "paragraphs", deleted ids of this kind.
+IndexOpener: TypeAlias = Callable[[Manifest, str, Ids], SpaceIndex]
+# Arguments: vectors of the space, deleted ids.
+IndexFactory: TypeAlias = Callable[[VectorShards, Ids], SpaceIndex]
+
+
+# --- an open pack -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """An open pack; reading only, from any number of threads."""
+    """An open pack. It is read-only and may be used from several threads."""
 
+    name: str  # of citations and URLs
     folder: Path
     manifest: Manifest
     store: Store = field(repr=False)
-    images: SpaceIndex = field(repr=False)  # pictures, whole and in tiles
-    captions: SpaceIndex = field(repr=False)  # what is written under pictures, by image id
-    gone_images: frozenset[int] = field(repr=False)
+    images: SpaceIndex = field(repr=False)  # embeddings of whole images and of tiles
+    captions: SpaceIndex = field(repr=False)  # embeddings of captions, by image id
+    deleted_images: frozenset[int] = field(repr=False)
+    caption_weight: float  # of the caption channel in the ranking of an image query
+    uses_captions: bool  # whether an image query searches captions
+    paragraphs: SpaceIndex | None = field(default=None, repr=False)  # embeddings of paragraphs; None: not searched
 
     @classmethod
-    def open(cls, folder: Path, encoder: Encoder | None, open_index: OpenIndex | None = None, *,
-             make_index: MakeIndex | None = None) -> Pack:
-        """Open a pack and check it: files by hash, ids against vectors against rows, the encoder, a golden query.
+    def open(cls, folder: Path, encoder: Encoder | None, open_index: IndexOpener | None = None, *,
+             make_index: IndexFactory | None = None, text_encoder: TextEncoder | None = None) -> Pack:
+        """Open a pack and check it: file hashes, ids against vectors and rows, the encoders, and the golden image.
 
         Args:
-            folder: the pack.
-            encoder: its own; None will do for a pack of texts alone.
-            open_index: gives the indexes of its spaces; its files of vectors and indexes are not looked for then.
-            make_index: makes them from the pack's own vectors, in the place of its indexes: `Gpu.index` does.
+            folder: The pack.
+            encoder: The encoder that the pack was built with; None is allowed for a pack without images.
+            open_index: Opens the indexes of images and captions; then the pack's own files of these are not read.
+            make_index: Builds the index of each space from the pack's vectors; then its own index files are not read.
+            text_encoder: The text encoder that the pack was built with; without it, paragraphs are searched by words
+                only. It is ignored if the pack has no embeddings of paragraphs.
 
         Raises:
-            BackendError: of `make_index`.
-            PackError: missing or altered files, another schema, another encoder, counts that disagree, or a golden
+            BackendError: Raised by `open_index` or `make_index`.
+            PackError: Missing or altered files, an unknown schema, another encoder, counts that disagree, or a golden
                 image that does not find itself.
         """
         manifest = read_manifest(folder)
         _check_encoder(manifest, encoder)
-        verify_files_of(folder, manifest, full=False, vectors=open_index is None)
+        _check_text_encoder(manifest, text_encoder)
+        verify_pack_files(folder, manifest, full=False, vectors=open_index is None)
         articles, images = read_tombstones(folder, manifest)
-        opener = open_index or _opener(folder, 0 if encoder is None else encoder.dim, make_index)
-        with ExitStack() as opened:  # what is refused leaves nothing open
+        own_files = _file_opener(folder, make_index)
+        opener = open_index or own_files
+        image = manifest.image_calibration
+        with ExitStack() as opened:  # closes everything again if a check fails
             store = opened.enter_context(closing(Store.open(folder, manifest.segments, articles.tolist())))
-            pictures, captions = (opened.enter_context(closing(opener(manifest, space, images)))
-                                  for space in ("images", "captions"))  # fmt: skip
-            pack = cls(folder, manifest, store, pictures, captions, frozenset(images.tolist()))
-            pack._check_counts()
+            image_index, caption_index = (opened.enter_context(closing(opener(manifest, space, images)))
+                                          for space in ("images", "captions"))  # fmt: skip
+            paragraphs = None
+            if manifest.text_encoder is not None and text_encoder is not None:
+                index = own_files(manifest, "paragraphs", store.deleted_paragraphs())
+                paragraphs = opened.enter_context(closing(index))
+            pack = cls(
+                manifest.name, folder, manifest, store, image_index, caption_index, frozenset(images.tolist()),
+                caption_weight=image.caption_weight if image else 0.0,
+                uses_captions=image is not None and image.uses_captions, paragraphs=paragraphs,
+            )  # fmt: skip
+            pack._check_rows()
             pack._check_golden(encoder)
+            if paragraphs is not None and text_encoder is not None:
+                pack._check_paragraphs(paragraphs, text_encoder)
             opened.pop_all()
         return pack
 
-    @property
-    def name(self) -> str:
-        """Name in citations and addresses."""
-        return self.manifest.name
+    def image_file(self, image: int) -> ImageFile | None:
+        """Return the stored file of an image, or None if the id is unknown or deleted."""
+        return None if image in self.deleted_images else self.store.image_file(image)
 
-    def picture(self, image: int) -> StoredPicture | None:
-        """The file of an image as it is served, or None where there is no such image (any more)."""
-        return None if image in self.gone_images else self.store.picture(image)
-
-    def live_main_images(self, articles: Sequence[int]) -> dict[int, int]:
-        """The image of each article that is most its own, where one is left: article id -> image id."""
-        return self.store.main_images(articles, self.gone_images)
+    def main_images(self, articles: Sequence[int]) -> dict[int, int]:
+        """Return the main image of each article that has one: article id -> image id."""
+        return self.store.main_images(articles, self.deleted_images)
 
     def close(self) -> None:
-        """Close the store and the searches."""
+        """Close the store and the indexes."""
         self.store.close()
         self.images.close()
         self.captions.close()
+        if self.paragraphs is not None:
+            self.paragraphs.close()
 
-    def _check_counts(self) -> None:
+    def _check_rows(self) -> None:
         for segment, reader in zip(self.manifest.segments, self.store.readers, strict=True):
             if reader.counts() != segment.counts:
-                raise PackError(f"pack '{self.name}': '{segment.store}' has {reader.counts()}, wanted "
-                                f"{segment.counts}; build it again")
+                raise PackError(f"pack '{self.name}': '{segment.store}' has {reader.counts()}, the manifest lists "
+                                f"{segment.counts}; build the pack again")
         for vectors in (self.images.shards, self.captions.shards):
-            rows = np.linspace(0, len(vectors) - 1, min(SPOT_CHECKS, len(vectors))).astype(np.int64)
-            ids = np.unique(vectors.ids_of(rows))
-            strange = sorted(set(ids.tolist()) - self.store.images(ids.tolist()).keys())
-            if strange:
-                raise PackError(f"pack '{self.name}': image rows and vectors disagree, first at image {strange[0]}; "
-                                "build it again")
+            ids = _sample_ids(vectors)
+            unknown = sorted(set(ids.tolist()) - self.store.images(ids.tolist()).keys())
+            if unknown:
+                raise PackError(f"pack '{self.name}': image rows and vectors disagree, first at image {unknown[0]}; "
+                                "build the pack again")
         images = self.manifest.counts.images
         if self.manifest.encoder is not None and len(self.images) < images:
             raise PackError(f"pack '{self.name}': {images} image rows and {len(self.images)} vectors disagree; "
-                            "build it again")
+                            "build the pack again")
 
     def _check_golden(self, encoder: Encoder | None) -> None:
+        """Embed the golden image anew: it must find itself at its stored vector."""
         golden = self.manifest.golden
         if golden is None or encoder is None:
             return
-        stored = self.picture(golden)
+        stored = self.image_file(golden)
         if stored is None:
-            raise PackError(f"pack '{self.name}': its golden image {golden} is not in the store; build it again")
+            raise PackError(f"pack '{self.name}': the golden image {golden} is missing from the store; build the pack "
+                            "again")
         try:
             pixels = decode_picture(stored.data).pixels
         except PictureError as exc:
-            raise PackError(f"pack '{self.name}': its golden image {golden} cannot be decoded ({exc})") from exc
+            raise PackError(f"pack '{self.name}': the golden image {golden} cannot be decoded ({exc}); build the pack "
+                            "again") from exc
         vector = encoder.embed_images([pixels])
         found = int(self.images.search(vector, 1).ids[0, 0])
         row = self.images.shards.first_rows(np.array([golden], dtype=np.int64))
         cosine = float(self.images.shards.take(row)[0] @ vector[0]) if row[0] >= 0 else 0.0
-        if found != golden or cosine < INTERCHANGEABLE_COSINE:
+        if found != golden or cosine < MIN_COMPATIBLE_COSINE:
             raise PackError(
-                f"pack '{self.name}': its golden image {golden} found image {found} and is at cosine {cosine:.4f} to "
-                f"its own vector (wanted {INTERCHANGEABLE_COSINE}); this encoder computes other vectors; build it again"
+                f"pack '{self.name}': the golden image {golden} must find itself at cosine {MIN_COMPATIBLE_COSINE} or "
+                f"above, found image {found} at cosine {cosine:.4f} to its own vector; this encoder computes other "
+                "vectors than the pack holds, build the pack again"
+            )
+
+    def _check_paragraphs(self, index: SpaceIndex, text_encoder: TextEncoder) -> None:
+        """Look up some ids in the store, and embed one live paragraph anew: it must be at its stored vector."""
+        from gog_edge.retrieval.text.encoder import passage_text
+
+        ids = _sample_ids(index.shards)
+        rows = self.store.paragraphs(ids.tolist())
+        unknown = sorted(set(ids.tolist()) - rows.keys())
+        if unknown or len(index) != self.manifest.counts.paragraphs:
+            where = f", first at paragraph {unknown[0]}" if unknown else ""
+            raise PackError(f"pack '{self.name}': {self.manifest.counts.paragraphs} paragraph rows and {len(index)} "
+                            f"vectors disagree{where}; build the pack again")
+        if not rows:
+            return
+        row = rows[min(rows)]
+        place = index.shards.first_rows(np.array([row.id], dtype=np.int64))
+        vector = text_encoder.embed_passages([passage_text(row.title, row.section, row.text)])
+        cosine = float(index.shards.take(place)[0] @ vector[0])
+        if cosine < MIN_COMPATIBLE_COSINE:
+            raise PackError(
+                f"pack '{self.name}': the vector of paragraph {row.id} must have a cosine of "
+                f"{MIN_COMPATIBLE_COSINE} or above to the stored one, got {cosine:.4f}; this text encoder computes "
+                "other vectors than the pack holds, build the pack again"
             )
 
 
+def _sample_ids(vectors: StoredVectors) -> Ids:
+    """Return the distinct ids of up to SPOT_CHECKS rows."""
+    return np.unique(vectors.ids_of(np.linspace(0, len(vectors) - 1, min(SPOT_CHECKS, len(vectors))).astype(np.int64)))
+
+
+def _check_encoder(manifest: Manifest, encoder: Encoder | None) -> None:
+    if manifest.encoder is None:
+        return
+    if encoder is None:
+        raise PackError(f"pack '{manifest.name}' needs the encoder '{manifest.encoder.name}' that it was built with; "
+                        "open it with that encoder")
+    _check_fingerprint(manifest.name, "encoder", encoder.fingerprint, manifest.encoder)
+
+
+def _check_text_encoder(manifest: Manifest, text_encoder: TextEncoder | None) -> None:
+    if manifest.text_encoder is None:
+        return
+    if text_encoder is None:
+        _log.warning("pack '%s' has embeddings of paragraphs, but its text encoder '%s' is not given: paragraphs are "
+                     "searched by words only", manifest.name, manifest.text_encoder.name)  # fmt: skip
+        return
+    _check_fingerprint(manifest.name, "text encoder", text_encoder.fingerprint, manifest.text_encoder)
+
+
+def _check_fingerprint(pack: str, kind: str, given: Fingerprint, wanted: Fingerprint) -> None:
+    for key, value in asdict(wanted).items():
+        got = getattr(given, key)
+        if got != value:
+            raise PackError(
+                f"pack '{pack}' was built with the {kind} '{wanted.name}', got '{given.name}': {key} must be {value}, "
+                f"got {got}; open the pack with its own {kind} or build it again"
+            )
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
 def read_tombstones(folder: Path, manifest: Manifest) -> tuple[Ids, Ids]:
-    """Ids of articles and of images that are no longer there, sorted; PackError where a file holds no ids."""
+    """Return the sorted ids of deleted articles and of deleted images.
+
+    Raises:
+        PackError: A file is missing or does not contain ids.
+    """
     if manifest.tombstones is None:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     files = manifest.tombstones.articles, manifest.tombstones.images
@@ -169,94 +267,91 @@ def read_tombstones(folder: Path, manifest: Manifest) -> tuple[Ids, Ids]:
     return articles, images
 
 
-def verify_pack(folder: Path, on_bytes: OnBytes | None = None, *, vectors: bool = True) -> Manifest:
-    """Read everything of a pack: every file by hash, every page of the store, every id and every vector.
+def open_shards(folder: Path, space: Space, dim: int) -> VectorShards:
+    """Open the vectors of a space. Raises PackError as `VectorShards.open` does."""
+    return VectorShards.open([(folder / shard.vectors, folder / shard.ids) for shard in space.shards], dim)
 
-    `on_bytes` is told how much was hashed. Without `vectors`, their files may lie elsewhere and are not looked for.
+
+def _file_opener(folder: Path, make_index: IndexFactory | None) -> IndexOpener:
+    """Return an opener of the pack's own vectors, with its own indexes or with those that `make_index` builds."""
+
+    def open_index(manifest: Manifest, name: str, deleted: Ids) -> SpaceIndex:
+        space: Space = getattr(manifest, name)
+        shards = open_shards(folder, space, manifest.dim_of(name))
+        if make_index is not None:
+            return make_index(shards, deleted)
+        return VectorIndex.open(folder, space.index, shards, tombstones=deleted)
+
+    return open_index
+
+
+# --- full verification ------------------------------------------------------------------------
+
+
+def verify_pack(folder: Path, on_bytes: OnBytes | None = None, *, vectors: bool = True) -> Manifest:
+    """Read a whole pack and check it: every file hash, every page of the store, every id and every vector.
+
+    Args:
+        folder: The pack.
+        on_bytes: Called with the number of bytes of each hashed block.
+        vectors: Whether to check vectors and indexes of images and captions; False if a server holds them.
 
     Raises:
-        PackError: names the first file, row or vector that is wrong.
+        PackError: Names the first file, row or vector that is wrong.
     """
     manifest = read_manifest(folder)
-    verify_files_of(folder, manifest, full=True, vectors=vectors, on_bytes=on_bytes)
+    verify_pack_files(folder, manifest, full=True, vectors=vectors, on_bytes=on_bytes)
     articles, images = read_tombstones(folder, manifest)
     store = Store.open(folder, manifest.segments, articles.tolist())
     try:
         _verify_rows(manifest, store, articles, images)
-        rows = store.image_ids()
+        images_stored, paragraphs_stored = store.image_ids(), store.paragraph_ids()
     finally:
         store.close()
-    for kind in (manifest.images, manifest.captions) if vectors else ():
-        _verify_vectors(folder, manifest, kind, rows)
+    if vectors and manifest.encoder is not None:
+        _verify_vectors(folder, manifest, "images", images_stored)
+        _verify_vectors(folder, manifest, "captions", None)
+    if manifest.text_encoder is not None:
+        _verify_vectors(folder, manifest, "paragraphs", paragraphs_stored)
     return manifest
 
 
 def _verify_rows(manifest: Manifest, store: Store, articles: Ids, images: Ids) -> None:
     for segment, reader in zip(manifest.segments, store.readers, strict=True):
-        reader.check()
-        if reader.recount() != segment.counts:
-            raise PackError(f"pack '{manifest.name}': '{segment.store}' has {reader.recount()}, wanted "
-                            f"{segment.counts}; build it again")
-    for kind, gone, rows in (
+        reader.check_integrity()
+        if reader.count_rows() != segment.counts:
+            raise PackError(f"pack '{manifest.name}': '{segment.store}' has {reader.count_rows()}, the manifest lists "
+                            f"{segment.counts}; build the pack again")
+    for kind, deleted, rows in (
         ("article", articles, np.concatenate([reader.article_ids() for reader in store.readers])),
         ("image", images, store.image_ids()),
     ):
-        unknown = np.setdiff1d(gone, rows)
+        unknown = np.setdiff1d(deleted, rows)
         if len(unknown):
-            raise PackError(f"pack '{manifest.name}': tombstone {int(unknown[0])} is no {kind} of it; build it again")
-    dead = Counts(len(articles), 0, len(images))
-    live = store.counts()
-    if (live.articles - dead.articles, live.images - dead.images) != (manifest.counts.articles, manifest.counts.images):
-        raise PackError(f"pack '{manifest.name}': {live} less {dead} is not {manifest.counts}; build it again")
+            raise PackError(f"pack '{manifest.name}': tombstone {int(unknown[0])} refers to an unknown {kind}; build "
+                            "the pack again")
+    total, counts = store.counts(), manifest.counts
+    if (total.articles - len(articles), total.images - len(images)) != (counts.articles, counts.images):
+        raise PackError(f"pack '{manifest.name}': {total.articles} articles and {total.images} images less "
+                        f"{len(articles)} and {len(images)} deleted ones must be {counts.articles} and "
+                        f"{counts.images}; build the pack again")
 
 
-def _verify_vectors(folder: Path, manifest: Manifest, space: Space, rows: Ids) -> None:
-    if manifest.encoder is None:
-        return
-    shards = open_shards(folder, space, manifest.encoder.dim)
-    at = 0
+def _verify_vectors(folder: Path, manifest: Manifest, name: str, rows: Ids | None) -> None:
+    """Check the lengths of a space's vectors, and unless `rows` is None that they have exactly these ids."""
+    shards = open_shards(folder, getattr(manifest, name), manifest.dim_of(name))
+    start = 0
     for block in shards.blocks():
         lengths = np.linalg.norm(block, axis=1)
-        said = lengths[lengths != 0]  # words that an encoder does not know may come to nothing
-        if not np.isfinite(lengths).all() or np.abs(said - 1).max(initial=0) > 0.01:
-            raise PackError(f"pack '{manifest.name}': a vector near row {at} is not of unit length; build it again")
-        at += len(block)
-    if space is manifest.images:
+        nonzero = lengths[lengths != 0]  # a caption of unknown words only may have the zero vector
+        if not np.isfinite(lengths).all() or np.abs(nonzero - 1).max(initial=0) > LENGTH_TOLERANCE:
+            raise PackError(f"pack '{manifest.name}': a vector in rows {start} to {start + len(block) - 1} does not "
+                            "have unit length; build the pack again")
+        start += len(block)
+    if rows is not None:
         ids = np.unique(shards.ids_of(np.arange(len(shards), dtype=np.int64)))
         wrong = np.setxor1d(ids, rows)
         if len(wrong):
-            raise PackError(f"pack '{manifest.name}': {len(rows)} image rows and {len(ids)} vectors disagree, first at "
-                            f"image {int(wrong[0])}; build it again")
-
-
-def _check_encoder(manifest: Manifest, encoder: Encoder | None) -> None:
-    if manifest.encoder is None:
-        return
-    if encoder is None:
-        raise PackError(f"pack '{manifest.name}' was built with encoder '{manifest.encoder.name}'; open it with that")
-    mine, theirs = asdict(encoder.fingerprint), asdict(manifest.encoder)
-    for key, value in theirs.items():
-        if mine[key] != value:
-            raise PackError(
-                f"pack '{manifest.name}' was built with encoder '{manifest.encoder.name}', this one is "
-                f"'{encoder.fingerprint.name}': {key} is {mine[key]}, the pack says {value}; open it with its own "
-                "encoder or build it again"
-            )
-
-
-def open_shards(folder: Path, space: Space, dim: int) -> VectorShards:
-    """The vectors of a space, mapped. Raises PackError as `VectorShards.open` does."""
-    return VectorShards.open([(folder / shard.vectors, folder / shard.ids) for shard in space.shards], dim)
-
-
-def _opener(folder: Path, dim: int, make_index: MakeIndex | None) -> OpenIndex:
-    """The pack's own files."""
-
-    def open_index(manifest: Manifest, name: str, gone: Ids) -> SpaceIndex:
-        space: Space = getattr(manifest, name)
-        shards = open_shards(folder, space, dim)
-        if make_index is not None:
-            return make_index(shards, gone)
-        return VectorIndex.open(folder, space.index, shards, tombstones=gone)
-
-    return open_index
+            kind = name.removesuffix("s")
+            raise PackError(f"pack '{manifest.name}': {len(rows)} {kind} rows and {len(ids)} vectors disagree, first "
+                            f"at {kind} {int(wrong[0])}; build the pack again")

@@ -1,1 +1,1 @@
-"""HTTP and the kiosk page."""
+"""The HTTP server: application, worker pool, supervisor, and the kiosk page."""

@@ -1,4 +1,4 @@
-"""Open a bundle and serve it until told to stop, also while its engines cannot be had."""
+"""Open a bundle and serve it until the process is stopped, also while its engines are not available."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from gog_edge.engines.registry import EngineChoice
 from gog_edge.errors import BackendError, GogEdgeError
 from gog_edge.planner import MemoryPlan
 from gog_edge.runtime import CPU, Runtime, open_missing, open_runtime
-from gog_edge.serve.app import create_app
-from gog_edge.serve.security import LOOPBACK
+from gog_edge.serve.app import LOOPBACK, create_app
 from gog_edge.serve.supervisor import Supervisor
 
-GRACE = 5  # seconds that running questions get when the server is stopped
+GRACE = 5  # seconds for running questions when the server stops
 
 
 def serve(bundle: Path, config: ServeConfig, choice: EngineChoice = CPU) -> None:
-    """Serve a bundle; says in one line what it takes, and in one where it is, once it answers. Returns when stopped.
+    """Serve a bundle until the process is stopped. Prints the memory plan, and the address once it accepts requests.
 
-    A GPU that is chosen for engines or search, and cannot be had or is lost, leaves it up and not ready, saying why; it
-    goes on trying.
+    If the GPU that engines or search need is not available or is lost, the server stays up, reports the reason and
+    keeps retrying.
 
-    Raises BackendError when the port is not to be had, ArtifactError when a part of the bundle is not.
+    Raises:
+        BackendError: the port is in use or invalid.
+        ArtifactError: a part of the bundle is missing or damaged.
     """
     with bind(config.host, config.port) as listener:
         run(supervise(bundle, config.cores, choice), listener, config)
 
 
 def run(supervisor: Supervisor, listener: socket.socket, config: ServeConfig) -> None:
-    """Serve what a supervisor opens until told to stop. Where a GPU is lost, the process begins anew."""
-    again = () if config.port else ("--port", str(listener.getsockname()[1]))  # who asked for any port keeps this one
+    """Serve the runtime of a supervisor until the process is stopped; replace the process if its GPU is lost."""
+    again = () if config.port else ("--port", str(listener.getsockname()[1]))  # a port that was chosen freely is kept
     traces = TraceFolder(config.traces) if config.traces else None
     hosts = LOOPBACK if config.host in {*LOOPBACK, "::1"} else None
     app = create_app(supervisor, hosts=hosts, traces=traces)
@@ -51,35 +52,35 @@ def run(supervisor: Supervisor, listener: socket.socket, config: ServeConfig) ->
         signal.signal(signal.SIGHUP, lambda *_: supervisor.wake())
     with contextlib.closing(supervisor), contextlib.suppress(KeyboardInterrupt):
         _Server(settings, supervisor, url_of(listener, config.host)).run([listener])
-    if supervisor.device_lost:  # CUDA answers this process no more, but it may answer another one
+    if supervisor.device_lost:  # only a new process can use the GPU
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *again])
 
 
 def supervise(folder: Path, threads: int, choice: EngineChoice) -> Supervisor:
-    """Open a bundle, or where a GPU is needed as much of it as can be had. Raises as `serve` does."""
+    """Open a bundle; if it needs a GPU, as much of it as is available. Raises as `serve` does."""
     if not choice.on_gpu:
-        runtime = open_runtime(folder, threads=threads, on_plan=_say_plan)
+        runtime = open_runtime(folder, threads=threads, on_plan=_print_plan)
         runtime.warm_up()
         return Supervisor(runtime)
     bundle = open_bundle(folder)
-    mend = partial(open_missing, bundle=bundle, threads=threads, choice=choice)
+    repair = partial(open_missing, bundle=bundle, threads=threads, choice=choice)
     runtime = Runtime(bundle.name, None, None, bundle.limits, bundle.samples)
     try:
-        runtime = mend(runtime, on_plan=_say_plan)
+        runtime = repair(runtime, on_plan=_print_plan)
     except GogEdgeError:
         raise
-    except Exception as exc:  # as at later tries: the server is up, and says it
+    except Exception as exc:  # as in later attempts: the server stays up
         runtime = replace(runtime, failure=repr(exc))
     with contextlib.ExitStack() as opened:
         opened.callback(runtime.close)
         if runtime.failure:
-            bundle.verify(full=False)  # parts that were not reached yet: what is wrong with them does not pass
+            bundle.verify(full=False)  # also the parts that were not opened: damaged files are permanent
         opened.pop_all()
-    return Supervisor(runtime, mend)
+    return Supervisor(runtime, repair)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket, made before anything is loaded so that a clash shows at once; port 0 takes a free one."""
+    """Return a socket bound to a port, or to a free one for port 0. Raises BackendError if it is not available."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -88,24 +89,24 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         reason = exc.strerror if isinstance(exc, OSError) else exc
         raise BackendError(
-            f"port {port} on {host} is not to be had ({reason}); choose another with --port, 0 takes any free one"
+            f"port {port} on {host} is not available ({reason}); choose another with --port; 0 takes any free one"
         ) from exc
     return listener
 
 
 def url_of(listener: socket.socket, host: str) -> str:
-    """Where a browser on this machine finds the page."""
+    """Return the URL of the server for a browser on this machine."""
     port = listener.getsockname()[1]
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{name}:{port}"
 
 
-def _say_plan(plan: MemoryPlan) -> None:
+def _print_plan(plan: MemoryPlan) -> None:
     sys.stderr.write(f"gog_edge takes up to {plan}\n")
 
 
 class _Server(uvicorn.Server):
-    """Speaks only when it listens; ends where a device is lost."""
+    """Prints its address when it listens, and stops when the GPU is lost."""
 
     def __init__(self, config: uvicorn.Config, supervisor: Supervisor, url: str) -> None:
         super().__init__(config)

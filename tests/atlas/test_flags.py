@@ -15,7 +15,7 @@ FILES = {
     "package.json": b"{}",
     "country.json": json.dumps(ROWS).encode(),
     "css/flag-icons.css": b".fi {}",
-    "flags/1x1/aa.svg": b"not looked at",
+    "flags/1x1/aa.svg": b"not read",
     "flags/4x3/aa.svg": SVG.format("#ff0000", "#0000ff").encode(),
     "flags/4x3/bb.svg": SVG.format("#00ff00", "#ffffff").encode(),
 }
@@ -38,7 +38,7 @@ def write_folder(path, files):
 
 
 @pytest.mark.parametrize("write", [write_tarball, write_folder])
-def test_the_package_is_read_as_tarball_and_as_folder(tmp_path, write):
+def test_the_package_is_read_from_tarball_and_folder(tmp_path, write):
     flags, names = load_flag_icons(write(tmp_path / "flag-icons-7.5.0.tgz", FILES))
     assert names == {"aa": "Aland", "bb": "Borduria"} and sorted(flags) == ["aa", "bb"]
     pixels = png_pixels(flags["aa"])
@@ -46,7 +46,7 @@ def test_the_package_is_read_as_tarball_and_as_folder(tmp_path, write):
     assert pixels[100, 20].tolist() == [0, 0, 255] and pixels[100, 300].tolist() == [255, 0, 0]
 
 
-def test_what_is_not_there_is_said_with_how_to_get_it(tmp_path):
+def test_a_missing_package_is_reported_with_the_download_command(tmp_path):
     with pytest.raises(ArtifactError, match=r"npm pack flag-icons@7\.5\.0"):
         load_flag_icons(tmp_path / "flag-icons-7.5.0.tgz")
 
@@ -57,13 +57,13 @@ def test_what_is_not_there_is_said_with_how_to_get_it(tmp_path):
     [("country.json", None), ("country.json", b"{"), ("country.json", b"5"), ("country.json", b'[{"code": "aa"}]'),
      ("flags/4x3/aa.svg", b"no picture"), ("flags/4x3/aa.svg", b"\xff\xff")],
 )  # fmt: skip
-def test_another_package_is_refused(tmp_path, write, name, data):
+def test_other_packages_are_refused(tmp_path, write, name, data):
     files = {key: value for key, value in (FILES | {name: data}).items() if value is not None}
     with pytest.raises(ArtifactError, match=r"other'.* flag-icons 7\.5\.0"):
         load_flag_icons(write(tmp_path / "other", files))
 
 
-def test_a_file_that_is_no_tarball_or_half_of_one_is_refused(tmp_path):
+def test_invalid_and_truncated_tarballs_are_refused(tmp_path):
     whole = write_tarball(tmp_path / "whole", {**FILES, "flags/4x3/cc.svg": np.random.default_rng(0).bytes(9000)})
     broken = whole.read_bytes()
     for name, data in (("letter", b"Dear Sir"), ("empty", b""), ("half", broken[: len(broken) // 2])):
@@ -73,11 +73,11 @@ def test_a_file_that_is_no_tarball_or_half_of_one_is_refused(tmp_path):
             load_flag_icons(path)
 
 
-def test_an_invented_flag_follows_from_its_seed():
+def test_invented_flags_depend_on_the_seed_alone_and_differ():
     drawn = [invented_flag(seed) for seed in range(8)]
     assert all(flag.shape == (FLAG_HEIGHT, FLAG_WIDTH, 3) and flag.dtype == np.uint8 for flag in drawn)
     assert np.array_equal(drawn[3], invented_flag(3))
     for n, one in enumerate(drawn):
-        assert one.std() > 5  # it shows something
+        assert one.std() > 5
         for other in drawn[:n]:
             assert np.abs(one[::8, ::8].astype(int) - other[::8, ::8]).mean() > 2

@@ -34,7 +34,7 @@ def atlas(tmp_path_factory, tiny_encoder):
     return folder, build_atlas(folder, encoder=tiny_encoder, countries=COUNTRIES, flags=FLAGS, scenes=20)
 
 
-def test_the_atlas_answers_and_is_calibrated(atlas, tiny_encoder):
+def test_the_pack_is_searchable_and_calibrated(atlas, tiny_encoder):
     folder, manifest = atlas
     assert manifest.counts.images == len(COUNTRIES) - 1 and manifest.image_calibration and manifest.text_calibration
     assert load_countries(folder / COUNTRIES_FILE) == COUNTRIES
@@ -49,21 +49,21 @@ def test_the_atlas_answers_and_is_calibrated(atlas, tiny_encoder):
     pack.close()
 
 
-def test_a_flag_that_two_fly_is_one_image_of_both_the_larger_first():
-    drafts = atlas_images(COUNTRIES, FLAGS)
-    (shared,) = [draft for draft in drafts if len(draft.articles) > 1]
+def test_countries_with_the_same_flag_share_an_image():
+    records = atlas_images(COUNTRIES, FLAGS)
+    (shared,) = [record for record in records if len(record.articles) > 1]
     assert shared.articles == ("Aland", "Hav") and shared.caption == "Flag of Aland and Hav"
 
 
-def test_flags_that_look_the_same_name_each_other_after_their_own():
+def test_similar_flags_name_each_other_after_their_own_country():
     nearly = png_pixels(FLAGS["bo"]).copy()
     nearly[..., 2] = np.clip(nearly[..., 2].astype(int) + 9, 0, 255)
-    drafts = {draft.caption: draft.articles for draft in atlas_images(COUNTRIES, FLAGS | {"co": png(nearly)})}
-    assert drafts["Flag of Borduria"] == ("Borduria", "Cordon")
-    assert drafts["Flag of Cordon"] == ("Cordon", "Borduria")
+    records = {record.caption: record.articles for record in atlas_images(COUNTRIES, FLAGS | {"co": png(nearly)})}
+    assert records["Flag of Borduria"] == ("Borduria", "Cordon")
+    assert records["Flag of Cordon"] == ("Cordon", "Borduria")
 
 
-def test_calibration_queries_are_the_same_every_time():
+def test_calibration_queries_are_deterministic():
     pixels = {key: png_pixels(data) for key, data in FLAGS.items()}
     (known, unknown), (known_again, unknown_again) = calibration_crops(pixels, 6), calibration_crops(pixels, 6)
     assert {key for key, _ in known} <= set(FLAGS) and [key for key, _ in known] == [key for key, _ in known_again]
@@ -76,7 +76,15 @@ def test_calibration_queries_are_the_same_every_time():
     assert calibration_texts(COUNTRIES) == calibration_texts(COUNTRIES)
 
 
-def test_the_command_says_how_to_get_the_flags(tmp_path, tiny_encoder_folder, capsys, monkeypatch):
+def test_calibration_texts_are_about_countries_and_about_invented_names():
+    known, unknown = calibration_texts(COUNTRIES)
+    words = {word for one in COUNTRIES for word in (one.name, one.capital, one.currency)}
+    assert len(known) == len(unknown) == 400
+    assert all(any(word in text for word in words) for text in known)
+    assert not any(word in text for text in unknown for word in words)
+
+
+def test_the_command_reports_how_to_download_the_flags(tmp_path, tiny_encoder_folder, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([str(tmp_path / "out"), "--encoder", str(tiny_encoder_folder)]) == 1
     assert "npm pack flag-icons@7.5.0" in capsys.readouterr().err

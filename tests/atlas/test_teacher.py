@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from atlas.countries import held_out
-from atlas.policy.teacher import SNAP, Scene, Teacher, scene_of
+from atlas.policy.teacher import BOX_GRID, Scene, Teacher, scene_of
 from atlas.policy.worlds import WORLD_SIZE, gather_names, make_world
 from atlas.questions import KINDS
 from gog_edge.errors import MalformedAction
@@ -23,7 +23,7 @@ EACH = 40
 
 @pytest.fixture(scope="module")
 def played(names, dialect):
-    """(kind, scene, world, turns) of many trajectories."""
+    """Forty trajectories of each kind: (kind, scene, world, turns)."""
     rng = np.random.default_rng(8)
     teacher, found = Teacher(dialect, rng), []
     for kind in KINDS:
@@ -48,7 +48,7 @@ def frame_of(teacher_dialect, scene):
     return teacher.frame
 
 
-def test_every_learned_turn_is_an_action(played, dialect):
+def test_every_labelled_turn_is_an_action_and_the_last_an_answer(played, dialect):
     for _, scene, _, turns in played:
         found = actions(turns, dialect, frame_of(dialect, scene))
         assert isinstance(found[-1], Answer) and not any(isinstance(action, Answer) for action in found[:-1])
@@ -61,7 +61,7 @@ def test_turns_alternate_and_begin_with_the_picture(played):
         assert not any(turn.learn for turn in turns if turn.role == "user")
 
 
-def test_each_kind_takes_its_way(played, dialect):
+def test_each_kind_has_its_sequence_of_actions(played, dialect):
     for kind, scene, _, turns in played:
         kinds = [type(action) for action in actions(turns, dialect, frame_of(dialect, scene))]
         match kind:
@@ -81,33 +81,33 @@ def test_each_kind_takes_its_way(played, dialect):
                 assert kinds in ([GazeSearch, Answer], [GazeSearch, GazeSearch, Answer])
 
 
-def test_looks_are_inside_the_picture_at_a_flag(played, dialect):
+def test_gazes_are_inside_the_picture_at_a_flag(played, dialect):
     for _, scene, _, turns in played:
         for action in actions(turns, dialect, frame_of(dialect, scene)):
             if isinstance(action, GazeSearch):
                 box = action.box
                 assert 0 <= box.x0 < box.x1 <= 252 and 0 <= box.y0 < box.y1 <= 196
-                assert all(value % SNAP == 0 for value in (box.x0, box.y0, box.x1, box.y1))
+                assert all(value % BOX_GRID == 0 for value in (box.x0, box.y0, box.x1, box.y1))
                 assert max(box.iou(flag) for flag in scene.boxes) > 0.7
 
 
-def test_the_answer_stands_where_it_was_found(played, dialect):
+def test_answers_occur_in_the_search_results(played, dialect):
     for kind, scene, _, turns in played:
         (answer,) = [a.text for a in actions(turns, dialect, frame_of(dialect, scene)) if isinstance(a, Answer)]
-        heard = [text_of(turn) for turn in turns[2:] if turn.role == "user" and "Match:" in text_of(turn)]
+        results = [text_of(turn) for turn in turns[2:] if turn.role == "user" and "Match:" in text_of(turn)]
         if kind == "glance":
             assert answer in (str(len(scene.boxes)), "left", "right", "upper", "lower")
             continue
         if kind == "invented":
             assert answer == dialect.not_found
         if answer == dialect.not_found:
-            assert kind in ("invented", "text") and "Match: weak." in heard[-1]
+            assert kind in ("invented", "text") and "Match: weak." in results[-1]
         else:
-            assert "Match: strong." in heard[-1] and answer in heard[-1]
+            assert "Match: strong." in results[-1] and answer in results[-1]
 
 
-def test_mistakes_are_shown_but_not_learned(played, dialect):
-    wrong = slips = 0
+def test_mistakes_have_no_labels(played, dialect):
+    wrong = malformed = 0
     for _, scene, _, turns in played:
         for n, turn in enumerate(turns):
             if turn.role != "assistant" or turn.learn:
@@ -118,11 +118,11 @@ def test_mistakes_are_shown_but_not_learned(played, dialect):
                 wrong += 1
             except MalformedAction:
                 assert text_of(turns[n + 1]) == dialect.notices["malformed"]
-                slips += 1
-    assert wrong > 5 and slips > 0
+                malformed += 1
+    assert wrong > 5 and malformed > 0
 
 
-def test_a_kind_is_drawn_that_the_scene_allows(names, dialect):
+def test_kinds_fit_the_scene(names, dialect):
     rng = np.random.default_rng(2)
     teacher = Teacher(dialect, rng)
     for scene in (ONE, TWO, THREE, Scene(PICTURE, TWO.boxes, {})):
@@ -135,7 +135,7 @@ def test_a_kind_is_drawn_that_the_scene_allows(names, dialect):
                 )
 
 
-def test_the_same_seed_teaches_the_same(names, dialect):
+def test_trajectories_are_deterministic(names, dialect):
     def play():
         rng = np.random.default_rng(4)
         turns = Teacher(dialect, rng).trajectory(TWO, make_world(rng, names))
@@ -144,7 +144,7 @@ def test_the_same_seed_teaches_the_same(names, dialect):
     assert play() == play()
 
 
-def test_held_out_countries_are_in_no_made_up_world(geonames, names):
+def test_worlds_contain_no_held_out_country(geonames, names):
     hidden = held_out(geonames)
     secret = {one.name for one in geonames if one.iso in hidden}
     capitals = {one.capital for one in geonames if one.iso in hidden and one.capital}
@@ -158,7 +158,7 @@ def test_held_out_countries_are_in_no_made_up_world(geonames, names):
     assert gather_names(geonames) == names
 
 
-def test_worlds_allow_every_question(names):
+def test_worlds_support_every_question(names):
     rng = np.random.default_rng(6)
     for _ in range(50):
         world = make_world(rng, names)

@@ -6,17 +6,16 @@ from atlas_world import countries, flags
 from rich.console import Console
 
 from atlas.questions import KINDS
-from atlas.scoring import Score
-from atlas.testset import SetMaker, items_hash
+from atlas.testset import QuestionGenerator, Score, items_hash
 from benchmarks import bench_atlas
-from gog_edge.errors import ArtifactError
+from gog_edge.errors import ArtifactError, InputError
 
 PER_KIND = 2
 
 
 @pytest.fixture(scope="module")
 def items():
-    return SetMaker(countries(), flags(), 11).make(PER_KIND)
+    return QuestionGenerator(countries(), flags(), 11).generate(PER_KIND)
 
 
 @pytest.fixture
@@ -27,30 +26,30 @@ def sets(tmp_path, monkeypatch, items):
     monkeypatch.setattr(bench_atlas, "TEST_SETS", path)
 
 
-def result(right=True, refused=False, cited=True, actions=("gaze_search", "answer"), ms=10.0):
-    return Score(right, refused, (0.75,), (0.75,), cited, actions, ms)
+def result(correct=True, refused=False, cited=True, actions=("gaze_search", "answer"), ms=10.0):
+    return Score(correct, refused, (0.75,), (0.75,), cited, actions, ms)
 
 
-def test_a_fixed_set_is_drawn_anew(sets, items):
+def test_a_fixed_set_is_generated_again(sets, items):
     assert bench_atlas.load_test_set("small", countries(), flags()) == items
 
 
-def test_a_set_of_another_hash_or_name_is_refused(sets):
-    with pytest.raises(ArtifactError, match="fixed was abab"):
+def test_a_set_with_another_hash_or_name_is_refused(sets):
+    with pytest.raises(ArtifactError, match=r"'altered' must have the hash abab\w+, got \w+"):
         bench_atlas.load_test_set("altered", countries(), flags())
-    with pytest.raises(ArtifactError, match="no test set 'large'; there are small, altered"):
+    with pytest.raises(InputError, match="must be one of small, altered, got 'large'"):
         bench_atlas.load_test_set("large", countries(), flags())
 
 
-def test_other_flags_are_noticed(sets):
+def test_a_set_generated_from_other_flags_is_refused(sets):
     swapped = dict(zip(flags(), reversed(flags().values()), strict=True))
-    with pytest.raises(ArtifactError, match="has the hash"):
+    with pytest.raises(ArtifactError, match="must have the hash"):
         bench_atlas.load_test_set("small", countries(), swapped)
 
 
-def test_the_summary_of_a_workflow(items):
-    scores = [result(right=item.question.kind != "reflect", ms=float(n)) for n, item in enumerate(items)]
-    scores[0] = result(right=False, actions=("malformed", "answer"), ms=0.0)
+def test_the_figures_of_a_workflow(items):
+    scores = [result(correct=item.question.kind != "reflect", ms=float(n)) for n, item in enumerate(items)]
+    scores[0] = result(correct=False, actions=("malformed", "answer"), ms=0.0)
     figures = bench_atlas.summary(items, scores)
     assert figures["kinds"] == dict.fromkeys(KINDS, 1.0) | {"glance": 0.5, "reflect": 0.0}
     assert figures["accuracy"] == round(11 / 14, 4) and figures["cited"] == 1.0
@@ -58,22 +57,34 @@ def test_the_summary_of_a_workflow(items):
     assert figures["median_ms"] == 6.5 and figures["actions_mean"] == 2.0
 
 
-def test_only_answers_from_the_snapshot_need_a_source(items):
+def test_only_answers_from_the_pack_need_a_citation(items):
     scores = [result(cited=item.question.kind not in ("glance", "invented")) for item in items]
     assert bench_atlas.summary(items, scores)["cited"] == 1.0
-    assert bench_atlas.summary(items, [result(right=False)] * len(items))["cited"] == 0.0
+    assert bench_atlas.summary(items, [result(correct=False)] * len(items))["cited"] == 0.0
 
 
-def test_a_first_part_can_be_summed_up(items):
+def test_a_kind_without_questions_counts_as_zero(items):
     figures = bench_atlas.summary(items[:3], [result()] * 3)
     assert figures["kinds"]["gaze"] == 1.0 and figures["kinds"]["invented"] == 0.0
 
 
-def test_the_table_has_a_row_for_each_kind(items):
+def test_the_table_has_a_row_for_each_kind_and_figure(items):
     out = io.StringIO()
     console = Console(width=120, file=out)
     figures = bench_atlas.summary(items, [result()] * len(items))
-    console.print(bench_atlas.as_table({"gog": figures, "direct": figures}))
-    text = out.getvalue()
-    assert all(kind in text for kind in (*KINDS, "accuracy", "gog", "direct", "median_ms"))
-    assert bench_atlas.share([]) == 0.0 and bench_atlas.share([True, False]) == 0.5
+    table = bench_atlas.as_table({"gog": figures, "direct": figures | {"median_ms": 77.5}})
+    console.print(table)
+    assert table.row_count == len(KINDS) + len(figures) - 1
+    (row,) = [line for line in out.getvalue().splitlines() if "median ms per question" in line]
+    assert "10.0" in row and "77.5" in row
+
+
+def test_the_command_measures_the_shipped_bundle(tmp_path, capsys):
+    assert bench_atlas.main(["--limit", "7", "--workflows", "gog,direct", "--out", str(tmp_path / "atlas.json")]) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads((tmp_path / "atlas.json").read_text()) == line
+    assert line["questions"] == 7 and (line["seed"], line["sha256"][:8]) == (1, "4f9a4618")
+    assert list(line["workflows"]) == ["gog", "direct"] and line["workflows"]["direct"]["gazed"] == 0
+    assert line["first_answer_s"] > 0.2 and line["peak_memory_mb"] > 50 and line["gazes"] >= 2
+    assert bench_atlas.main(["--set", "nothing"]) == 1
+    assert capsys.readouterr().err == "error: the test set must be one of dev, held-out, got 'nothing'\n"

@@ -10,17 +10,17 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import bench_decode, bench_episode
-from benchmarks.bandwidth import read_bandwidth
-from benchmarks.peers.base import Answer, WorkerPeer
-from benchmarks.peers.gguf_file import gguf_name, write_gguf
-from benchmarks.peers.ours import Ours, Scaffold, bytes_a_token
-from benchmarks.peers.registry import Workshop, open_peers, peer_names
-from benchmarks.peers.text_only import StoredTensor, text_tensors, write_text_checkpoint
-from benchmarks.race import CONTEXT, PLAIN, open_race, race_parser
-from benchmarks.workload import QUOTED, Writer
-from gog_edge.errors import ArtifactError, BackendError, CheckpointError
+from benchmarks.peers.base import WorkerEngine
+from benchmarks.peers.checkpoints import gguf_name, text_tensors, write_gguf, write_text_checkpoint
+from benchmarks.peers.comparison import CONTEXT, PLAIN, comparison_parser, open_comparison
+from benchmarks.peers.registry import PEERS, Workspace, open_peers, parse_environments, parse_names
+from benchmarks.peers.session_engine import SessionEngine, bytes_per_token
+from benchmarks.peers.workload import QUOTED, Answer, ScriptedConstraint, Writer
+from benchmarks.resources import read_bandwidth
+from gog_edge.errors import BackendError, CheckpointError, InputError
+from gog_edge.policy.manifest import DECODER_GRAPH
 
-VOCAB = 320  # of the tiny model, special tokens left out
+VOCAB = 320  # of the tiny model, without special tokens
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def last_line(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_decoding_is_measured_against_the_memory(arguments, tmp_path, capsys):
+def test_decoding_is_measured_relative_to_the_bandwidth(arguments, tmp_path, capsys):
     assert bench_decode.main(arguments) == 0
     line = last_line(capsys)
     for key in ("prefill_tok_s", "append_tok_s", "decode_tok_s", "decode_over_limit", "drafted_ratio", "limit_tok_s"):
@@ -62,51 +62,60 @@ def test_an_episode_is_measured_turn_by_turn(arguments, tmp_path, capsys):
     assert len(list((tmp_path / "results").iterdir())) == 2
 
 
-def test_a_peer_that_is_not_here_is_named(arguments, checkpoints, tmp_path, capsys):
+def test_a_missing_peer_is_reported(arguments, checkpoints, tmp_path, capsys):
     (tmp_path / "work" / "tiny").mkdir(parents=True)
     (tmp_path / "work" / "tiny" / "checkpoint").symlink_to(checkpoints[True])
     arguments[arguments.index("none")] = "llamacpp"
-    where = ["--like", "tiny", "--peer-env", f"llamacpp={tmp_path}"]
-    assert bench_decode.main([*arguments, *where]) == 0
+    assert bench_decode.main([*arguments, "--like", "tiny", "--peer-env", f"llamacpp={tmp_path}"]) == 0
     output = capsys.readouterr().out
     line = json.loads(output.splitlines()[-1])
-    assert "no 'llama-server'" in line["missing"]["llamacpp"] and "missing" in output
+    assert "'llama-server' was not found" in line["missing"]["llamacpp"] and "missing" in output
     assert "decode_over_llamacpp" not in line
 
 
-def test_unknown_peers_and_shapes_are_refused(arguments, capsys):
-    assert peer_names("all") == ["llamacpp", "openvino", "transformers"] and peer_names("none") == []
-    with pytest.raises(ArtifactError, match="no peer vllm; there are llamacpp"):
-        peer_names("openvino,vllm")
-    for extra in (["--peer-env", "openvino"], ["--peer-env", "vllm=/x"], ["--policy", "/nowhere"]):
+def test_names_and_environments_of_peers_are_parsed():
+    known = tuple(PEERS)
+    assert parse_names("all", known) == ["llamacpp", "openvino", "transformers"] and parse_names("none", known) == []
+    assert parse_names("openvino", known) == ["openvino"]
+    with pytest.raises(InputError, match="must be all, none or of llamacpp, openvino, transformers, got 'vllm'"):
+        parse_names("openvino,vllm", known)
+    assert parse_environments(["openvino=/x"], known) == {"openvino": Path("/x")}
+    for wrong in ("openvino", "openvino=", "vllm=/x"):
+        with pytest.raises(InputError, match=f"must be NAME=PATH .* got '{wrong}'"):
+            parse_environments([wrong], known)
+
+
+def test_invalid_options_and_policies_are_one_line_errors(arguments, capsys):
+    for extra in (["--peer-env", "openvino"], ["--peers", "vllm"], ["--policy", "/nowhere"]):
         assert bench_episode.main([*arguments, *extra]) == 1
-        assert "error: " in capsys.readouterr().err
+        error = capsys.readouterr().err.splitlines()
+        assert error[-1].startswith("error: ") and all("this machine is busy" in line for line in error[:-1])
 
 
-def test_ours_says_the_script_however_it_computes(tiny_model):
+def test_all_variants_of_the_session_generate_the_scripted_tokens(tiny_model):
     writer = Writer(3, VOCAB)
     passage = writer.words(60)
     for answer in (writer.quoting(passage, 24), writer.call(24)):
-        kinds = [Ours("ours", tiny_model), Ours("plain", tiny_model, quick=False),
-                 Ours("stateless", tiny_model, stateless=True)]  # fmt: skip
-        for ours in kinds:
-            ours.turn(passage, Answer(tuple(passage[:3])))
-            turn = ours.turn(passage, answer)
-            assert turn.said == 24 and turn.seconds > 0 and turn.decode_tok_s > 0
-            assert ours._session.tokens == [*passage, *passage[:3], *passage, *answer.tokens]
-            ours.reset()
-            assert ours._session.tokens == []
-        assert kinds[1].drafted == 0
+        engines = [SessionEngine("ours", tiny_model), SessionEngine("plain", tiny_model, speculative=False),
+                   SessionEngine("stateless", tiny_model, stateless=True)]  # fmt: skip
+        for engine in engines:
+            engine.turn(passage, Answer(tuple(passage[:3])))
+            turn = engine.turn(passage, answer)
+            assert turn.generated == 24 and turn.seconds > 0 and turn.decode_tok_s > 0
+            assert engine._session.tokens == [*passage, *passage[:3], *passage, *answer.tokens]
+            engine.reset()
+            assert engine._session.tokens == []
+        assert engines[1].drafted == 0
 
 
-def test_what_the_syntax_forces_is_told_in_runs():
-    scaffold = Scaffold(Answer((9, 8, 7, 6), frozenset({1, 2})))
-    assert scaffold.forced() == ()
-    scaffold.accept(9)
-    assert scaffold.forced() == (8, 7)
+def test_the_scripted_constraint_forces_runs_of_tokens():
+    constraint = ScriptedConstraint(Answer((9, 8, 7, 6), frozenset({1, 2})))
+    assert constraint.forced_tokens() == ()
+    constraint.accept_token(9)
+    assert constraint.forced_tokens() == (8, 7)
 
 
-def test_texts_are_drawn_from_a_seed_and_answers_quote():
+def test_texts_depend_on_the_seed_and_answers_quote_the_passage():
     assert Writer(1, VOCAB).words(50) == Writer(1, VOCAB).words(50) != Writer(2, VOCAB).words(50)
     writer = Writer(1, 30_000)
     passage = writer.words(300)
@@ -118,13 +127,17 @@ def test_texts_are_drawn_from_a_seed_and_answers_quote():
     assert len(call.tokens) == 40 and len(call.forced) == 20 and max(call.forced) < 40
 
 
-def test_the_limit_counts_weights_and_the_cache(policies, tiny_model):
-    assert read_bandwidth(1, tries=2, size=1 << 22) > 0
-    nothing, some = (bytes_a_token(policies[True], tiny_model, context) for context in (0, 100))
-    assert nothing > 100_000 and some > nothing
+def test_the_bytes_per_token_are_the_decoders_files_and_its_cache(policies, tiny_model):
+    assert read_bandwidth(1, tries=2, size=1 << 22) > 1e7
+    weights, with_cache = (bytes_per_token(policies[True], tiny_model, context) for context in (0, 100))
+    assert weights == sum(path.stat().st_size for path in policies[True].glob(f"{DECODER_GRAPH}*"))
+    session = tiny_model.decoder.engine.session
+    caches = [entry for entry in session.get_inputs() if entry.name.startswith("past_")]
+    per_token = sum(4 * entry.shape[1] * entry.shape[3] for entry in caches)  # [1, kv_heads, length, head_dim] float32
+    assert with_cache - weights == 100 * per_token and len(caches) % 2 == 0
 
 
-def test_a_text_only_checkpoint_has_the_same_decoder(checkpoints, text_only):
+def test_a_text_only_checkpoint_computes_the_same_logits(checkpoints, text_only):
     import torch
     from transformers import AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
 
@@ -136,22 +149,22 @@ def test_a_text_only_checkpoint_has_the_same_decoder(checkpoints, text_only):
     assert float((expected - found).abs().max()) < 1e-4
 
 
-def test_other_checkpoints_are_refused(tmp_path, checkpoints):
+def test_unsupported_checkpoints_are_refused(tmp_path, checkpoints):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(CheckpointError, match="holds no decoder tensors"):
+    with pytest.raises(CheckpointError, match="contains no decoder tensors"):
         write_text_checkpoint(tmp_path, tmp_path / "out")
     (tmp_path / "model.safetensors").symlink_to(next(checkpoints[True].glob("*.safetensors")))
-    with pytest.raises(CheckpointError, match="'llama'; peers load qwen3_vl"):
+    with pytest.raises(CheckpointError, match="must be one of qwen3_vl, qwen2_5_vl for the peers, got 'llama'"):
         write_text_checkpoint(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_gguf_holds_the_same_tensors(tmp_path, checkpoints):
+def test_a_gguf_file_contains_the_same_tensors(tmp_path, checkpoints):
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     assert gguf_name("model.layers.3.self_attn.q_proj.bias") == "blk.3.attn_q.bias"
-    with pytest.raises(CheckpointError, match="peers are made from BF16"):
+    with pytest.raises(CheckpointError, match="must be BF16 for the peers"):
         write_gguf(checkpoints[True], tmp_path / "float.gguf")
     whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoints[True], dtype=torch.bfloat16)
     whole.save_pretrained(tmp_path / "half")
@@ -165,36 +178,49 @@ def test_gguf_holds_the_same_tensors(tmp_path, checkpoints):
     assert read["blk.0.ffn_up.weight"].data.tobytes() == up.view(torch.uint8).numpy().tobytes()
 
 
-def test_transformers_runs_in_a_process_of_its_own(checkpoints, text_only, tmp_path):
-    shop = Workshop(tmp_path, threads=1, context=CONTEXT)
-    (peer,), missing = open_peers(["transformers"], shop)
+def test_stored_tensors_equal_those_that_safetensors_reads(text_only):
+    from safetensors.numpy import load_file
+
+    expected = load_file(text_only / "model.safetensors")
+    found = {one.name: one for one in text_tensors(text_only)}
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        assert tensor.shape == expected[name].shape and tensor.read() == expected[name].tobytes()
+
+
+def test_transformers_runs_in_its_own_process(checkpoints, text_only, tmp_path):
+    space = Workspace(tmp_path, threads=1, context=CONTEXT)
+    (peer,), missing = open_peers(["transformers"], space)
     assert missing == {} and "bfloat16" in peer.about
     for _ in range(2):
         turn = peer.turn([300, 5, 70], Answer((1, 2, 3)))
-        assert turn.said == 3 and turn.prefill_s > 0 and turn.decode_s > 0
+        assert turn.generated == 3 and turn.prefill_s > 0 and turn.decode_s > 0
         peer.reset()
     peer.close()
 
 
-def test_a_worker_that_dies_says_why(tmp_path):
+def test_a_worker_that_ends_is_reported_with_its_log(tmp_path):
+    arguments = ["/nowhere", "1"]
     with pytest.raises(BackendError, match="its process ended with 1: .*Error"):
-        WorkerPeer("transformers", Path(sys.executable), "transformers_worker.py", ["/nowhere", "1"], tmp_path / "log")
+        WorkerEngine("transformers", Path(sys.executable), "transformers_worker.py", arguments, tmp_path / "log")
     with pytest.raises(BackendError, match="cannot be run"):
-        WorkerPeer("openvino", tmp_path / "python", "openvino_worker.py", [], tmp_path / "log")
+        WorkerEngine("openvino", tmp_path / "python", "openvino_worker.py", [], tmp_path / "log")
 
 
-def test_tables_show_who_is_missing(arguments):
+def test_tables_include_missing_peers(arguments):
     out = io.StringIO()
-    figures = {name: dict.fromkeys(bench_decode.MEASURES, 10.0) for name in ("ours", PLAIN)}
+    figures = {"ours": dict.fromkeys(bench_decode.METRICS, 25.0), PLAIN: dict.fromkeys(bench_decode.METRICS, 10.0)}
     console = Console(width=120, file=out)
     console.print(bench_decode.as_table(figures, {"openvino": "not here"}))
-    seconds = {"ours": [1.0, 2.0, 2.0, 2.0], "openvino": [1.0, 4.0, 4.0, 4.0]}
-    console.print(bench_episode.as_table(seconds, bench_episode.EPISODE, {"llamacpp": "not here"}))
-    assert out.getvalue().count("missing") >= 2 and "4.00 (2.00)" in out.getvalue()
-    with open_race(race_parser("").parse_args(arguments), names=("ours",)) as race:
-        assert [engine.name for engine in race.engines] == ["ours"] and race.vocab > VOCAB
+    seconds = {"ours": [1.0, 2.0, 2.0, 2.0], "llamacpp": [1.0, 4.0, 4.0, 4.0]}
+    console.print(bench_episode.as_table(seconds, bench_episode.EPISODE, {"transformers": "not here"}))
+    text = out.getvalue()
+    assert "25.0 (2.50)" in text and "4.00 (2.00)" in text
+    for name in ("openvino", "transformers"):
+        (row,) = [line for line in text.splitlines() if name in line]
+        assert row.count("missing") in (3, 5)
 
 
-def test_where_tensors_lie(text_only):
-    tensors = list(text_tensors(text_only))
-    assert tensors and all(isinstance(one, StoredTensor) and one.name.startswith("model.") for one in tensors)
+def test_a_comparison_opens_the_engines_that_are_asked_for(arguments):
+    with open_comparison(comparison_parser("").parse_args(arguments), names=("ours",)) as comparison:
+        assert [engine.name for engine in comparison.engines] == ["ours"] and comparison.vocab > VOCAB

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from boxes import CUDA, NO_DRIVER, RTX, box_of, pc
 from rich.console import Console
+from sample_machines import CUDA, NO_DRIVER, RTX, pc, sample_machine
 from typer.testing import CliRunner
 
 from gog_edge.bundle import DEFAULT_BUNDLE
@@ -64,11 +64,11 @@ def shown(report, width=70):
 
 
 def test_commands_are_not_broken_into_lines(tmp_path):
-    text = shown(examine(DEFAULT_BUNDLE, "tensorrt-rtx", box=box_of(pc(tmp_path), NO_DRIVER, CUDA)))
-    assert f"\n  tensorrt-rtx: python -m export.build_engines {DEFAULT_BUNDLE} --engine tensorrt-rtx\n" in text
+    text = shown(examine(DEFAULT_BUNDLE, "tensorrt-rtx", machine=sample_machine(pc(tmp_path), NO_DRIVER, CUDA)))
+    assert f"\n  tensorrt-rtx: gog-edge export engines {DEFAULT_BUNDLE} --engine tensorrt-rtx\n" in text
     assert "cannot serve" in text
 
 
 def test_a_gpu_is_told(tmp_path):
-    text = shown(examine(DEFAULT_BUNDLE, box=box_of(pc(tmp_path), RTX, CUDA)), 160)
+    text = shown(examine(DEFAULT_BUNDLE, machine=sample_machine(pc(tmp_path), RTX, CUDA)), 160)
     assert "NVIDIA GeForce RTX 4070, SM 89" in text and "580.95.05" in text

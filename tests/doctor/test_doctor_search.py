@@ -1,20 +1,19 @@
-"""`gog-edge doctor --search`: whether the search can be had, and what it takes; and commands that build again."""
+"""`gog-edge doctor --search`, and the build commands that the doctor recommends."""
 
 import json
 import shlex
 import shutil
 
 import pytest
-from boxes import CPU, CUDA, JETPACK_7, NO_DRIVER, ORIN, RTX, box_of, orin_nano, pc
-from built_engines import build, toy  # noqa: F401
-from little_fixtures import little_pack_folder, tiny_encoder, tiny_encoder_folder  # noqa: F401
-from test_doctor import built, found
+from sample_machines import CPU, CUDA, JETPACK_7, NO_DRIVER, ORIN, RTX, orin_nano, pc, sample_machine
+from test_doctor_examine import finding, write_atlas_engines
+from toy_bundle import build
 from typer.testing import CliRunner
 
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
 from gog_edge.cli import app
-from gog_edge.doctor.box import FAISS
 from gog_edge.doctor.examine import examine
+from gog_edge.doctor.facts import FAISS
 from gog_edge.doctor.finding import State
 from gog_edge.engines.manifest import ORT, ORT_CUDA, TENSORRT_RTX
 from gog_edge.engines.registry import CPU_SEARCH, FAISS_GPU, FAISS_GPU_INSTALL, EngineChoice
@@ -28,52 +27,53 @@ FAISS_FOR_GPUS = {"version": "1.15.1", "gpu": True, "gpus": 1}
 
 
 @pytest.fixture
-def rtx_box(tmp_path):
-    return box_of(pc(tmp_path / "pc"), RTX, CUDA)
+def rtx_machine(tmp_path):
+    return sample_machine(pc(tmp_path / "pc"), RTX, CUDA)
 
 
-def full(gpu):
-    """The same GPU with next to no room."""
-    return {**gpu, "gpus": [{**gpu["gpus"][0], "free": 2**20}]}
+def full(gpus):
+    """The same GPU with hardly any free memory."""
+    return {**gpus, "gpus": [{**gpus["gpus"][0], "free": 2**20}]}
 
 
-# --- by FAISS -------------------------------------------------------------------------------------
+# --- faiss ----------------------------------------------------------------------------------------
 
 
-def test_faiss_searches_on_a_gpu_that_it_sees(rtx_box):
-    report = examine(DEFAULT_BUNDLE, ORT, search=FAISS_GPU, box=rtx_box)
+def test_faiss_with_a_gpu(rtx_machine):
+    report = examine(DEFAULT_BUNDLE, ORT, search=FAISS_GPU, machine=rtx_machine)
     assert report.serves and report.search == FAISS_GPU, report.blocking
-    assert found(report, "faiss on the GPU").said == "sees 1 GPU"
-    said = found(report, "memory, ort").said
-    assert said == f"takes {plan_memory(open_bundle(DEFAULT_BUNDLE), search=FAISS_GPU)}" and "of it on the GPU" in said
+    assert finding(report, "faiss on the GPU").detail == "detects 1 GPU"
+    detail = finding(report, "memory, ort").detail
+    assert detail == f"needs up to {plan_memory(open_bundle(DEFAULT_BUNDLE), search=FAISS_GPU)}"
+    assert "of it on the GPU" in detail
 
 
-def test_vectors_that_the_gpu_has_no_room_for(tmp_path):
-    box = box_of(pc(tmp_path), full(RTX), CUDA)
-    (one,) = examine(DEFAULT_BUNDLE, ORT, search=FAISS_GPU, box=box).blocking
-    assert one.what == "memory, ort" and "free on the GPU" in one.said and "search it on the CPU" in one.remedy
-    assert examine(DEFAULT_BUNDLE, ORT, box=box).serves
+def test_vectors_that_do_not_fit_the_gpu(tmp_path):
+    machine = sample_machine(pc(tmp_path), full(RTX), CUDA)
+    (one,) = examine(DEFAULT_BUNDLE, ORT, search=FAISS_GPU, machine=machine).blocking
+    assert one.name == "memory, ort" and "free on the GPU" in one.detail and "search on the CPU" in one.remedy
+    assert examine(DEFAULT_BUNDLE, ORT, machine=machine).serves
 
 
-@pytest.mark.parametrize(("gpus", "library", "said", "remedy"), [
+@pytest.mark.parametrize(("gpus", "library", "detail", "remedy"), [
     (RTX, CPU[FAISS], "this build searches on the CPU", FAISS_GPU_INSTALL),
-    (RTX, {**FAISS_FOR_GPUS, "gpus": 0}, "sees 0 GPUs", "install NVIDIA's driver"),
-    (NO_DRIVER, {**FAISS_FOR_GPUS, "gpus": 0}, "sees 0 GPUs", ""),
+    (RTX, {**FAISS_FOR_GPUS, "gpus": 0}, "detects 0 GPUs", "install NVIDIA's driver"),
+    (NO_DRIVER, {**FAISS_FOR_GPUS, "gpus": 0}, "detects 0 GPUs", ""),
 ])  # fmt: skip
-def test_faiss_without_a_gpu_keeps_every_engine_from_serving(tmp_path, gpus, library, said, remedy):
-    box = box_of(pc(tmp_path), gpus, {**CUDA, FAISS: library})
-    report = examine(DEFAULT_BUNDLE, search=FAISS_GPU, box=box)
-    one = next(one for one in report.blocking if one.what == "faiss on the GPU")
-    assert said in one.said and one.remedy.startswith(remedy)
+def test_faiss_without_a_gpu_blocks_every_engine(tmp_path, gpus, library, detail, remedy):
+    machine = sample_machine(pc(tmp_path), gpus, {**CUDA, FAISS: library})
+    report = examine(DEFAULT_BUNDLE, search=FAISS_GPU, machine=machine)
+    one = next(one for one in report.blocking if one.name == "faiss on the GPU")
+    assert detail in one.detail and one.remedy.startswith(remedy)
     assert not report.serves and report.to_json()["engines_that_work"] == []
-    assert ("GPU" in {one.what for one in report.blocking}) == (gpus is NO_DRIVER)
-    assert examine(DEFAULT_BUNDLE, search=CPU_SEARCH, box=box).serves
+    assert ("GPU" in {one.name for one in report.blocking}) == (gpus is NO_DRIVER)
+    assert examine(DEFAULT_BUNDLE, search=CPU_SEARCH, machine=machine).serves
 
 
-def test_a_jetson_has_no_faiss_for_gpus_and_is_told_what_it_has(tmp_path):
-    box = box_of(orin_nano(tmp_path), ORIN, JETPACK_7)
-    (one,) = examine(DEFAULT_BUNDLE, ORT, search=FAISS_GPU, box=box).blocking
-    assert one.what == "faiss on the GPU" and one.remedy == "ask for --search cpu"
+def test_a_jetson_searches_on_the_cpu(tmp_path):
+    machine = sample_machine(orin_nano(tmp_path), ORIN, JETPACK_7)
+    (one,) = examine(DEFAULT_BUNDLE, ORT, search=FAISS_GPU, machine=machine).blocking
+    assert one.name == "faiss on the GPU" and one.remedy == "use --search cpu"
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -83,43 +83,43 @@ def doctor(*args):
     return CliRunner().invoke(app, ["doctor", *args])
 
 
-@pytest.mark.parametrize("asked", [(), ("--search", CPU_SEARCH)])
-def test_the_report_says_what_searches(asked):
-    done = doctor("--json", *asked)
+@pytest.mark.parametrize("options", [(), ("--search", CPU_SEARCH)])
+def test_the_report_names_the_search(options):
+    done = doctor("--json", *options)
     assert done.exit_code == 0 and json.loads(done.stdout)["search"] == CPU_SEARCH
 
 
-def test_a_search_that_cannot_be_had_is_exit_code_1_and_said():
-    told = doctor("--search", FAISS_GPU, "--json")
-    value = json.loads(told.stdout)
+def test_exit_code_1_if_the_search_is_unavailable():
+    done = doctor("--search", FAISS_GPU, "--json")
+    value = json.loads(done.stdout)
     if value["serves"]:
-        pytest.skip("faiss here uses a GPU")
-    assert told.exit_code == 1 and value["search"] == FAISS_GPU and value["engines_that_work"] == []
+        pytest.skip("faiss uses a GPU on this machine")
+    assert done.exit_code == 1 and value["search"] == FAISS_GPU and value["engines_that_work"] == []
     shown = doctor("--search", FAISS_GPU)
     assert shown.exit_code == 1 and "search faiss-gpu (none works here) cannot serve" in " ".join(shown.stdout.split())
 
 
-@pytest.mark.parametrize(("args", "says"), [
-    (("--search", "gpu"), "there is no search 'gpu'; known are cpu, faiss-gpu"),
-    (("--search", "tensorrt", "--engine", "tensorrt-rtx"), "there is no search 'tensorrt'; known are cpu, faiss-gpu"),
+@pytest.mark.parametrize(("args", "message"), [
+    (("--search", "gpu"), "unknown search 'gpu'; must be one of cpu, faiss-gpu"),
+    (("--search", "tensorrt", "--engine", "tensorrt-rtx"), "unknown search 'tensorrt'; must be one of cpu, faiss-gpu"),
     (("--search", FAISS_GPU, "--engines", "somewhere"), "name the engine"),
 ])  # fmt: skip
-def test_what_cannot_be_asked_for_is_refused(args, says):
+def test_invalid_options(args, message):
     done = doctor(*args)
-    assert done.exit_code == 2 and says in done.stderr
+    assert done.exit_code == 2 and message in done.stderr
 
 
-def test_serve_and_doctor_have_one_option():
+def test_serve_and_doctor_share_the_search_option():
     texts = [" ".join(CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output.split())
              for name in ("serve", "doctor")]  # fmt: skip
     assert all("What searches the packs: cpu, faiss-gpu." in text for text in texts)
 
 
-# --- engines built again --------------------------------------------------------------------------
+# --- build commands -------------------------------------------------------------------------------
 
 
-def shrink(bundle, context):
-    """What exporting the policy again with fewer tokens does to its manifest."""
+def set_max_context(bundle, context):
+    """Change the manifest as exporting the policy again with another context does."""
     path = bundle / "policy" / "manifest.json"
     write_json(path, read_json(path, what="policy") | {"max_context": context})
 
@@ -129,29 +129,30 @@ def context_in(command):
     return int(words[words.index("--context") + 1]) if "--context" in words else None
 
 
-@pytest.mark.parametrize(("now", "kept"), [(4096, 2048), (2048, 2048), (1024, None), (128, None)])
-def test_the_builder_takes_the_context_that_is_told(tmp_path, rtx_box, now, kept):
+@pytest.mark.parametrize(("limit", "recommended"), [(4096, 2048), (2048, 2048), (1024, None), (128, None)])
+def test_the_builder_accepts_the_recommended_context(tmp_path, rtx_machine, limit, recommended):
+    """Engines have a context of 2048; --context is left out if the policy was exported again with a smaller limit."""
     bundle = tmp_path / "atlas"
     shutil.copytree(DEFAULT_BUNDLE, bundle)
-    built(bundle / "engines" / TENSORRT_RTX, TENSORRT_RTX, version="1.6.0", sms=(89,), context=2048)
-    shrink(bundle, now)
-    one = found(examine(bundle, TENSORRT_RTX, box=rtx_box), TENSORRT_RTX, "engines")
-    assert one.state is State.WRONG and context_in(one.remedy) == kept
+    write_atlas_engines(bundle / "engines" / TENSORRT_RTX, TENSORRT_RTX, version="1.6.0", sms=(89,), context=2048)
+    set_max_context(bundle, limit)
+    one = finding(examine(bundle, TENSORRT_RTX, machine=rtx_machine), TENSORRT_RTX, "engines")
+    assert one.state is State.WRONG and context_in(one.remedy) == recommended
     check_context(bundle_graphs(open_bundle(bundle), context_in(one.remedy)).context, profiles=True)
-    if kept is None:
-        with pytest.raises(CheckpointError, match=f"at most {now}"):
+    if recommended is None:
+        with pytest.raises(CheckpointError, match=str(limit)):
             bundle_graphs(open_bundle(bundle), 2048)
 
 
-def test_the_command_that_is_told_builds_engines_that_are_taken(toy):  # noqa: F811
+def test_the_recommended_command_builds_usable_engines(toy):
     from export.build_engines import main
 
     folder = build(toy, ORT_CUDA, context=1024)
-    shrink(toy.root, 512)
+    set_max_context(toy.root, 512)
     (folder / "text.onnx").unlink()
-    one = found(examine(toy.root, ORT_CUDA), ORT_CUDA, "engines")
-    program, arguments = "python -m export.build_engines ", shlex.split(one.remedy)[3:]
+    one = finding(examine(toy.root, ORT_CUDA), ORT_CUDA, "engines")
+    program, arguments = "gog-edge export engines ", shlex.split(one.remedy)[3:]
     assert one.state is State.WRONG and one.remedy.startswith(program)
     assert main([*arguments, "--no-parity"]) == 0
-    assert EngineChoice(ORT_CUDA).read(toy.root).built.context == 512
-    assert found(examine(toy.root, ORT_CUDA), ORT_CUDA, "engines").state is State.OK
+    assert EngineChoice(ORT_CUDA).read_engines(toy.root).built.context == 512
+    assert finding(examine(toy.root, ORT_CUDA), ORT_CUDA, "engines").state is State.OK

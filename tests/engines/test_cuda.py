@@ -1,4 +1,4 @@
-"""What CUDA answers becomes our errors; what is taken is given back. Without a driver for true, else on `host_gpu`."""
+"""CUDA's error codes become this package's errors, and resources are released. Runs on `fake_gpu` and without a GPU."""
 
 import gc
 import subprocess
@@ -6,9 +6,17 @@ import sys
 
 import numpy as np
 import pytest
-from host_gpu import HostRuntime
+from fake_gpu import FakeCuda
 
-from gog_edge.engines.cuda import Cuda, DeviceBuffer, DeviceMemory, DeviceProperties, Stream, device_memory, pinned
+from gog_edge.engines.cuda import (
+    Cuda,
+    DeviceBuffer,
+    DeviceMemory,
+    DeviceProperties,
+    Stream,
+    device_memory,
+    pinned_array,
+)
 from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory
 
 NO_DRIVER = """
@@ -19,7 +27,7 @@ raise SystemExit(0 if runtime.cudaDriverGetVersion()[1] else 3)
 
 @pytest.fixture
 def runtime():
-    return HostRuntime(2**20)
+    return FakeCuda(2**20)
 
 
 @pytest.fixture
@@ -27,49 +35,49 @@ def cuda(runtime):
     return Cuda(runtime)
 
 
-def test_without_a_driver_the_message_says_so():
+def test_without_a_driver():
     if not subprocess.run([sys.executable, "-c", NO_DRIVER], timeout=60, check=False).returncode:
-        pytest.skip("there is a driver here")
-    with pytest.raises(BackendError, match="there is no CUDA driver here; install NVIDIA's driver, or ask for"):
+        pytest.skip("a driver is installed")
+    with pytest.raises(BackendError, match="no CUDA driver is installed; install NVIDIA's driver, or use"):
         device_memory()
 
 
-def test_without_the_package_the_message_names_the_extra(monkeypatch):
+def test_without_the_bindings(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(BackendError, match=r"no bindings for CUDA here .*pip install 'gog_edge\[tensorrt-rtx\]'"):
+    with pytest.raises(BackendError, match="bindings are not installed .*pip install 'cuda-bindings>=13,<14'"):
         Cuda.open()
 
 
-def test_a_driver_that_is_too_old_is_told_from_none():
-    runtime = HostRuntime(driver=12040)
+def test_a_driver_that_is_too_old():
+    runtime = FakeCuda(driver=12040)
     runtime.fails["cudaSetDevice"] = [35]
-    with pytest.raises(BackendError, match=r"the driver here is for CUDA 12\.4, needed is 13\.0; install"):
+    with pytest.raises(BackendError, match=r"the installed driver supports CUDA 12\.4, but 13\.0 is required; install"):
         Cuda(runtime)
 
 
-def test_a_device_that_is_not_there_is_an_error(runtime):
-    with pytest.raises(BackendError, match="sees no GPU 3"):
+def test_a_device_that_does_not_exist(runtime):
+    with pytest.raises(BackendError, match="GPU 3 does not exist"):
         Cuda(runtime, 3)
 
 
-@pytest.mark.parametrize("number, error, said", [
+@pytest.mark.parametrize("number, error, message", [
     (2, OutOfDeviceMemory, r"1,048,576 of 1,048,576 bytes are free.*--context"),
-    (700, DeviceLost, "lost to this process: cudaErrorIllegalAddress, an illegal memory access.* at cudaMalloc"),
+    (700, DeviceLost, "can no longer use GPU 0: cudaErrorIllegalAddress, an illegal memory access.* in cudaMalloc"),
     (719, DeviceLost, "cudaErrorLaunchFailure"),
     (214, DeviceLost, "cudaErrorECCUncorrectable"),
     (1, BackendError, "cudaMalloc failed: cudaErrorInvalidValue, invalid argument"),
-    (100, BackendError, "sees no GPU 0"),
+    (100, BackendError, "GPU 0 does not exist"),
 ])  # fmt: skip
-def test_codes_become_errors(runtime, cuda, number, error, said):
+def test_error_codes(runtime, cuda, number, error, message):
     runtime.fails["cudaMalloc"] = [number]
-    with pytest.raises(error, match=said) as caught:
+    with pytest.raises(error, match=message) as caught:
         DeviceBuffer(cuda, 100)
     assert type(caught.value) is error
     assert DeviceBuffer(cuda, 100).nbytes == 100
 
 
-def test_facts_of_the_device(cuda):
-    assert cuda.properties() == DeviceProperties("Host GPU", 89, 2**20, False)
+def test_device_properties(cuda):
+    assert cuda.properties() == DeviceProperties("Fake GPU", 89, 2**20, False)
     buffer = DeviceBuffer(cuda, 1000)
     assert cuda.memory() == DeviceMemory(2**20 - 1000, 2**20) and buffer.nbytes == 1000
 
@@ -78,24 +86,24 @@ def test_buffers_are_freed_with_their_owners(runtime, cuda):
     first, second = DeviceBuffer(cuda, 1000), DeviceBuffer(cuda, 500)
     first.close()
     first.close()
-    assert runtime.held == 500 and runtime.calls["cudaFree"] == 1
+    assert runtime.allocated == 500 and runtime.calls["cudaFree"] == 1
     del second
-    assert runtime.held == 0
+    assert runtime.allocated == 0
     with pytest.raises(OutOfDeviceMemory):
         DeviceBuffer(cuda, 2**21)
-    assert runtime.held == 0
+    assert runtime.allocated == 0
 
 
-def test_parts_of_a_buffer_lie_within(cuda):
+def test_ranges_outside_of_a_buffer(cuda):
     buffer = DeviceBuffer(cuda, 100)
     assert buffer.at(40, 60) == buffer.address + 40
     for offset, count in ((41, 60), (-1, 4)):
-        with pytest.raises(BackendError, match="not within a buffer of 100"):
+        with pytest.raises(BackendError, match="outside of a buffer of 100"):
             buffer.at(offset, count)
 
 
-def test_pinned_memory_stays_as_long_as_a_view_of_it(runtime, cuda):
-    array = pinned(cuda, (3, 4), np.float16)
+def test_pinned_memory_is_freed_with_its_last_view(runtime, cuda):
+    array = pinned_array(cuda, (3, 4), np.float16)
     assert array.shape == (3, 4) and array.dtype == np.float16
     view = array[1:, :2].T
     del array
@@ -106,12 +114,12 @@ def test_pinned_memory_stays_as_long_as_a_view_of_it(runtime, cuda):
     assert not runtime.pinned
 
 
-def test_rows_are_copied_by_their_pitch(cuda):
+def test_copy_2d_respects_the_pitch(cuda):
     stream, device = Stream(cuda), DeviceBuffer(cuda, 4 * 10)
-    given, got = pinned(cuda, (4, 3), np.uint8), pinned(cuda, (4, 10), np.uint8)
+    given, got = pinned_array(cuda, (4, 3), np.uint8), pinned_array(cuda, (4, 10), np.uint8)
     given[...] = np.arange(12).reshape(4, 3)
-    stream.clear(device.address, device.nbytes)
-    stream.copy_rows(device.at(2, 3), 10, given.ctypes.data, 3, 3, 4)
+    stream.zero(device.address, device.nbytes)
+    stream.copy_2d(device.at(2, 3), 10, given.ctypes.data, 3, 3, 4)
     stream.copy(got.ctypes.data, device.address, 40)
     stream.synchronize()
     expected = np.zeros((4, 10), np.uint8)
@@ -119,9 +127,9 @@ def test_rows_are_copied_by_their_pitch(cuda):
     assert np.array_equal(got, expected)
 
 
-def test_a_captured_graph_does_it_again(cuda):
+def test_a_captured_graph_can_be_launched_repeatedly(cuda):
     stream, device = Stream(cuda), DeviceBuffer(cuda, 4)
-    given, got = pinned(cuda, (1,), np.int32), pinned(cuda, (1,), np.int32)
+    given, got = pinned_array(cuda, (1,), np.int32), pinned_array(cuda, (1,), np.int32)
 
     def work():
         stream.copy(device.address, given.ctypes.data, 4)
@@ -129,7 +137,7 @@ def test_a_captured_graph_does_it_again(cuda):
 
     graph = stream.capture(work)
     stream.synchronize()
-    assert got[0] == 0  # noted down, not done
+    assert got[0] == 0  # recorded, not executed
     for value in (5, 6):
         given[0] = value
         stream.launch(graph)
@@ -139,7 +147,7 @@ def test_a_captured_graph_does_it_again(cuda):
 
 @pytest.mark.parametrize("before", [True, False])
 def test_no_garbage_is_collected_during_a_capture(cuda, before):
-    """What a cycle holds would be freed within it."""
+    """Finalizers would free device memory, which breaks the capture."""
     stream, seen = Stream(cuda), []
     (gc.enable if before else gc.disable)()
     try:
@@ -151,7 +159,7 @@ def test_no_garbage_is_collected_during_a_capture(cuda, before):
         gc.enable()
 
 
-def test_a_capture_that_fails_is_ended(runtime, cuda):
+def test_a_failed_capture_is_ended(runtime, cuda):
     stream = Stream(cuda)
     runtime.fails["cudaMemcpyAsync"] = [900]
     with pytest.raises(BackendError, match="cudaErrorStreamCaptureUnsupported"):
@@ -159,7 +167,7 @@ def test_a_capture_that_fails_is_ended(runtime, cuda):
     assert not runtime.capturing
 
 
-def test_what_cannot_be_freed_is_logged_and_a_lost_device_is_not(runtime, cuda, caplog):
+def test_errors_while_freeing_are_logged_unless_the_device_is_lost(runtime, cuda, caplog):
     buffer = DeviceBuffer(cuda, 10)
     runtime.fails["cudaFree"] = [1]
     buffer.close()
@@ -171,7 +179,7 @@ def test_what_cannot_be_freed_is_logged_and_a_lost_device_is_not(runtime, cuda, 
     assert not caplog.text
 
 
-def test_nothing_of_cuda_is_imported_for_the_cpu():
+def test_no_gpu_library_is_imported_for_the_cpu():
     code = "import sys, gog_edge.engines.onnx.session, gog_edge.engines.cuda; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert not {"cuda", "tensorrt_rtx_bindings", "tensorrt"} & {name.split(".")[0] for name in done.stdout.split()}

@@ -10,7 +10,7 @@ from gog_edge.exporting.policy.export import export_policy
 
 
 def chain(path, layers, width):
-    """A product of `layers` matrices, each the identity times 1.01, and what it should give."""
+    """Write a product of `layers` matrices, each the identity times 1.01; return what each output should be."""
     graph = GraphBuilder("chain", path)
     value = graph.input("x", FLOAT, [1, width])
     for _ in range(layers):
@@ -31,7 +31,7 @@ def test_small_graphs_are_one_file(tmp_path):
     assert run(tmp_path / "chain.onnx", 64) == pytest.approx(grown)
 
 
-def test_large_weights_lie_beside_the_graph_and_are_never_all_held(tmp_path, monkeypatch):
+def test_large_weights_are_external_and_never_all_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(graph_module, "EMBEDDED_BYTES", 1 << 20)
     (tmp_path / "chain.onnx.data").write_bytes(b"of an earlier export")
     tracemalloc.start()
@@ -44,7 +44,7 @@ def test_large_weights_lie_beside_the_graph_and_are_never_all_held(tmp_path, mon
     assert run(tmp_path / "chain.onnx", 512) == pytest.approx(grown, rel=1e-4)
 
 
-def test_a_policy_whose_weights_lie_beside_passes_parity(checkpoints, tmp_path, monkeypatch):
+def test_a_policy_with_external_weights_passes_parity(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(graph_module, "EMBEDDED_BYTES", 1000)
     manifest = export_policy(checkpoints[True], tmp_path / "policy", context=1024)
     listed = {entry.path for entry in manifest.files}

@@ -1,4 +1,4 @@
-"""One segment again: the same ids, the same answers, without what is no longer there."""
+"""Compaction: one segment with the same ids and the same search results, without deleted rows."""
 
 import contextlib
 import os
@@ -11,17 +11,17 @@ import time
 
 import numpy as np
 import pytest
-from listed_source import ListedSource, changed, little_groups
+from listed_source import ListedSource, little_groups, with_news
 from little_world import FACTS, FLAGS, bars, flag, png
 from tiny_encoder import write_tiny_encoder
 
 from gog_edge.errors import PackError
 from gog_edge.indexing.build import build_pack
-from gog_edge.indexing.commit import writing
-from gog_edge.indexing.compact import SHARDS_IN_ONE, compact, copy_live
+from gog_edge.indexing.commit import write_lock
+from gog_edge.indexing.compact import MERGED_SHARDS, compact, copy_live_rows
 from gog_edge.indexing.generation import PackOptions
-from gog_edge.indexing.sources.base import ArticleDraft, ImageDraft, Skipped
-from gog_edge.indexing.store_writer import Start, StoreWriter
+from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord, Skipped
+from gog_edge.indexing.store_writer import FirstIds, StoreWriter
 from gog_edge.indexing.tombstones import remove
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import MANIFEST, read_manifest
@@ -31,13 +31,13 @@ from gog_edge.retrieval.text.segment import SegmentReader
 from gog_edge.types import ImageQuery, TextQuery
 
 SMALL = PackOptions(shard_rows=2, tiles=True)
-LOOKS = [ImageQuery(flag(name), f"What is the capital of {name}?") for name in FLAGS]
-WORDS = [*(TextQuery(f"currency of {name}") for name in FACTS if name != "Chad"), TextQuery("Hispania")]
+IMAGE_QUERIES = [ImageQuery(flag(name), f"What is the capital of {name}?") for name in FLAGS]
+TEXT_QUERIES = [*(TextQuery(f"currency of {name}") for name in FACTS if name != "Chad"), TextQuery("Hispania")]
 
 
 @pytest.fixture
 def folder(tmp_path, tiny_encoder):
-    """A pack of four segments, with a changed article, a removed one, a removed image and one that came back."""
+    """Build a pack of four segments with an added, a with_news and a deleted article."""
     folder = tmp_path / "pack"
 
     def build(groups, **more):
@@ -45,23 +45,23 @@ def folder(tmp_path, tiny_encoder):
 
     build(little_groups(skip=["Italy"]))
     build(little_groups(), update=True)
-    build(changed(little_groups(), "Spain", "Spain has news."), update=True)
-    malta = ImageDraft(png(bars((255, 255, 255), (200, 0, 0))), "Malta's", "CC0", "us", ("Malta",), lead=True)
-    build(((ArticleDraft("Malta", (("Flag", "Malta has one."),), "CC BY 4.0"), malta),), add=True)
+    build(with_news(little_groups(), "Spain", "Spain has news."), update=True)
+    malta = ImageRecord(png(bars((255, 255, 255), (200, 0, 0))), "Malta's", "CC0", "us", ("Malta",), lead=True)
+    build(((ArticleRecord("Malta", (("Flag", "Malta has one."),), "CC BY 4.0"), malta),), add=True)
     remove(folder, articles=["Chad"])
     return folder
 
 
 def answers(folder, encoder):
     pack = Pack.open(folder, encoder)
-    looks, words = (Retriever(encoder, [pack]).search(queries) for queries in (LOOKS, WORDS))
+    images, texts = (Retriever(encoder, [pack]).search(queries) for queries in (IMAGE_QUERIES, TEXT_QUERIES))
     pack.close()
-    # Words weigh a little differently where dead paragraphs are counted no more: the best article is the same.
-    return looks, [(result.evidence[0].titles, result.evidence[0].passages[0]) for result in words]
+    # BM25 scores change a little when deleted paragraphs are not counted any more; the best article is the same.
+    return images, [(result.evidence[0].titles, result.evidence[0].passages[0]) for result in texts]
 
 
 def rows(folder, table, columns="*"):
-    """Of all segments, live and dead."""
+    """Return the rows of a table in all segments, deleted ones included."""
     found = []
     for segment in read_manifest(folder).segments:
         db = sqlite3.connect(folder / segment.store)
@@ -71,7 +71,7 @@ def rows(folder, table, columns="*"):
 
 
 def vectors(folder, space):
-    """Each id's vectors in order: id -> bytes."""
+    """Return the vectors of each id in order: id -> bytes."""
     found = {}
     for shard in getattr(read_manifest(folder), space).shards:
         for number, vector in zip(np.load(folder / shard.ids), np.load(folder / shard.vectors), strict=True):
@@ -79,8 +79,8 @@ def vectors(folder, space):
     return found
 
 
-def test_the_answers_stay_and_what_is_dead_goes(folder, tiny_encoder):
-    before, told = read_manifest(folder), answers(folder, tiny_encoder)
+def test_search_results_are_unchanged_and_deleted_rows_are_dropped(folder, tiny_encoder):
+    before, expected = read_manifest(folder), answers(folder, tiny_encoder)
     paragraphs, pixels = rows(folder, "paragraphs", "id, article, start, text"), dict(rows(folder, "pixels"))
     embedded = {space: vectors(folder, space) for space in ("images", "captions")}
     assert len(before.segments) == 4 and before.tombstones is not None
@@ -89,53 +89,56 @@ def test_the_answers_stay_and_what_is_dead_goes(folder, tiny_encoder):
     assert (manifest.generation, manifest.parent, manifest.tombstones) == (6, 5, None)
     assert manifest.counts == before.counts == manifest.segments[0].counts and len(manifest.segments) == 1
     assert verify_pack(folder) == manifest
-    assert answers(folder, tiny_encoder) == told
-    gone = set(np.load(folder / before.tombstones.articles).tolist())
-    dead = set(np.load(folder / before.tombstones.images).tolist())
-    assert gone and dead
-    assert rows(folder, "paragraphs", "id, article, start, text") == [row for row in paragraphs if row[1] not in gone]
-    assert dict(rows(folder, "pixels")) == {image: data for image, data in pixels.items() if image not in dead}
+    assert answers(folder, tiny_encoder) == expected
+    articles = set(np.load(folder / before.tombstones.articles).tolist())
+    images = set(np.load(folder / before.tombstones.images).tolist())
+    assert articles and images
+    live = [row for row in paragraphs if row[1] not in articles]
+    assert rows(folder, "paragraphs", "id, article, start, text") == live
+    assert dict(rows(folder, "pixels")) == {image: data for image, data in pixels.items() if image not in images}
     for space, own in embedded.items():
-        assert vectors(folder, space) == {image: all_of for image, all_of in own.items() if image not in dead}
-    assert {shard.rows for shard in manifest.images.shards[:-1]} == {SHARDS_IN_ONE * SMALL.shard_rows}
+        assert vectors(folder, space) == {image: all_of for image, all_of in own.items() if image not in images}
+    assert {shard.rows for shard in manifest.images.shards[:-1]} == {MERGED_SHARDS * SMALL.shard_rows}
     assert sum(len(own) for own in vectors(folder, "images").values()) == manifest.images.rows
 
 
-def test_no_id_is_given_twice(folder, tiny_encoder):
+def test_ids_are_never_reused(folder, tiny_encoder):
     last = read_manifest(folder).segments[-1]
-    remove(folder, articles=["Malta"])  # the one with the highest ids
+    remove(folder, articles=["Malta"])  # has the highest ids
     compact(folder, tiny_encoder)
-    fresh = ((ArticleDraft("Cuba", (("Flag", "Cuba has one."),), "CC0"),
-              ImageDraft(png(bars((0, 0, 255), (0, 0, 0))), "Cuba's", "CC0", "us", ("Cuba",))),)
+    fresh = ((ArticleRecord("Cuba", (("Flag", "Cuba has one."),), "CC0"),
+              ImageRecord(png(bars((0, 0, 255), (0, 0, 0))), "Cuba's", "CC0", "us", ("Cuba",))),)
     manifest = build_pack(ListedSource(fresh), folder, name="little", encoder=tiny_encoder, options=SMALL, workers=1,
                           add=True)
     for kind in ("articles", "paragraphs", "images"):
         assert getattr(manifest.segments[-1], kind).first == getattr(last, kind).last + 1
     assert verify_pack(folder) == manifest
     pack = Pack.open(folder, tiny_encoder)
-    assert pack.store.article("Cuba") == last.articles.last + 1 and pack.store.article("Malta") is None
+    assert pack.store.article_by_key("Cuba") == last.articles.last + 1 and pack.store.article_by_key("Malta") is None
     pack.close()
 
 
-def test_an_update_after_it_embeds_only_what_changed(folder, tiny_encoder):
+def test_an_update_after_compaction_embeds_only_changes(folder, tiny_encoder):
     compact(folder, tiny_encoder, SMALL)
     before = read_manifest(folder)
-    groups = changed(changed(little_groups(skip=["Chad"]), "Spain", "Spain has news."), "Norway", "Norway has snow.")
+    groups = with_news(little_groups(skip=["Chad"]), "Spain", "Spain has news.")
+    groups = with_news(groups, "Norway", "Norway has snow.")
     manifest = build_pack(ListedSource(groups), folder, name="little", encoder=tiny_encoder, options=SMALL, workers=1,
                           update=True)
     assert manifest.segments[-1].counts.articles == 1 and manifest.segments[-1].counts.images == 0
     assert manifest.images.shards == before.images.shards
 
 
-def test_the_files_of_its_parent_stay_until_the_next_commit(folder, tiny_encoder):
+def test_the_files_of_the_parent_remain_until_the_next_commit(folder, tiny_encoder):
     old = Pack.open(folder, tiny_encoder)
-    told = Retriever(tiny_encoder, [old]).search(LOOKS + WORDS)
+    expected = Retriever(tiny_encoder, [old]).search(IMAGE_QUERIES + TEXT_QUERIES)
     parent = read_manifest(folder)
     compact(folder, tiny_encoder)
     assert all((folder / path).is_file() for path in parent.paths)
     remove(folder, articles=["Malta"])
     assert not any((folder / segment.store).exists() for segment in parent.segments)
-    assert Retriever(tiny_encoder, [old]).search(LOOKS + WORDS) == told  # who has it open reads on
+    # An open pack is not affected.
+    assert Retriever(tiny_encoder, [old]).search(IMAGE_QUERIES + TEXT_QUERIES) == expected
     old.close()
     compact(folder, tiny_encoder)
     assert {path.name for path in folder.iterdir()} >= {MANIFEST} and not (folder / "build").exists()
@@ -143,12 +146,12 @@ def test_the_files_of_its_parent_stay_until_the_next_commit(folder, tiny_encoder
 
 
 def captioned(caption):
-    image = ImageDraft(png(bars((10, 20, 30), (200, 100, 0))), caption, "CC0", "us", ("Cuba",), lead=True)
-    return (ArticleDraft("Cuba", (("Flag", f"Cuba: {caption}."),), "CC0"), image)
+    image = ImageRecord(png(bars((10, 20, 30), (200, 100, 0))), caption, "CC0", "us", ("Cuba",), lead=True)
+    return (ArticleRecord("Cuba", (("Flag", f"Cuba: {caption}."),), "CC0"), image)
 
 
 @pytest.mark.parametrize("captions", [("a castel", "a castle"), ("one", "two", "three")])
-def test_captions_that_were_corrected_are_found_no_more(tmp_path, tiny_encoder, captions):
+def test_corrected_captions_replace_the_old_ones(tmp_path, tiny_encoder, captions):
     folder = tmp_path / "pack"
     for number, caption in enumerate(captions):
         build_pack(ListedSource((*little_groups(), captioned(caption))), folder, name="little", encoder=tiny_encoder,
@@ -163,26 +166,26 @@ def test_captions_that_were_corrected_are_found_no_more(tmp_path, tiny_encoder, 
     assert mine == fresh
     later = build_pack(ListedSource((*little_groups(), captioned(captions[0]))), folder, name="little",
                        encoder=tiny_encoder, options=SMALL, workers=1, update=True)
-    assert later.captions.rows == manifest.captions.rows + 1  # what went is embedded again when it comes back
+    assert later.captions.rows == manifest.captions.rows + 1  # a dropped caption is embedded again when it returns
 
 
-def test_what_was_skipped_is_counted_over_all_segments(tmp_path):
+def test_skipped_records_are_added_up_over_all_segments(tmp_path):
     writers = []
-    for number, start in enumerate((Start(), Start(100, 100, 100))):
-        writer = StoreWriter(tmp_path / f"{number}.sqlite", start=start)
+    for number, start in enumerate((FirstIds(), FirstIds(100, 100, 100))):
+        writer = StoreWriter(tmp_path / f"{number}.sqlite", first_ids=start)
         with writer.chunk(0):
-            writer.add_article(ArticleDraft(f"Place {number}", (("", "It is there."),), "CC0"))
+            writer.add_article(ArticleRecord(f"Place {number}", (("", "It is there."),), "CC0"))
             for one in range(2 + number):
                 writer.skip(Skipped("image does not decode", f"{number}-{one}.png"))
         writers.append(writer.finish(f"{number}.sqlite"))
     stores = [tmp_path / segment.store for segment in writers]
-    copy_live(tmp_path / "one.sqlite", stores, np.empty(0, np.int64), np.empty(0, np.int64))
+    copy_live_rows(tmp_path / "one.sqlite", stores, np.empty(0, np.int64), np.empty(0, np.int64))
     reader = SegmentReader.open(tmp_path / "one.sqlite")
     assert [(reason, count) for reason, count, _ in reader.skipped()] == [("image does not decode", 5)]
     reader.close()
 
 
-def test_a_pack_of_texts_alone(tmp_path):
+def test_a_pack_without_images(tmp_path):
     build_pack(ListedSource(little_groups()), tmp_path / "pack", name="texts", encoder=None, workers=1)
     remove(tmp_path / "pack", articles=["Chad"])
     manifest = compact(tmp_path / "pack", None)
@@ -199,30 +202,30 @@ def test_another_encoder_is_refused(folder, tmp_path):
 
 
 def test_a_second_writer_is_refused(folder, tiny_encoder):
-    with writing(folder), pytest.raises(PackError, match="written by another process"):
+    with write_lock(folder), pytest.raises(PackError, match="written by another process"):
         compact(folder, tiny_encoder)
 
 
 @pytest.mark.parametrize("limit", [2_000, 40_000])
-def test_a_full_disk_leaves_the_generation_in_force(folder, tiny_encoder, limit):
-    told = answers(folder, tiny_encoder)
+def test_a_full_disk_leaves_the_current_generation(folder, tiny_encoder, limit):
+    expected = answers(folder, tiny_encoder)
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))  # as a disk that takes no more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))  # behaves like a full disk
     try:
-        with pytest.raises(PackError, match="disk of .* is full.*make room"):
+        with pytest.raises(PackError, match="disk of .* is full.*free some space"):
             compact(folder, tiny_encoder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert verify_pack(folder).generation == 5
-    assert answers(folder, tiny_encoder) == told
+    assert answers(folder, tiny_encoder) == expected
     assert compact(folder, tiny_encoder).generation == 6
 
 
-# Forks again and again, so that a child lives for no longer than its work: killed at any moment of it.
+# Forks a child for each job, so that a kill always interrupts the job itself.
 _CHANGES = """
 import os, sys
 from pathlib import Path
-from gog_edge.indexing.changes import remove
+from gog_edge.indexing.tombstones import remove
 from gog_edge.indexing.compact import compact
 from gog_edge.retrieval.encoder import Encoder
 folder, encoder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -240,7 +243,7 @@ for line in sys.stdin:
 """
 
 
-def test_killed_at_any_moment_the_old_generation_stays_or_the_new_one_is_there(folder, tiny_encoder,
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_generation(folder, tiny_encoder,
                                                                                tiny_encoder_folder):
     rng = np.random.default_rng(5)
     expected, generation = read_manifest(folder).counts.articles, 5

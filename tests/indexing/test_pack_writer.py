@@ -10,7 +10,8 @@ from gog_edge.errors import PackError, PictureError
 from gog_edge.files import read_json
 from gog_edge.indexing.commit import BUILD, LOCK
 from gog_edge.indexing.embedding import TILE_BOXES
-from gog_edge.indexing.generation import ArticleDraft, ImageDraft, PackOptions, PackWriter
+from gog_edge.indexing.generation import PackOptions, PackWriter
+from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord
 from gog_edge.retrieval.manifest import GENERATIONS, MANIFEST, Manifest, generation_path, read_manifest
 from gog_edge.retrieval.pack import Pack, verify_pack
 from gog_edge.retrieval.retriever import Retriever
@@ -23,15 +24,15 @@ def writer(tmp_path, tiny_encoder):
         yield writer
 
 
-def content(folder):
-    """Everything a store holds."""
+def store_dump(folder):
+    """Return the SQL dump of a store."""
     db = sqlite3.connect(folder / "store/000001.sqlite")
     dump = list(db.iterdump())
     db.close()
     return dump
 
 
-def test_the_manifest_says_what_is_there(little_pack_folder, tiny_encoder):
+def test_the_manifest_describes_the_pack(little_pack_folder, tiny_encoder):
     manifest = read_manifest(little_pack_folder)
     assert (manifest.generation, manifest.parent, manifest.tombstones) == (1, None, None)
     assert (manifest.counts.articles, manifest.counts.images) == (len(FACTS), len(FLAGS))
@@ -49,18 +50,18 @@ def test_the_manifest_says_what_is_there(little_pack_folder, tiny_encoder):
     assert not (little_pack_folder / BUILD).exists()
 
 
-def test_the_same_drafts_give_the_same_pack(tmp_path, tiny_encoder, little_pack_folder):
+def test_the_same_records_give_the_same_pack(tmp_path, tiny_encoder, little_pack_folder):
     manifest = write_little_pack(tmp_path / "again", tiny_encoder)
-    assert content(tmp_path / "again") == content(little_pack_folder)
+    assert store_dump(tmp_path / "again") == store_dump(little_pack_folder)
     first = read_manifest(little_pack_folder)
     assert [entry for entry in manifest.files if "index" not in entry.path] == [
         entry for entry in first.files if "index" not in entry.path
     ]
 
 
-def test_the_same_file_twice_is_one_image_of_both_articles(writer, tiny_encoder):
+def test_a_repeated_file_is_one_image_of_both_articles(writer, tiny_encoder):
     writer.add(articles(), images())
-    writer.add_image(ImageDraft(png(flag("Spain")), "again", "MIT", "us", ("Guinea", "Spain")))
+    writer.add_image(ImageRecord(png(flag("Spain")), "again", "MIT", "us", ("Guinea", "Spain")))
     assert writer.commit().counts.images == len(FLAGS)
     pack = Pack.open(writer.folder, tiny_encoder)
     (result,) = Retriever(tiny_encoder, [pack]).search([ImageQuery(flag("Spain"))])
@@ -68,12 +69,12 @@ def test_the_same_file_twice_is_one_image_of_both_articles(writer, tiny_encoder)
     pack.close()
 
 
-def test_an_article_is_shown_by_the_image_that_is_most_its_own(writer, tiny_encoder):
-    writer.add_article(ArticleDraft("Chad", (("", "Chad is."),), "CC0"))
-    writer.add_article(ArticleDraft("Romania", (("", "Romania is."),), "CC0"))
-    writer.add_image(ImageDraft(png(flag("Romania")), "Romania's", "MIT", "", ("Romania", "Chad")))
-    writer.add_image(ImageDraft(png(flag("Chad")), "Chad's", "MIT", "", ("Chad", "Romania")))
-    writer.add_image(ImageDraft(png(flag("Spain")), "other", "MIT", "", ("Chad",)))
+def test_the_main_image_of_an_article_is_the_one_that_names_it_first(writer, tiny_encoder):
+    writer.add_article(ArticleRecord("Chad", (("", "Chad is."),), "CC0"))
+    writer.add_article(ArticleRecord("Romania", (("", "Romania is."),), "CC0"))
+    writer.add_image(ImageRecord(png(flag("Romania")), "Romania's", "MIT", "", ("Romania", "Chad")))
+    writer.add_image(ImageRecord(png(flag("Chad")), "Chad's", "MIT", "", ("Chad", "Romania")))
+    writer.add_image(ImageRecord(png(flag("Spain")), "other", "MIT", "", ("Chad",)))
     writer.commit()
     pack = Pack.open(writer.folder, tiny_encoder)
     results = Retriever(tiny_encoder, [pack]).search([TextQuery("Chad"), TextQuery("Romania")])
@@ -81,7 +82,7 @@ def test_an_article_is_shown_by_the_image_that_is_most_its_own(writer, tiny_enco
     pack.close()
 
 
-def test_many_small_shards_in_half_precision(tmp_path, tiny_encoder):
+def test_small_shards_are_stored_as_float16(tmp_path, tiny_encoder):
     manifest = write_little_pack(tmp_path / "pack", tiny_encoder, shard_rows=3)
     assert [shard.rows for shard in manifest.images.shards] == [3, 3, 3, 1]
     assert np.load(tmp_path / "pack" / manifest.images.shards[0].vectors).dtype == np.float16
@@ -89,8 +90,8 @@ def test_many_small_shards_in_half_precision(tmp_path, tiny_encoder):
     assert verify_pack(tmp_path / "pack") == manifest
 
 
-def test_lead_images_may_be_indexed_in_tiles(tmp_path, tiny_encoder):
-    """A crop of one corner of a picture of four finds it by its tile, nearly as it stands there."""
+def test_tiles_of_lead_images_are_indexed(tmp_path, tiny_encoder):
+    """A crop of one corner of a picture has nearly the vector of its tile."""
     corners = [flag(name) for name in ("France", "Spain", "Guinea", "Germany")]
     wall = np.concatenate([np.concatenate(corners[:2], axis=1), np.concatenate(corners[2:], axis=1)])
     found = {}
@@ -98,9 +99,9 @@ def test_lead_images_may_be_indexed_in_tiles(tmp_path, tiny_encoder):
         folder = tmp_path / str(tiles)
         options = PackOptions(tiles=tiles)
         with PackWriter(folder, name="walls", snapshot=SNAPSHOT, encoder=tiny_encoder, options=options) as writer:
-            writer.add_article(ArticleDraft("Wall", (("", "Four flags."),), "CC0"))
-            writer.add_image(ImageDraft(png(wall), "", "MIT", "", ("Wall",), lead=True))
-            writer.add_image(ImageDraft(png(flag("Norway")), "", "MIT", "", ("Wall",)))
+            writer.add_article(ArticleRecord("Wall", (("", "Four flags."),), "CC0"))
+            writer.add_image(ImageRecord(png(wall), "", "MIT", "", ("Wall",), lead=True))
+            writer.add_image(ImageRecord(png(flag("Norway")), "", "MIT", "", ("Wall",)))
             manifest = writer.commit()
         assert manifest.images.rows == (2 + len(TILE_BOXES) if tiles else 2)
         pack = Pack.open(folder, tiny_encoder)
@@ -111,7 +112,7 @@ def test_lead_images_may_be_indexed_in_tiles(tmp_path, tiny_encoder):
     assert found[True] > 0.99 > found[False]
 
 
-def test_a_pack_of_texts_alone_needs_no_encoder(tmp_path, tiny_encoder):
+def test_a_pack_without_images_needs_no_encoder(tmp_path, tiny_encoder):
     with PackWriter(tmp_path / "pack", name="texts", snapshot=SNAPSHOT, encoder=None) as writer:
         writer.add(articles(), [])
         manifest = writer.commit()
@@ -123,29 +124,29 @@ def test_a_pack_of_texts_alone_needs_no_encoder(tmp_path, tiny_encoder):
     pack.close()
 
 
-def test_paragraphs_say_where_they_stand_in_their_article(little_pack):
-    """The article's text is its paragraphs with an empty line between."""
+def test_paragraphs_have_their_offset_in_the_article(little_pack):
+    """The text of an article is its paragraphs, separated by blank lines."""
     article = articles()[3]
     first = 3 * len(article.paragraphs) + 1
     rows = little_pack.store.paragraphs(range(first, first + len(article.paragraphs)))
     whole = "\n\n".join(text for _, text in article.paragraphs)
-    said = [row.text for row in rows.values()]
-    assert [whole[row.start : row.start + len(row.text)] for row in rows.values()] == said
+    texts = [row.text for row in rows.values()]
+    assert [whole[row.start : row.start + len(row.text)] for row in rows.values()] == texts
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
-def test_other_image_formats_are_kept_as_they_are(writer, tiny_encoder, kind, tmp_path):
+def test_jpeg_and_webp_are_stored_unchanged(writer, tiny_encoder, kind, tmp_path):
     Image.fromarray(flag("Spain")).save(tmp_path / "x", kind)
     data = (tmp_path / "x").read_bytes()
-    writer.add_article(ArticleDraft("Spain", (("", "It is."),), "CC0"))
-    writer.add_image(ImageDraft(data, "", "MIT", "", ("Spain",)))
+    writer.add_article(ArticleRecord("Spain", (("", "It is."),), "CC0"))
+    writer.add_image(ImageRecord(data, "", "MIT", "", ("Spain",)))
     writer.commit()
     pack = Pack.open(writer.folder, tiny_encoder)
-    assert pack.picture(1).data == data and pack.picture(1).media_type == f"image/{kind.lower()}"
+    assert pack.image_file(1).data == data and pack.image_file(1).media_type == f"image/{kind.lower()}"
     pack.close()
 
 
-def test_a_build_that_stops_half_way_is_no_pack(tmp_path, tiny_encoder):
+def test_an_interrupted_build_is_not_a_pack(tmp_path, tiny_encoder):
     with (
         pytest.raises(RuntimeError, match="power"),
         PackWriter(tmp_path / "pack", name="little", snapshot=SNAPSHOT, encoder=tiny_encoder) as writer,
@@ -156,49 +157,49 @@ def test_a_build_that_stops_half_way_is_no_pack(tmp_path, tiny_encoder):
         Pack.open(tmp_path / "pack", tiny_encoder)
 
 
-def test_a_folder_in_use_is_not_overwritten(little_pack_folder, tiny_encoder):
+def test_a_folder_that_is_not_empty_is_refused(little_pack_folder, tiny_encoder):
     with pytest.raises(PackError, match="never overwritten"):
         write_little_pack(little_pack_folder, tiny_encoder)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "ü", "a b"])
-def test_names_that_fit_no_address_are_refused(tmp_path, tiny_encoder, name):
-    with pytest.raises(PackError, match="named"):
+def test_names_that_are_not_valid_in_an_address_are_refused(tmp_path, tiny_encoder, name):
+    with pytest.raises(PackError, match="name of a pack must consist of"):
         PackWriter(tmp_path / "pack", name=name, snapshot=SNAPSHOT, encoder=tiny_encoder)
     assert not (tmp_path / "pack").exists()
 
 
-def test_drafts_that_cannot_be_are_refused(writer):
+def test_invalid_records_are_refused(writer):
     writer.add_article(articles()[0])
-    with pytest.raises(PackError, match="two articles"):
+    with pytest.raises(PackError, match="duplicate article key"):
         writer.add_article(articles()[0])
-    with pytest.raises(PackError, match="without any word"):
-        writer.add_article(ArticleDraft(" ?", (), "CC0"))
+    with pytest.raises(PackError, match="title has no word"):
+        writer.add_article(ArticleRecord(" ?", (), "CC0"))
     with pytest.raises(PackError, match="Atlantis"):
-        writer.add_image(ImageDraft(png(flag("Spain")), "x", "MIT", "", ("Atlantis",)))
-    with pytest.raises(PackError, match="of no article"):
-        writer.add_image(ImageDraft(png(flag("Spain")), "x", "MIT", "", ()))
+        writer.add_image(ImageRecord(png(flag("Spain")), "x", "MIT", "", ("Atlantis",)))
+    with pytest.raises(PackError, match="belongs to no article"):
+        writer.add_image(ImageRecord(png(flag("Spain")), "x", "MIT", "", ()))
     with pytest.raises(PictureError):
-        writer.add_image(ImageDraft(b"no picture", "x", "MIT", "", ("France",)))
+        writer.add_image(ImageRecord(b"not a picture", "x", "MIT", "", ("France",)))
 
 
-def test_a_pack_without_an_article_is_none(writer):
+def test_a_pack_without_articles_is_refused(writer):
     with pytest.raises(PackError, match="no article"):
         writer.commit()
 
 
-def test_images_of_another_kind_are_refused(writer):
+def test_unsupported_image_formats_are_refused(writer):
     writer.add_article(articles()[0])
     stream = io.BytesIO()
     Image.fromarray(flag("Spain")).save(stream, "BMP")
     with pytest.raises(PackError, match="PNG, JPEG or WebP"):
-        writer.add_image(ImageDraft(stream.getvalue(), "x", "MIT", "", ("France",)))
+        writer.add_image(ImageRecord(stream.getvalue(), "x", "MIT", "", ("France",)))
 
 
-def test_an_article_without_paragraphs_can_be_found_and_quoted_as_nothing(writer, tiny_encoder):
-    writer.add_article(ArticleDraft("Empty", (), "CC0"))
-    writer.add_article(ArticleDraft("Spain", (("", "Spain is."), ("", "It has Madrid.")), "CC0"))
-    writer.add_image(ImageDraft(png(flag("Spain")), "", "MIT", "", ("Empty",)))
+def test_an_article_without_paragraphs_is_found_without_passages(writer, tiny_encoder):
+    writer.add_article(ArticleRecord("Empty", (), "CC0"))
+    writer.add_article(ArticleRecord("Spain", (("", "Spain is."), ("", "It has Madrid.")), "CC0"))
+    writer.add_image(ImageRecord(png(flag("Spain")), "", "MIT", "", ("Empty",)))
     writer.commit()
     pack = Pack.open(writer.folder, tiny_encoder)
     image, text, spain = Retriever(tiny_encoder, [pack]).search(

@@ -12,7 +12,7 @@ from little_world import FLAGS, SNAPSHOT
 
 from gog_edge.errors import PackError
 from gog_edge.indexing.build import build_pack
-from gog_edge.indexing.parquet_export import GROUP_ROWS, export_parquet, read_holding, read_vectors
+from gog_edge.indexing.parquet_export import GROUP_ROWS, export_parquet, read_export_info, read_vectors
 from gog_edge.retrieval.manifest import read_manifest
 from gog_edge.retrieval.pack import open_shards
 from gog_edge.retrieval.vectors.milvus import Origin
@@ -20,11 +20,11 @@ from gog_edge.retrieval.vectors.milvus import Origin
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_each_vector_is_a_row_with_what_it_shows(little_pack_folder, tiny_encoder, tmp_path):
-    told = []
-    files = export_parquet(little_pack_folder, tmp_path / "out", on_progress=lambda *step: told.append(step))
+def test_each_vector_is_a_row_with_its_image(little_pack_folder, tiny_encoder, tmp_path):
+    reported = []
+    files = export_parquet(little_pack_folder, tmp_path / "out", on_progress=lambda *step: reported.append(step))
     assert [path.name for path in files] == ["images.parquet", "captions.parquet"]
-    assert told == [("images", 10, 10), ("captions", 10, 10)]
+    assert reported == [("images", 10, 10), ("captions", 10, 10)]
     manifest = read_manifest(little_pack_folder)
     for path, space in zip(files, (manifest.images, manifest.captions), strict=True):
         table = pq.read_table(path)
@@ -40,17 +40,17 @@ def test_each_vector_is_a_row_with_what_it_shows(little_pack_folder, tiny_encode
     assert (norway["caption"], norway["licence"], norway["attribution"]) == ("Flag of Norway", "MIT", "us")
 
 
-def test_a_file_says_which_vectors_it_holds(little_pack_folder, tmp_path):
+def test_the_metadata_identify_the_vectors(little_pack_folder, tmp_path):
     images, captions = export_parquet(little_pack_folder, tmp_path, dtype="float32")
     manifest = read_manifest(little_pack_folder)
-    assert read_holding(images).origin == Origin.of(manifest, "images") != Origin.of(manifest, "captions")
-    assert (read_holding(captions).rows, read_holding(captions).dtype) == (10, "float32")
+    assert read_export_info(images).origin == Origin.of(manifest, "images") != Origin.of(manifest, "captions")
+    assert (read_export_info(captions).rows, read_export_info(captions).dtype) == (10, "float32")
     parts = list(read_vectors(images, 4))
     assert [len(rows) for rows, _, _ in parts] == [4, 4, 2] and parts[0][2].dtype == np.float32
     assert parts[0][2].shape == (4, 24)
 
 
-def test_what_is_gone_is_left_out(tiny_encoder, tmp_path):
+def test_deleted_images_are_left_out(tiny_encoder, tmp_path):
     build = {"name": "little", "encoder": tiny_encoder, "workers": 1}
     build_pack(ListedSource(little_groups()), tmp_path / "pack", **build)
     build_pack(ListedSource(little_groups(skip=["France", "Chad"])), tmp_path / "pack", update=True, **build)
@@ -62,7 +62,7 @@ def test_what_is_gone_is_left_out(tiny_encoder, tmp_path):
 
 
 def test_memory_is_bounded_by_row_groups(little_pack_folder, tmp_path):
-    """Shards of many rows of the same images: groups are written one at a time."""
+    """A pack with many rows is written in several row groups."""
     folder = shutil.copytree(little_pack_folder, tmp_path / "pack")
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     shard = manifest["images"]["shards"][0]
@@ -82,24 +82,24 @@ def test_memory_is_bounded_by_row_groups(little_pack_folder, tmp_path):
     assert metadata.num_rows == 10 * times
 
 
-def test_what_cannot_be_exported_is_said(little_pack_folder, tmp_path):
+def test_invalid_exports_are_refused(little_pack_folder, tmp_path):
     with pytest.raises(PackError, match="right folder"):
         export_parquet(tmp_path, tmp_path / "out")
-    with pytest.raises(PackError, match="'float64'; known are float32, float16"):
+    with pytest.raises(PackError, match="one of float32, float16, got 'float64'"):
         export_parquet(little_pack_folder, tmp_path / "out", dtype="float64")
     build_pack(ListedSource(little_groups()), tmp_path / "words", name="words", encoder=None, workers=1)
-    with pytest.raises(PackError, match="searched by words alone"):
+    with pytest.raises(PackError, match="has no vectors: it was built without an encoder"):
         export_parquet(tmp_path / "words", tmp_path / "out")
-    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
-    with pytest.raises(PackError, match="is no Parquet file"):
-        read_holding(tmp_path / "torn.parquet")
+    (tmp_path / "truncated.parquet").write_bytes(b"PAR1")
+    with pytest.raises(PackError, match="is not a Parquet file"):
+        read_export_info(tmp_path / "truncated.parquet")
     pq.write_table(pq.read_table(export_parquet(little_pack_folder, tmp_path / "out")[0]).replace_schema_metadata(),
                    tmp_path / "other.parquet")
-    with pytest.raises(PackError, match="does not say what it holds"):
-        read_holding(tmp_path / "other.parquet")
+    with pytest.raises(PackError, match="has an invalid description"):
+        read_export_info(tmp_path / "other.parquet")
 
 
-def test_the_commands_export_and_load(little_pack_folder, tmp_path):
+def test_the_commands_export_and_load_a_pack(little_pack_folder, tmp_path):
     def run(module, *arguments):
         done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], cwd=REPOSITORY, text=True,
                               capture_output=True, timeout=120)
@@ -113,4 +113,4 @@ def test_the_commands_export_and_load(little_pack_folder, tmp_path):
     assert aliases["little_images"]["holding"]["search"] == {"nprobe": 8}
     assert aliases["little_captions"]["collection"] == "little_captions_000001_ivf_flat"
     code, _, error = run("index.load_milvus", tmp_path, tmp_path / "m.db")
-    assert code == 1 and "load_milvus: '" in error and "holds no images.parquet" in error
+    assert code == 1 and "error: '" in error and "does not contain images.parquet" in error

@@ -1,3 +1,5 @@
+"""Conversations of a local policy: what they append, generate and reuse."""
+
 import threading
 from dataclasses import replace
 
@@ -7,7 +9,7 @@ import pytest
 from gog_edge.errors import BudgetExceeded, PictureError
 from gog_edge.picture import Picture
 from gog_edge.policy.base import Policy
-from gog_edge.policy.decoding import Sampling
+from gog_edge.policy.decoding import SamplingParams
 from gog_edge.policy.dialect.loader import load_dialect
 from gog_edge.policy.local import LocalPolicy
 from gog_edge.policy.model import Decoder
@@ -40,26 +42,26 @@ def generate(conversation, **options):
     return conversation.generate(**{"max_tokens": 6, "deadline": None, **options})
 
 
-def test_a_turn_is_told_with_its_costs(conversation):
+def test_an_utterance_has_text_token_counts_and_times(conversation):
     pieces = []
-    said = generate(conversation, on_text=pieces.append)
-    assert said.text == "".join(pieces)
-    assert said.new_tokens <= 6 and said.prompt_tokens > 40
-    assert said.action is None and said.malformed  # random weights speak no dialect
-    assert said.prefill_ms > 0
+    utterance = generate(conversation, on_text=pieces.append)
+    assert utterance.text == "".join(pieces)
+    assert utterance.new_tokens <= 6 and utterance.prompt_tokens > 40
+    assert utterance.action is None and utterance.malformed  # random weights write no action
+    assert utterance.prefill_ms > 0
 
 
-def test_a_forced_turn_opens_with_the_answer_tag(conversation):
-    said = generate(conversation, force_answer=True)
-    assert said.text.startswith("<answer>")
-    assert isinstance(said.action, Answer) or "empty" in said.malformed
+def test_a_forced_answer_opens_with_the_answer_tag(conversation):
+    utterance = generate(conversation, force_answer=True)
+    assert utterance.text.startswith("<answer>")
+    assert isinstance(utterance.action, Answer) or "empty" in utterance.malformed
 
 
-def test_the_session_holds_what_the_chat_template_renders(policy, conversation):
+def test_the_session_equals_the_rendered_chat_template(policy, conversation):
     from jinja2 import Template
 
     dialect, tokenizer = policy.dialect, policy.model.decoder.tokenizer
-    said = generate(conversation)
+    utterance = generate(conversation)
     crop = picture(1, 80, 120).pixels
     conversation.observe(found(crop))
     generate(conversation)
@@ -71,7 +73,7 @@ def test_the_session_holds_what_the_chat_template_renders(policy, conversation):
     messages = [
         {"role": "system", "content": dialect.system_prompt},
         {"role": "user", "content": content(asked)},
-        {"role": "assistant", "content": said.text},
+        {"role": "assistant", "content": utterance.text},
         {"role": "user", "content": content(dialect.render_observation(found(crop)))},
     ]
     from tiny_policy import TEMPLATE
@@ -85,23 +87,23 @@ def test_the_session_holds_what_the_chat_template_renders(policy, conversation):
     assert text.startswith(expected)
 
 
-def test_later_turns_prefill_only_what_is_new(conversation):
+def test_later_turns_prefill_only_new_tokens(conversation):
     generate(conversation)
     session = conversation._session
-    before = session.computed
+    before = session.num_cached
     conversation.observe(found())
     second = generate(conversation)
     assert second.prompt_tokens == len(session.tokens) - before - second.new_tokens
 
 
-def test_nothing_is_computed_by_observe(policy, conversation):
+def test_observe_computes_nothing(policy, conversation):
     generate(conversation)
-    before, encoded = conversation._session.prefilled, policy.model.vision.encoded
+    before, encoded = conversation._session.num_processed, policy.model.vision.encoded
     conversation.observe(found(picture(9, 60, 60).pixels))
-    assert (conversation._session.prefilled, policy.model.vision.encoded) == (before, encoded)
+    assert (conversation._session.num_processed, policy.model.vision.encoded) == (before, encoded)
 
 
-def test_crops_have_the_crop_budget(policy, conversation):
+def test_crops_are_resized_to_the_crop_limit(policy, conversation):
     generate(conversation)
     tokens = len(conversation._session.tokens)
     conversation.observe(found(picture(5, 300, 400).pixels))
@@ -111,7 +113,7 @@ def test_crops_have_the_crop_budget(policy, conversation):
     assert 0 < conversation._session.tokens[tokens:].count(image) <= spec.crop_max_pixels // spec.factor**2
 
 
-def test_the_system_prompt_is_computed_once_and_caches_are_reused(policy):
+def test_sessions_are_reused_and_the_system_prompt_is_computed_once(policy):
     first = policy.begin(picture(), QUESTION)
     once = generate(first)
     session = first._session
@@ -124,8 +126,8 @@ def test_the_system_prompt_is_computed_once_and_caches_are_reused(policy):
     second.close()
 
 
-def test_conversations_in_threads_say_what_they_say_alone(policy):
-    def talk(seed):
+def test_parallel_conversations_generate_the_same_as_sequential_ones(policy):
+    def converse(seed):
         conversation = policy.begin(picture(seed), QUESTION)
         texts = [generate(conversation).text]
         conversation.observe(found())
@@ -133,17 +135,17 @@ def test_conversations_in_threads_say_what_they_say_alone(policy):
         conversation.close()
         return texts
 
-    alone = [talk(seed) for seed in range(3)]
-    together = [None] * 3
-    threads = [threading.Thread(target=lambda i=i: together.__setitem__(i, talk(i))) for i in range(3)]
+    sequential = [converse(seed) for seed in range(3)]
+    parallel = [None] * 3
+    threads = [threading.Thread(target=lambda i=i: parallel.__setitem__(i, converse(i))) for i in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert together == alone
+    assert parallel == sequential
 
 
-def test_when_the_context_is_full_an_answer_can_still_be_forced(policies):
+def test_an_answer_can_be_forced_when_the_context_is_full(policies):
     policy = LocalPolicy.open(policies[True], 1, context=900)
     conversation = policy.begin(picture(), QUESTION)
     generate(conversation)
@@ -156,12 +158,12 @@ def test_when_the_context_is_full_an_answer_can_still_be_forced(policies):
             assert "900" in str(full)
             break
     else:
-        pytest.fail("fifty turns fitted 900 tokens")
-    said = generate(conversation, force_answer=True)
-    assert said.text.startswith("<answer>") and said.new_tokens > 0
+        pytest.fail("fifty turns fit into 900 tokens")
+    utterance = generate(conversation, force_answer=True)
+    assert utterance.text.startswith("<answer>") and utterance.new_tokens > 0
 
 
-def test_a_notice_on_top_of_what_waits_belongs_to_its_turn(policy, conversation):
+def test_a_notice_after_a_queued_turn_becomes_part_of_it(policy, conversation):
     user = policy.model.manifest.chat.user_open
     conversation.observe(Observation(notice="malformed", detail="one"))
     generate(conversation)
@@ -169,48 +171,48 @@ def test_a_notice_on_top_of_what_waits_belongs_to_its_turn(policy, conversation)
     conversation.observe(Observation(notice="malformed", detail="three"))
     generate(conversation)
     text = policy.model.decoder.tokenizer.decode(conversation._session.tokens, skip_special_tokens=False)
-    asked, told = (turn.partition(policy.model.manifest.chat.user_close)[0] for turn in text.split(user)[1:])
-    assert QUESTION in asked and "one" in asked and "two" not in asked
-    assert told == "\n".join(policy.dialect.notices["malformed"].replace("{detail}", n) for n in ("two", "three"))
+    first, last = (turn.partition(policy.model.manifest.chat.user_close)[0] for turn in text.split(user)[1:])
+    assert QUESTION in first and "one" in first and "two" not in first
+    assert last == "\n".join(policy.dialect.notices["malformed"].replace("{detail}", n) for n in ("two", "three"))
 
 
-def test_a_picture_that_cannot_be_looked_at_leaves_the_conversation_whole(conversation):
+def test_a_crop_that_is_too_narrow_leaves_the_conversation_unchanged(conversation):
     first = generate(conversation)
     tokens = len(conversation._session.tokens)
     conversation.observe(found(np.zeros((3, 900, 3), np.uint8)))
-    with pytest.raises(PictureError, match="too thin"):
+    with pytest.raises(PictureError, match="too narrow"):
         generate(conversation)
     assert first.new_tokens and len(conversation._session.tokens) == tokens
     assert generate(conversation, force_answer=True).text.startswith("<answer>")
 
 
-def test_a_turn_with_room_enough_is_always_an_action(policies):
-    policy = LocalPolicy.open(policies[True], 1, sampling=Sampling(temperature=6.0, seed=2))
+def test_a_turn_with_enough_tokens_is_always_an_action(policies):
+    policy = LocalPolicy.open(policies[True], 1, sampling=SamplingParams(temperature=6.0, seed=2))
     for seed in range(4):
         conversation = policy.begin(picture(seed), QUESTION)
-        said = generate(conversation, max_tokens=400)
-        assert said.action is not None or said.new_tokens == 400
+        utterance = generate(conversation, max_tokens=400)
+        assert utterance.action is not None or utterance.new_tokens == 400
 
 
 def thinking(model, budget):
-    """The same policy behind a template that opens a thought."""
+    """Return a policy whose chat template opens the thinking."""
     chat = replace(model.manifest.chat, assistant_open=model.manifest.chat.assistant_open + "<think>\n")
     manifest = replace(model.manifest, chat=chat)
     decoder = Decoder(model.decoder.engine, manifest, model.decoder.table, model.decoder.tokenizer)
     dialect = load_dialect("gog")
     dialect = replace(dialect, thinking=replace(dialect.thinking, open="<think>", budget=budget))
-    return LocalPolicy(replace(model, manifest=manifest, decoder=decoder), dialect, Sampling())
+    return LocalPolicy(replace(model, manifest=manifest, decoder=decoder), dialect, SamplingParams())
 
 
-def test_a_policy_that_never_stops_thinking_is_made_to_act(tiny_model):
+def test_thinking_is_closed_when_its_budget_is_used(tiny_model):
     conversation, pieces = thinking(tiny_model, 8).begin(picture(), QUESTION), []
-    said = generate(conversation, max_tokens=40, on_text=pieces.append)
-    thought, mark, rest = said.text.partition("\n</think>\n\n")
-    assert thought and mark and "".join(pieces) == said.text
-    assert rest.lstrip().startswith("<"[: len(rest)])  # on to a tag
+    utterance = generate(conversation, max_tokens=40, on_text=pieces.append)
+    thought, closing, rest = utterance.text.partition("\n</think>\n\n")
+    assert thought and closing and "".join(pieces) == utterance.text
+    assert rest.lstrip().startswith("<"[: len(rest)])  # an action begins
 
 
-def test_an_answer_forced_on_a_thinking_policy_closes_the_thought_first(tiny_model):
+def test_a_forced_answer_closes_the_thinking_first(tiny_model):
     conversation = thinking(tiny_model, 8).begin(picture(), QUESTION)
-    said = generate(conversation, force_answer=True)
-    assert said.text.startswith("</think>\n\n<answer>") and isinstance(said.action, Answer)
+    utterance = generate(conversation, force_answer=True)
+    assert utterance.text.startswith("</think>\n\n<answer>") and isinstance(utterance.action, Answer)

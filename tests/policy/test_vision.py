@@ -1,3 +1,5 @@
+"""Preprocessing against transformers, bit for bit, and the cache of encoded pictures."""
+
 import numpy as np
 import pytest
 
@@ -34,7 +36,7 @@ def reference(tiny_model):
 
 
 @pytest.mark.parametrize("height, width", SIZES)
-def test_patches_are_those_of_transformers_to_the_last_bit(tiny_model, reference, height, width):
+def test_patches_equal_those_of_transformers_bit_for_bit(tiny_model, reference, height, width):
     spec, pixels = tiny_model.manifest.vision, noise(height, width)
     expected = reference([pixels], return_tensors="np")
     size = smart_resize(Size(width, height), spec)
@@ -44,7 +46,7 @@ def test_patches_are_those_of_transformers_to_the_last_bit(tiny_model, reference
 
 
 @pytest.mark.parametrize("rows, columns", [(14, 18), (8, 8), (4, 2), (20, 34)])
-def test_windows_and_rotary_are_those_of_transformers(tiny_model, rows, columns):
+def test_windows_and_rotary_angles_equal_those_of_transformers(tiny_model, rows, columns):
     import torch
     from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
@@ -52,10 +54,10 @@ def test_windows_and_rotary_are_those_of_transformers(tiny_model, rows, columns)
     thw = torch.tensor([[1, rows, columns]])
     index, bounds = get_vision_window_index(thw, spec.merge, spec.window, spec.patch)
     feeds = window_feeds(grid, spec)
-    held = feeds["window_mask"][:, 0, 0]
-    assert np.array_equal(feeds["window_mask"], np.broadcast_to(held[:, None, None], feeds["window_mask"].shape))
-    assert (feeds["window_slots"][held][:: spec.merge**2] // spec.merge**2).tolist() == index.tolist()
-    assert held.sum(axis=1).tolist() == np.diff(bounds.numpy()).tolist()
+    used = feeds["window_mask"][:, 0, 0]
+    assert np.array_equal(feeds["window_mask"], np.broadcast_to(used[:, None, None], feeds["window_mask"].shape))
+    assert (feeds["window_slots"][used][:: spec.merge**2] // spec.merge**2).tolist() == index.tolist()
+    assert used.sum(axis=1).tolist() == np.diff(bounds.numpy()).tolist()
     assert np.array_equal(feeds["window_slots"].reshape(-1)[feeds["patch_places"]], np.arange(rows * columns))
     positions = get_vision_position_ids(thw, spec.merge).numpy()
     quarter = spec.head_dim // 4
@@ -65,7 +67,7 @@ def test_windows_and_rotary_are_those_of_transformers(tiny_model, rows, columns)
 
 
 @pytest.mark.parametrize("rows, columns", [(14, 18), (6, 6), (4, 2), (20, 34)])
-def test_positions_are_mixed_as_transformers_does(qwen3_policy, rows, columns):
+def test_learned_positions_are_interpolated_as_in_transformers(qwen3_policy, rows, columns):
     import torch
     from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
@@ -76,24 +78,24 @@ def test_positions_are_mixed_as_transformers_does(qwen3_policy, rows, columns):
     feeds = position_feeds(Grid(rows, columns), spec)
     table = np.random.default_rng(0).normal(size=(spec.position_side**2, 3))
     expected = (table[places.numpy()] * shares.numpy()[:, :, None]).sum(axis=1)
-    mixed = (table[feeds["position_places"]] * feeds["position_shares"][:, :, None]).sum(axis=1)
-    assert np.allclose(mixed, expected, atol=1e-5)
+    interpolated = (table[feeds["position_places"]] * feeds["position_shares"][:, :, None]).sum(axis=1)
+    assert np.allclose(interpolated, expected, atol=1e-5)
 
 
-def test_a_crop_may_have_a_smaller_budget(tiny_model):
+def test_crops_have_a_pixel_limit_of_their_own(tiny_model):
     spec = tiny_model.manifest.vision
     size = smart_resize(Size(600, 400), spec, spec.crop_max_pixels)
     assert size.width * size.height <= spec.crop_max_pixels
     assert size.width % spec.factor == size.height % spec.factor == 0
 
 
-def test_a_strip_is_refused(tiny_model):
+def test_a_picture_that_is_too_narrow_is_rejected(tiny_model):
     with pytest.raises(PictureError, match="2000 x 9"):
         smart_resize(Size(2000, 9), tiny_model.manifest.vision)
 
 
-class Tower:
-    """Gives tokens away and counts."""
+class CountingTower:
+    """A vision tower that counts its runs."""
 
     def __init__(self, width):
         self.runs, self.width = 0, width
@@ -103,9 +105,9 @@ class Tower:
         return {"tokens": np.zeros((len(feeds["patches"]) // 4, self.width), np.float32)}
 
 
-def test_pictures_seen_lately_are_not_encoded_again(tiny_model):
-    tower = Tower(tiny_model.manifest.vision.out_hidden)
-    encoder = VisionEncoder(tower, tiny_model.manifest.vision, remember=2)
+def test_recent_pictures_are_not_encoded_again(tiny_model):
+    tower = CountingTower(tiny_model.manifest.vision.out_hidden)
+    encoder = VisionEncoder(tower, tiny_model.manifest.vision, cache_size=2)
     first, second, third = (noise(60, 90, seed) for seed in range(3))
     assert encoder.encode(first) is encoder.encode(first[:].copy())
     assert encoder.encode(first, 3136) is not encoder.encode(first)

@@ -18,14 +18,14 @@ def spec(resize, fill=0):
 
 def test_vectors_have_unit_length_and_one_batch_equals_single_runs(tiny_encoder):
     pictures = [flag("France"), flag("Spain"), bars(RED, width=7, height=90)]
-    together = tiny_encoder.embed_images(pictures)
-    assert together.shape == (3, tiny_encoder.dim) and together.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
-    alone = np.concatenate([tiny_encoder.embed_images([picture]) for picture in pictures])
-    np.testing.assert_allclose(together, alone, atol=1e-6)
+    batch = tiny_encoder.embed_images(pictures)
+    assert batch.shape == (3, tiny_encoder.dim) and batch.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(batch, axis=1), 1, atol=1e-6)
+    single = np.concatenate([tiny_encoder.embed_images([picture]) for picture in pictures])
+    np.testing.assert_allclose(batch, single, atol=1e-6)
 
 
-def test_a_builder_may_prepare_batches_beside(tiny_encoder):
+def test_batches_may_be_preprocessed_in_other_threads(tiny_encoder):
     pictures = [flag(name) for name in ("France", "Spain", "Chad", "Italy")] * 10
     with ThreadPoolExecutor(2) as threads:
         batches = list(threads.map(tiny_encoder.preprocess, (pictures[:20], pictures[20:], [])))
@@ -33,27 +33,27 @@ def test_a_builder_may_prepare_batches_beside(tiny_encoder):
     assert [batch.shape for batch in batches] == [(20, 3, 16, 16), (20, 3, 16, 16), (0, 3, 16, 16)]
     assert batches[0].dtype == np.float32 and batches[0].flags.c_contiguous
     np.testing.assert_array_equal(np.concatenate(parts), tiny_encoder.embed_images(pictures))
-    alone = tiny_encoder.embed_pixels(batches[0][3:4])
-    np.testing.assert_allclose(parts[0][3:4], alone, atol=1e-6)
+    single = tiny_encoder.embed_pixels(batches[0][3:4])
+    np.testing.assert_allclose(parts[0][3:4], single, atol=1e-6)
 
 
-def test_texts_are_padded_and_cut_at_the_context_length(tiny_encoder):
+def test_texts_are_padded_and_truncated_at_the_context_length(tiny_encoder):
     short, long = tiny_encoder.embed_texts(["red", "red " + "red " * 50])
     assert short @ long > 0.999
 
 
-def test_words_lie_near_pictures_of_their_colour(tiny_encoder):
+def test_words_are_near_pictures_of_their_colour(tiny_encoder):
     words = tiny_encoder.embed_texts(["red", "blue"])
     pictures = tiny_encoder.embed_images([bars((255, 0, 0)), bars((0, 0, 255))])
     assert (words @ pictures.T).argmax(axis=1).tolist() == [0, 1]
 
 
-def test_nothing_given_gives_nothing(tiny_encoder):
+def test_no_input_gives_no_vectors(tiny_encoder):
     assert tiny_encoder.embed_images([]).shape == (0, tiny_encoder.dim)
     assert tiny_encoder.embed_texts([]).shape == (0, tiny_encoder.dim)
 
 
-def test_squash_uses_all_of_the_picture_shortest_its_middle_longest_pads():
+def test_squash_uses_the_whole_picture_shortest_its_middle_and_longest_pads():
     wide = bars(RED, GREEN, BLUE, width=90, height=10)
     squashed = preprocess(wide, spec("squash"))
     assert squashed.shape == (3, 8, 8) and squashed.dtype == np.float32
@@ -61,11 +61,12 @@ def test_squash_uses_all_of_the_picture_shortest_its_middle_longest_pads():
     middle = preprocess(wide, spec("shortest"))
     assert (middle[1] > -0.1).all() and (middle[0] < -0.9).all()
     padded = preprocess(wide, spec("longest", fill=255))
-    assert (np.delete(padded, 3, axis=1) == 1).all() and padded[2, 3, 0] < 0  # one row is left, above the middle
+    assert (np.delete(padded, 3, axis=1) == 1).all() and padded[2, 3, 0] < 0  # one row remains, above the middle
 
 
-def test_normalisation_is_value_minus_mean_over_std():
+def test_normalised_values_are_as_computed_by_hand():
     grey = np.full((4, 4, 3), 51, dtype=np.uint8)
+    # 51 / 255 = 0.2: (0.2 - 0.1) / 0.5, (0.2 - 0.2) / 0.25, (0.2 - 0.3) / 2
     one = ImageSpec(Size(4, 4), (0.1, 0.2, 0.3), (0.5, 0.25, 2.0), Image.Resampling.BILINEAR, "squash")
     np.testing.assert_allclose(preprocess(grey, one)[:, 0, 0], [0.2, 0.0, -0.05], atol=1e-6)
 
@@ -101,7 +102,7 @@ def test_an_altered_file_is_named(broken):
 
 
 @pytest.mark.parametrize("changes", [{"kind": "policy"}, {"schema": 2}, {"image": {}}, {"text": None}, {"files": 3}])
-def test_another_manifest_is_refused(broken, changes):
+def test_an_invalid_manifest_is_refused(broken, changes):
     rewrite(broken, **changes)
     with pytest.raises(ArtifactError, match="export it again"):
         Encoder.open(broken)
@@ -112,12 +113,12 @@ def test_a_folder_without_manifest_is_refused(tmp_path):
         Encoder.open(tmp_path)
 
 
-def test_a_wrong_dimension_shows_when_used(broken):
+def test_a_wrong_dimension_is_detected_at_the_first_embedding(broken):
     rewrite(broken, dim=99)
     with pytest.raises(ArtifactError, match="99"):
         Encoder.open(broken).embed_images([flag("France")])
 
 
-def test_a_provider_that_is_not_there_is_an_error(tiny_encoder_folder):
+def test_an_unavailable_provider_is_an_error(tiny_encoder_folder):
     with pytest.raises(BackendError, match="NoSuchProvider"):
         Encoder.open(tiny_encoder_folder, providers=["NoSuchProvider"])

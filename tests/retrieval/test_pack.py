@@ -11,9 +11,9 @@ from gog_edge.errors import PackError
 from gog_edge.files import describe_files
 from gog_edge.indexing.commit import write_tombstones
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.manifest import MANIFEST, Manifest, read_manifest
+from gog_edge.retrieval.manifest import IMAGE_FEATURES, MANIFEST, Calibration, Manifest, read_manifest
 from gog_edge.retrieval.pack import Pack, verify_pack
-from gog_edge.retrieval.retriever import Retriever
+from gog_edge.retrieval.retriever import Retriever, image_probability, predict_probability, text_probability
 from gog_edge.types import ImageQuery, TextQuery
 
 STORE = "store/000001.sqlite"
@@ -25,21 +25,21 @@ def copied(little_pack_folder, tmp_path):
 
 
 def rewrite(folder, **changes):
-    """Change the manifest and bring its hashes up to date."""
+    """Change the manifest and update its hashes."""
     raw = json.loads((folder / MANIFEST).read_text()) | changes
     raw["files"] = [entry.to_json() for entry in describe_files(folder, [entry["path"] for entry in raw["files"]])]
     (folder / MANIFEST).write_text(json.dumps(raw))
 
 
-def refused(folder, encoder, words):
-    with pytest.raises(PackError, match=words):
+def refused(folder, encoder, message):
+    with pytest.raises(PackError, match=message):
         Pack.open(folder, encoder)
 
 
-def test_an_open_pack_gives_back_files_as_they_were_stored(little_pack):
-    stored = little_pack.picture(1)
+def test_an_open_pack_returns_the_stored_files(little_pack):
+    stored = little_pack.image_file(1)
     assert stored.media_type == "image/png" and stored.data.startswith(b"\x89PNG")
-    assert little_pack.picture(999) is None and little_pack.picture(-1) is None and little_pack.picture(2**70) is None
+    assert [little_pack.image_file(unknown) for unknown in (999, -1, 2**70)] == [None, None, None]
     assert little_pack.name == "little" and little_pack.manifest.counts.images == len(FLAGS)
 
 
@@ -61,7 +61,7 @@ def test_missing_and_altered_files_are_named(copied, tiny_encoder, name):
     refused(copied, tiny_encoder, f"{name}.*missing")
 
 
-def test_no_manifest_is_no_pack(copied, tiny_encoder):
+def test_a_missing_or_invalid_manifest_is_refused(copied, tiny_encoder):
     (copied / MANIFEST).unlink()
     refused(copied, tiny_encoder, "right folder")
     (copied / MANIFEST).write_text("{")
@@ -73,12 +73,12 @@ def test_no_manifest_is_no_pack(copied, tiny_encoder):
     [{"schema": 9}, {"kind": "encoder"}, {"snapshot": None}, {"counts": {}}, {"golden": "x"}, {"images": [1]},
      {"calibration": {"image": {"features": []}}}],
 )  # fmt: skip
-def test_other_manifests_are_refused(copied, tiny_encoder, changes):
+def test_manifests_of_another_form_are_refused(copied, tiny_encoder, changes):
     rewrite(copied, **changes)
     refused(copied, tiny_encoder, "again")
 
 
-def test_another_encoder_is_refused_and_both_are_named(copied, tmp_path):
+def test_another_encoder_is_refused_with_both_names(copied, tmp_path):
     other = Encoder.open(write_tiny_encoder(tmp_path / "other", seed=1, name="other"), threads=1)
     refused(copied, other, "'tiny'.*'other'")
 
@@ -91,8 +91,8 @@ def test_the_same_weights_with_other_preprocessing_are_refused(copied, tiny_enco
 
 
 def test_an_encoder_that_computes_other_vectors_fails_the_golden_query(copied, tmp_path, tiny_encoder):
-    """Its manifest claims to be the same: only running it shows that it is not."""
-    folder = write_tiny_encoder(tmp_path / "liar", seed=1)
+    """Its manifest has the same fingerprint: only running it shows the difference."""
+    folder = write_tiny_encoder(tmp_path / "false", seed=1)
     raw = json.loads((folder / "manifest.json").read_text())
     raw["weights_sha256"] = tiny_encoder.fingerprint.weights_sha256
     (folder / "manifest.json").write_text(json.dumps(raw))
@@ -104,13 +104,13 @@ def test_another_store_schema_is_refused(copied, tiny_encoder):
         db.execute("PRAGMA user_version = 77")
     db.close()
     rewrite(copied)
-    refused(copied, tiny_encoder, "schema 77")
+    refused(copied, tiny_encoder, "schema 2, got 77")
 
 
-def test_a_store_that_is_no_database_is_refused(copied, tiny_encoder):
+def test_a_store_that_is_not_a_database_is_refused(copied, tiny_encoder):
     (copied / STORE).write_bytes(b"not a database" * 100)
     rewrite(copied)
-    refused(copied, tiny_encoder, "no SQLite store")
+    refused(copied, tiny_encoder, "is not an SQLite database")
 
 
 def test_counts_that_disagree_are_refused(copied, tiny_encoder):
@@ -129,11 +129,11 @@ def test_rows_without_vectors_are_refused(copied, tiny_encoder):
         verify_pack(copied)
 
 
-def test_a_file_without_hash_is_refused(copied, tiny_encoder):
+def test_a_file_without_a_hash_is_refused(copied, tiny_encoder):
     raw = json.loads((copied / MANIFEST).read_text())
     raw["files"] = raw["files"][1:]
     (copied / MANIFEST).write_text(json.dumps(raw))
-    refused(copied, tiny_encoder, "without its hash")
+    refused(copied, tiny_encoder, "lists no hash for")
 
 
 def test_a_path_outside_the_pack_is_refused(copied, tiny_encoder):
@@ -143,7 +143,7 @@ def test_a_path_outside_the_pack_is_refused(copied, tiny_encoder):
     refused(copied, tiny_encoder, "outside")
 
 
-def bury(folder, articles, images):
+def delete(folder, articles, images):
     """Write tombstones as a later generation would."""
     files = write_tombstones(folder, 2, np.array(articles, np.int64), np.array(images, np.int64))
     raw = json.loads((folder / MANIFEST).read_text())
@@ -153,38 +153,38 @@ def bury(folder, articles, images):
     rewrite(folder, tombstones={"articles": files.articles, "images": files.images}, files=listed, counts=counts)
 
 
-def test_tombstones_take_images_and_articles_out_of_every_answer(copied, tiny_encoder):
-    gone = list(FLAGS).index("Spain") + 1
+def test_deleted_images_and_articles_are_in_no_result(copied, tiny_encoder):
+    image = list(FLAGS).index("Spain") + 1
     article = list(FACTS).index("Spain") + 1
     raw = json.loads((copied / MANIFEST).read_text())
-    rewrite(copied, golden=raw["golden"] if raw["golden"] != gone else gone % len(FLAGS) + 1)
-    bury(copied, [article], [gone])
+    rewrite(copied, golden=raw["golden"] if raw["golden"] != image else image % len(FLAGS) + 1)
+    delete(copied, [article], [image])
     pack = Pack.open(copied, tiny_encoder)
-    assert pack.picture(gone) is None
-    seen, named, said = Retriever(tiny_encoder, [pack]).search(
+    assert pack.image_file(image) is None
+    by_picture, by_title, by_text = Retriever(tiny_encoder, [pack]).search(
         [ImageQuery(flag("Spain")), TextQuery("Spain"), TextQuery("Madrid")]
     )
-    for result in (seen, named, said):
+    for result in (by_picture, by_title, by_text):
         assert "Spain" not in [title for evidence in result.evidence for title in evidence.titles]
     pack.close()
     assert verify_pack(copied).counts.images == len(FLAGS) - 1
 
 
-def test_a_tombstone_of_nothing_is_found_by_verify(copied):
-    bury(copied, [], [12345])
+def test_verify_detects_a_tombstone_of_an_unknown_id(copied):
+    delete(copied, [], [12345])
     with pytest.raises(PackError, match="tombstone 12345"):
         verify_pack(copied)
 
 
 @pytest.mark.parametrize("ids", [np.array([1.5]), np.array([[1]])])
-def test_tombstones_of_another_form_are_refused(copied, tiny_encoder, ids):
-    bury(copied, [1], [])
+def test_tombstones_of_another_dtype_or_shape_are_refused(copied, tiny_encoder, ids):
+    delete(copied, [1], [])
     np.save(copied / "tombstones/000002-articles.npy", ids)
     rewrite(copied)
-    refused(copied, tiny_encoder, "wanted int64")
+    refused(copied, tiny_encoder, "must contain int64")
 
 
-def test_a_vector_that_is_not_of_unit_length_is_found_by_verify(copied):
+def test_verify_detects_a_vector_that_does_not_have_unit_length(copied):
     path = copied / "vectors/000001-images-000000.npy"
     np.save(path, np.load(path) * np.float16(2))
     rewrite(copied)
@@ -192,12 +192,33 @@ def test_a_vector_that_is_not_of_unit_length_is_found_by_verify(copied):
         verify_pack(copied)
 
 
-def test_a_damaged_page_of_the_store_is_found_by_verify(copied):
+def test_verify_detects_a_damaged_page_of_the_store(copied):
     path = copied / STORE
     data = bytearray(path.read_bytes())
     page = data.rindex(b"The capital of Spain") // 4096 * 4096
-    data[page : page + 8] = b"\xff" * 8  # the header of a page of paragraphs
+    data[page : page + 8] = b"\xff" * 8  # the header of the page
     path.write_bytes(data)
     rewrite(copied)
     with pytest.raises(PackError, match="damaged|build"):
         verify_pack(copied)
+
+
+# --- the probability that the subject is in the pack ------------------------------------------------
+
+
+@pytest.mark.parametrize(("features", "probability"), [
+    ((1.0, 9.0, 0.5, 0.0), 0.8807970780),  # 1 / (1 + exp(-2))
+    ((0.0, 0.0, 0.0, 0.0), 0.6224593312),  # 1 / (1 + exp(-0.5))
+    ((0.0, 0.0, 2.5, 1.0), 0.2689414214),  # 1 / (1 + exp(1))
+    ((1e6, 0.0, 0.0, 0.0), 1.0),
+    ((-1e6, 0.0, 0.0, 0.0), 0.0),
+])  # fmt: skip
+def test_a_calibration_gives_the_logistic_function_of_its_features(features, probability):
+    model = Calibration(IMAGE_FEATURES, (2.0, 0.0, -1.0, 1.0), 0.5, 0.05, 0.05, 0.9, 40, 40)
+    assert predict_probability(model, features) == pytest.approx(probability, abs=1e-9)
+
+
+def test_a_pack_without_calibration_uses_the_cosine_and_the_known_coverage(little_pack):
+    assert little_pack.manifest.image_calibration is None and not little_pack.uses_captions
+    assert [image_probability(little_pack, (cosine, 0, 0, 0)) for cosine in (-0.2, 0.7, 1.001)] == [0, 0.7, 1]
+    assert text_probability(little_pack, (0.8, 0.25, 1, 1)) == pytest.approx(0.6)

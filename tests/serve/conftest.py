@@ -6,9 +6,8 @@ from functools import partial
 
 import httpx
 import pytest
-from little_fixtures import little_pack_folder, tiny_encoder, tiny_encoder_folder  # noqa: F401
 from loopback import serving
-from played import played_runtime, png, scene
+from playback import playback_runtime, png, scene
 
 from gog_edge.runtime import Runtime
 from gog_edge.serve.app import create_app
@@ -24,7 +23,7 @@ def start() -> Iterator[Callable[..., str]]:
 @pytest.fixture
 def make_runtime(tmp_path) -> Callable[..., Runtime]:
     """Builds a runtime around a policy that plays a script; keyword arguments go to its Limits."""
-    return partial(played_runtime, tmp_path)
+    return partial(playback_runtime, tmp_path)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""POST /v1/ask over real HTTP: answers, events, and every way to ask wrongly."""
+"""POST /v1/ask over real HTTP: answers, events, and invalid requests."""
 
 import base64
 import json
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from played import BOXES, QUESTION, SCRIPT, Player, png, scene
+from playback import BOXES, QUESTION, SCRIPT, PlaybackPolicy, png, scene
 
 from gog_edge.agent.trace import TraceFolder, read_trace
 from gog_edge.errors import BackendError
+from gog_edge.types import Answer
 
 EVENTS = {"Accept": "text/event-stream"}
 WAIT = 60  # seconds; generous, for machines that are busy
@@ -24,7 +25,7 @@ def ask_sample(client, **more):
     return client.post("/v1/ask", json={"sample": "three flags.png", "question": QUESTION, **more})
 
 
-def test_each_episode_leaves_a_trace_where_one_is_wanted(start, make_runtime, tmp_path):
+def test_each_episode_writes_a_trace_if_a_folder_is_given(start, make_runtime, tmp_path):
     folder = TraceFolder(tmp_path / "traces")
     with httpx.Client(base_url=start(make_runtime(), traces=folder), timeout=60) as client:
         bodies = [ask_sample(client).json() for _ in range(2)]
@@ -96,20 +97,30 @@ def test_events_in_order(client):
     kinds = [kind for kind, _ in events]
     assert kinds[0] == "started" and kinds[-1] == "answered"
     assert [kind for kind in kinds if kind != "spoke"] == ["started", "acted", "found", "acted", "answered"]
-    said = "".join(data["text"] for kind, data in events if kind == "spoke" and data["step"] == 0)
-    assert said.strip() == SCRIPT[0][0]
+    generated = "".join(data["text"] for kind, data in events if kind == "spoke" and data["step"] == 0)
+    assert generated.strip() == SCRIPT[0][0]
     assert all(data["kind"] == kind for kind, data in events)
     check_answer(events[-1][1])
 
 
-def test_events_come_while_the_policy_speaks(start, make_runtime):
+def test_unicode_line_ends_in_events_are_escaped(start, make_runtime):
+    text = "one\u2028two\u2029three\x85four"
+    url = start(make_runtime(PlaybackPolicy([(text, Answer(text))])))
+    response = httpx.post(url + "/v1/ask", json={"sample": "three flags.png", "question": QUESTION}, headers=EVENTS,
+                          timeout=WAIT)
+    content = response.content.decode()
+    assert len(content.splitlines()) == content.count("\n") and "\\u2028" in content
+    assert read_events(response)[-1][1]["answer"] == text
+
+
+def test_events_are_sent_while_the_policy_is_generating(start, make_runtime):
     gate = threading.Event()
-    url = start(make_runtime(Player(gate=gate)))
+    url = start(make_runtime(PlaybackPolicy(gate=gate)))
     body = {"sample": "three flags.png", "question": QUESTION}
     with httpx.stream("POST", url + "/v1/ask", json=body, headers=EVENTS, timeout=WAIT) as response:
         pieces = response.iter_text()
         assert "event: started" in next(pieces)
-        assert not gate.is_set()  # the policy has not said a word yet
+        assert not gate.is_set()  # the first turn has not begun
         gate.set()
         assert "event: answered" in "".join(pieces)
 
@@ -120,7 +131,7 @@ def test_workflow_and_budget_reach_the_loop(client):
     assert whole["ended"] == "turns"
     direct = ask_sample(client, workflow="direct").json()
     assert direct["answer"] == "I cannot tell."
-    assert direct["citations"] == []
+    assert direct["citations"] == direct["related"] == []
 
 
 # --- wrong input --------------------------------------------------------------------------------
@@ -146,13 +157,13 @@ def test_picture_bomb(client):
     check_error(response, 400, "PictureError", "60000 x 60000")
 
 
-def test_wrong_input_has_its_status_with_events_too(client):
+def test_invalid_input_has_its_status_also_for_event_streams(client):
     response = client.post("/v1/ask", json={"picture": "aGVsbG8=", "question": "What is it?"}, headers=EVENTS)
     check_error(response, 400, "PictureError")
 
 
 @pytest.mark.parametrize("question", ["", "   \n ", "x" * 2001, "a\x00b"], ids=["empty", "blank", "long", "control"])
-def test_question_that_cannot_be_asked(client, question):
+def test_invalid_questions(client, question):
     response = client.post("/v1/ask", json={"sample": "three flags.png", "question": question})
     check_error(response, 400, "QuestionError")
 
@@ -175,23 +186,25 @@ def test_question_that_is_not_utf8(client, scene_png):
         (b"\xff\xfe", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"[1]", "a list"),
+        (b'{"sample": "a", "question": "a?", "budget": 3}', "'budget' must be an object, got a number"),
+        (b'{"sample": "a", "question": null}', "'question' must be a valid string, got None"),
         (b'{"question": "a?"}', "neither"),
         (b'{"sample": "a", "picture": "", "question": "a?"}', "both"),
         (b'{"sample": 3, "question": "a?"}', "'sample'"),
         (b'{"sample": "a", "question": ["a?"]}', "'question'"),
         (b'{"sample": "a", "question": "a?", "colour": 1}', "'colour'"),
         (b'{"sample": "a", "question": "a?", "workflow": "hasty"}', "full_image"),
-        (b'{"sample": "a", "question": "a?", "budget": {"turns": 1000}}', "turns = 1000"),
-        (b'{"sample": "a", "question": "a?", "budget": {"turns": true}}', "turns = True"),
+        (b'{"sample": "a", "question": "a?", "budget": {"turns": 1000}}', "'budget.turns' must be between 1 and 6"),
+        (b'{"sample": "a", "question": "a?", "budget": {"turns": true}}', "'budget.turns' must be a valid integer"),
         (b'{"sample": "a", "question": "a?", "budget": {"euros": 1}}', "'euros'"),
     ],
 )
-def test_body_of_another_shape(client, body, word):
+def test_invalid_bodies(client, body, word):
     response = client.post("/v1/ask", content=body, headers={"Content-Type": "application/json"})
     check_error(response, 422, "RequestError", word)
 
 
-def test_body_of_another_type(client):
+def test_other_content_types(client):
     response = client.post("/v1/ask", content=b"question=a", headers={"Content-Type": "text/plain"})
     check_error(response, 422, "RequestError", "application/json")
     response = client.post("/v1/ask", content=b"nothing", headers={"Content-Type": "multipart/form-data; boundary=x"})
@@ -233,19 +246,19 @@ def test_picture_above_the_limit(start, make_runtime):
     check_error(response, 400, "PictureError", "200")
 
 
-# --- more than one, and no longer there ---------------------------------------------------------
+# --- concurrent questions, clients that disconnect, errors ---------------------------------------------------------
 
 
 def wait_for(condition) -> None:
     until = time.monotonic() + WAIT
     while not condition():
-        assert time.monotonic() < until, "it did not happen"
+        assert time.monotonic() < until, "timeout"
         time.sleep(0.01)
 
 
-def test_more_than_can_wait_are_turned_away(start, make_runtime):
+def test_questions_beyond_the_queue_are_refused(start, make_runtime):
     gate = threading.Event()
-    policy = Player(gate=gate)
+    policy = PlaybackPolicy(gate=gate)
     url = start(make_runtime(policy, concurrent=1), waiting=1)
     answers = []
     with httpx.Client(base_url=url, timeout=WAIT) as client:
@@ -267,8 +280,8 @@ def test_more_than_can_wait_are_turned_away(start, make_runtime):
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
-def test_client_that_goes_away_stops_its_episode(start, make_runtime, accept):
-    policy = Player(script=[("word " * 10_000, SCRIPT[0][1])], pause_s=0.01)
+def test_a_client_that_disconnects_stops_its_episode(start, make_runtime, accept):
+    policy = PlaybackPolicy(script=[("word " * 10_000, SCRIPT[0][1])], pause_s=0.01)
     url = start(make_runtime(policy))
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"sample": "three flags.png", "question": QUESTION})
@@ -281,29 +294,29 @@ def test_client_that_goes_away_stops_its_episode(start, make_runtime, accept):
     wait_for(lambda: 'outcome="stopped"} 1' in httpx.get(url + "/metrics", timeout=WAIT).text)
 
 
-def test_fault_inside_is_not_told(start, make_runtime):
-    url = start(make_runtime(Player(fault=RuntimeError("secret path"))))
+def test_internal_errors_have_no_details(start, make_runtime):
+    url = start(make_runtime(PlaybackPolicy(fault=RuntimeError("secret path"))))
     with httpx.Client(base_url=url, timeout=WAIT) as client:
         response = ask_sample(client)
         assert response.status_code == 500
         assert response.json()["error"]["type"] == "InternalError"
         assert "secret" not in response.text and "Traceback" not in response.text
-        assert response.headers["connection"] == "close"  # or the next request meets a connection that ends
+        assert response.headers["connection"] == "close"  # otherwise the next request would use a closed connection
         assert 'outcome="failed"} 1' in client.get("/metrics").text
         assert ask_sample(client).status_code == 500  # the worker is free again
 
 
 def test_error_after_the_first_event_ends_the_stream(start, make_runtime):
     body = {"sample": "three flags.png", "question": QUESTION}
-    url = start(make_runtime(Player(fault=BackendError("the engine is gone; restart"))))
+    url = start(make_runtime(PlaybackPolicy(fault=BackendError("the engine is gone; restart"))))
     (first, _), (kind, data) = read_events(httpx.post(url + "/v1/ask", json=body, headers=EVENTS, timeout=WAIT))
     assert [first, kind] == ["started", "error"]
     assert data == {"error": {"type": "BackendError", "message": "the engine is gone; restart"}}
 
 
-def test_fault_after_the_first_event_is_an_event_too(start, make_runtime, caplog):
+def test_an_internal_error_after_the_first_event_is_an_event(start, make_runtime, caplog):
     body = {"sample": "three flags.png", "question": QUESTION}
-    url = start(make_runtime(Player(fault=RuntimeError("secret path"))))
+    url = start(make_runtime(PlaybackPolicy(fault=RuntimeError("secret path"))))
     (first, _), (kind, data) = read_events(httpx.post(url + "/v1/ask", json=body, headers=EVENTS, timeout=WAIT))
     assert [first, kind, data["error"]["type"]] == ["started", "error", "InternalError"]
     assert "secret" not in str(data) and "secret path" in caplog.text

@@ -1,4 +1,4 @@
-"""Engines that cannot be had or are lost: the server stays up, says why, and is ready once they can be had."""
+"""Engines that are not available or are lost: the server stays up, reports why, and is ready once they are."""
 
 import os
 import signal
@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import httpx
 import pytest
-from built_engines import build, cuda_on_processor, toy  # noqa: F401
-from played import Flags, Player, Still
+from playback import FixedPacks, FlagRetriever, PlaybackPolicy
+from toy_bundle import build
 
 from gog_edge.engines.manifest import MANIFEST, ORT_CUDA, TENSORRT_RTX
 from gog_edge.engines.registry import EngineChoice
@@ -21,7 +21,7 @@ from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory, PackErr
 from gog_edge.files import describe_files, read_json, write_json
 from gog_edge.policy.local import LocalPolicy
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.registry import Shelf
+from gog_edge.retrieval.registry import PackRegistry
 from gog_edge.runtime import open_runtime
 from gog_edge.serve import supervisor as supervision
 from gog_edge.serve.__main__ import main
@@ -40,10 +40,10 @@ def reason_of(client):
     return body.get("reason", "")
 
 
-def wait_for_reason(client, says):
-    """Until the reason holds some words, or, for "", the server is ready."""
+def wait_for_reason(client, words):
+    """Wait until the reason contains some words or, for "", until the server is ready."""
     end = time.monotonic() + WAIT
-    while (reason := reason_of(client)) != says and not (says and says in reason):
+    while (reason := reason_of(client)) != words and not (words and words in reason):
         assert time.monotonic() < end, reason
         time.sleep(0.05)
     return reason
@@ -51,7 +51,7 @@ def wait_for_reason(client, says):
 
 @contextmanager
 def process_of(command, **options):
-    """A process that is over at the end of the block, whatever happens in it."""
+    """A process that is stopped at the end of the block."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
         try:
             yield process
@@ -61,15 +61,21 @@ def process_of(command, **options):
             process.kill()
 
 
-def refused(reply, says):
-    assert reply.status_code == 503 and says in reply.json()["error"]["message"], reply.text
+def exit_code(*arguments):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    return exit.value.code
 
 
-# --- engines that are not there, or are no good ---------------------------------------------------
+def refused(reply, words):
+    assert reply.status_code == 503 and words in reply.json()["error"]["message"], reply.text
 
 
-def test_a_server_without_its_engines_is_up_says_why_and_looks_again(toy):  # noqa: F811
-    """No engines; then, found without being told, engines that this box may be unable to run; then a torn one."""
+# --- engines that are missing or damaged ---------------------------------------------------
+
+
+def test_a_server_without_its_engines_reports_why_and_retries(toy):
+    """No engines; then engines that may not run on this machine; then a truncated one."""
     command = [sys.executable, "-m", "gog_edge.serve", "--port", "0", "--threads", "1", "--bundle", str(toy.root),
                "--engine", TENSORRT_RTX]
     out = build(toy, TENSORRT_RTX, sms=(86,))
@@ -77,48 +83,48 @@ def test_a_server_without_its_engines_is_up_says_why_and_looks_again(toy):  # no
     with process_of(command) as process:
         url = next(word for word in process.stdout.readline().split() if word.startswith("http://"))
         with httpx.Client(base_url=url, timeout=WAIT) as client:
-            says = f"python -m export.build_engines {toy.root} --engine tensorrt-rtx"
-            assert says in reason_of(client) and client.get("/healthz").json() == {"status": "ok"}
-            refused(client.post("/v1/ask", json=QUESTION), says)
-            refused(client.post("/v1/search", json={"text": "red"}), says)
-            refused(client.get("/v1/images/little/0"), says)
+            hint = f"gog-edge export engines {toy.root} --engine tensorrt-rtx"
+            assert hint in reason_of(client) and client.get("/healthz").json() == {"status": "ok"}
+            refused(client.post("/v1/ask", json=QUESTION), hint)
+            refused(client.post("/v1/search", json={"text": "red"}), hint)
+            refused(client.get("/v1/images/little/0"), hint)
             assert client.get("/").status_code == client.get("/v1/samples/row.jpg").status_code == 200
             assert client.get("/v1/models").json()["data"] == []
             assert 'outcome="failed"} 1' in client.get("/metrics").text
             aside.rename(out)
             end = time.monotonic() + WAIT
-            while "there are no engines" in (second := reason_of(client)):
+            while "no engines in" in (second := reason_of(client)):
                 assert time.monotonic() < end
                 time.sleep(0.05)
             (out / "image.engine").write_bytes((out / "image.engine").read_bytes()[:1000])
             process.send_signal(signal.SIGHUP)
-            assert says in wait_for_reason(client, "has 1000 bytes")
+            assert hint in wait_for_reason(client, "has 1000 bytes")
         process.send_signal(signal.SIGTERM)
-        said = process.stderr.read().splitlines()
-    first, *others = [line for line in said if not line.startswith("gog_edge takes up to")]
-    assert first.startswith("gog_edge is not ready: there are no engines")
-    assert f"gog_edge is not ready: {second}" in others and len(said) < 6  # told when it changes
+        log = process.stderr.read().splitlines()
+    first, *others = [line for line in log if not line.startswith("gog_edge takes up to")]
+    assert first.startswith("gog_edge is not ready: no engines in")
+    assert f"gog_edge is not ready: {second}" in others and len(log) < 6  # only changes are logged
 
 
-def test_a_server_is_ready_as_soon_as_its_engines_are_built(toy, start, cuda_on_processor):  # noqa: F811
+def test_a_server_is_ready_as_soon_as_its_engines_are_built(toy, start, cuda_on_cpu):
     supervisor = supervise(toy.root, 1, EngineChoice(ORT_CUDA))
     own = open_runtime(toy.root, threads=1)
-    (answered,) = [event.record.answer for event in own.ask((toy.root / "samples/row.jpg").read_bytes(),
-                                                            QUESTION["question"]) if event.kind == "answered"]
+    picture = (toy.root / "samples/row.jpg").read_bytes()
+    expected = own.answer(picture, QUESTION["question"], lambda event: None).answer
     with httpx.Client(base_url=start(supervisor), timeout=WAIT) as client:
-        refused(client.post("/v1/ask", json=QUESTION), "there are no engines")
+        refused(client.post("/v1/ask", json=QUESTION), "no engines in")
         build(toy)
         supervisor.wake()
         wait_for_reason(client, "")
         reply = client.post("/v1/ask", json=QUESTION)
-        assert reply.status_code == 200 and reply.json()["answer"] == answered != ""
+        assert reply.status_code == 200 and reply.json()["answer"] == expected != ""
         assert client.get("/v1/models").json()["data"][0]["id"] == "atlas"
         assert [pack["name"] for pack in client.get("/readyz").json()["packs"]] == ["little"]
     supervisor.close()
     own.packs.close()
 
 
-def test_where_only_the_policy_fails_the_search_goes_on(toy, start, cuda_on_processor):  # noqa: F811
+def test_search_is_available_when_only_the_policy_fails(toy, start, cuda_on_cpu):
     out = build(toy)
     whole = (out / "decoder.onnx").read_bytes()
     write_engine(out, whole[: len(whole) // 2])
@@ -137,7 +143,7 @@ def test_where_only_the_policy_fails_the_search_goes_on(toy, start, cuda_on_proc
 
 
 def write_engine(out, data):
-    """Put a decoder in the folder of engines, described as the builder would."""
+    """Write a decoder to the folder of engines, with its entry in the manifest."""
     (out / "decoder.onnx").write_bytes(data)
     manifest = read_json(out / MANIFEST, what="engines")
     paths = [entry["path"] for entry in manifest["files"]]
@@ -145,52 +151,48 @@ def write_engine(out, data):
 
 
 @pytest.mark.parametrize("part", ["policy/vision.onnx", "encoder/text.onnx", "pack/store.sqlite", "bundle.toml"])
-def test_a_broken_bundle_ends_the_command(toy, part, capsys):  # noqa: F811
+def test_a_damaged_bundle_ends_the_command(toy, part, capsys):
     path = next(toy.root.glob(part), None) or next((toy.root / "pack").rglob("*.sqlite"))
     path.write_bytes(path.read_bytes()[:-9])
-    assert main(["--port", "0", "--bundle", str(toy.root), "--engine", TENSORRT_RTX]) == 2
+    assert exit_code("--port", "0", "--bundle", str(toy.root), "--engine", TENSORRT_RTX) == 2
     err = capsys.readouterr().err
     assert path.name in err and err.count("\n") == 1
 
 
-def test_a_port_in_use_ends_the_command(toy, capsys):  # noqa: F811
+def test_a_port_in_use_ends_the_command(toy, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        assert main(["--port", port, "--bundle", str(toy.root), "--engine", TENSORRT_RTX]) == 2
+        assert exit_code("--port", port, "--bundle", str(toy.root), "--engine", TENSORRT_RTX) == 2
     assert f"port {port}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("words", "says"), [(["--engine", "cuda"], "invalid choice: 'cuda'"),
-                                             (["--engines", "folder"], "'folder' is a folder of built engines"),
-                                             (["--search", "gpu"], "invalid choice: 'gpu'"),
-                                             (["--search", "tensorrt"], "invalid choice: 'tensorrt'")])
-def test_a_choice_that_there_is_not(words, says, capsys):
-    try:
-        code = main(["--port", "0", *words])
-    except SystemExit as exc:
-        code = exc.code
-    assert code == 2 and says in capsys.readouterr().err
+@pytest.mark.parametrize(("words", "message"), [(["--engine", "cuda"], "unknown engine 'cuda'"),
+                                                (["--engines", "folder"], "'folder' is a folder of built engines"),
+                                                (["--search", "gpu"], "'gpu'"),
+                                                (["--search", "tensorrt"], "'tensorrt'")])
+def test_unknown_engines_and_searches_are_refused(words, message, capsys):
+    assert exit_code("--port", "0", *words) == 2 and message in capsys.readouterr().err
 
 
 # --- devices that fail while they are used --------------------------------------------------------
 
 
 @pytest.fixture
-def shelf_of(little_pack_folder, tiny_encoder):
-    return lambda: Shelf([little_pack_folder], tiny_encoder)
+def make_packs(little_pack_folder, tiny_encoder):
+    return lambda: PackRegistry([little_pack_folder], tiny_encoder)
 
 
-def test_a_device_that_is_lost_under_a_question_is_given_up_and_opened_again(start, make_runtime, shelf_of):
+def test_a_device_that_is_lost_during_a_question_is_given_up_and_opened_again(start, make_runtime, make_packs):
     error = DeviceLost("GPU 0 is lost")
-    mended = threading.Event()
+    repaired = threading.Event()
 
-    def mend(runtime):
-        if not mended.is_set():
+    def repair(runtime):
+        if not repaired.is_set():
             return replace(runtime, failure=f"still: {error}")
-        return replace(runtime, policy=Player(), packs=Still(Flags()), failure="")
+        return replace(runtime, policy=PlaybackPolicy(), packs=FixedPacks(FlagRetriever()), failure="")
 
-    packs = shelf_of()
-    supervisor = Supervisor(replace(make_runtime(Player(fault=error)), packs=packs), mend)
+    packs = make_packs()
+    supervisor = Supervisor(replace(make_runtime(PlaybackPolicy(fault=error)), packs=packs), repair)
     question = {"sample": "three flags.png", "question": "Which?"}
     with httpx.Client(base_url=start(supervisor), timeout=WAIT) as client:
         assert reason_of(client) == ""
@@ -201,7 +203,7 @@ def test_a_device_that_is_lost_under_a_question_is_given_up_and_opened_again(sta
         with packs.lease():
             pass
         wait_for_reason(client, f"still: {error}")
-        mended.set()
+        repaired.set()
         supervisor.wake()
         wait_for_reason(client, "")
         assert client.post("/v1/ask", json=question).status_code == 200
@@ -212,15 +214,15 @@ def test_a_device_that_is_lost_under_a_question_is_given_up_and_opened_again(sta
 
 @pytest.mark.parametrize("error", [BackendError("the policy's server is away"),
                                    OutOfDeviceMemory("the GPU's memory is taken")])
-def test_a_backend_that_fails_one_question_is_told_and_nothing_is_given_up(start, make_runtime, error):
-    runtime = make_runtime(Player(fault=error))
-    supervisor = Supervisor(runtime, lambda failed: pytest.fail("nothing lacks"))
+def test_an_error_of_the_backend_fails_one_question_only(start, make_runtime, error):
+    runtime = make_runtime(PlaybackPolicy(fault=error))
+    supervisor = Supervisor(runtime, lambda failed: pytest.fail("no part is missing"))
     with httpx.Client(base_url=start(supervisor), timeout=WAIT) as client:
         refused(client.post("/v1/ask", json={"sample": "three flags.png", "question": "Which?"}), str(error))
         assert reason_of(client) == "" and supervisor.runtime is runtime and not supervisor.device_lost
 
 
-def test_a_device_that_is_lost_while_it_is_opened_ends_the_process_after_a_while(toy, monkeypatch):  # noqa: F811
+def test_a_device_that_is_lost_while_opening_ends_the_process_after_a_delay(toy, monkeypatch):
     build(toy)
     opened = []
 
@@ -229,31 +231,31 @@ def test_a_device_that_is_lost_while_it_is_opened_ends_the_process_after_a_while
         raise DeviceLost("GPU 0 is lost to this process")
 
     monkeypatch.setattr(Encoder, "open", lose)
-    monkeypatch.setattr(supervision, "LAST_S", 1.0)
+    monkeypatch.setattr(supervision, "MAX_RETRY_S", 1.0)
     supervisor = supervise(toy.root, 1, EngineChoice(ORT_CUDA))
     assert supervisor.runtime.lost and "GPU 0 is lost" in supervisor.runtime.failure
     began = time.monotonic()
-    with supervisor.watching():
+    with supervisor.watch():
         supervisor.wake()
         while not supervisor.device_lost:
             assert time.monotonic() < began + WAIT
             time.sleep(0.02)
-    assert time.monotonic() - began >= 1.0 and len(opened) == 1  # nor was it tried again
-    told = supervise(toy.root, 1, EngineChoice(ORT_CUDA))
-    with told.watching():
+    assert time.monotonic() - began >= 1.0 and len(opened) == 1  # it was not retried
+    stopped = supervise(toy.root, 1, EngineChoice(ORT_CUDA))
+    with stopped.watch():
         pass
-    assert not told.device_lost  # who is stopped begins not anew
-    for each in (supervisor, told):
+    assert not stopped.device_lost  # a server that is stopped is not started again
+    for each in (supervisor, stopped):
         each.close()
 
 
-def test_a_fault_of_ours_at_the_first_try_leaves_the_server_up(toy, monkeypatch, cuda_on_processor):  # noqa: F811
+def test_an_internal_error_at_the_first_attempt_leaves_the_server_up(toy, monkeypatch, cuda_on_cpu):
     build(toy)
     with monkeypatch.context() as patched:
         patched.setattr(LocalPolicy, "open", lambda *_, **__: 1 / 0)
         supervisor = supervise(toy.root, 1, EngineChoice(ORT_CUDA))
     assert "ZeroDivisionError" in supervisor.runtime.failure and supervisor.runtime.packs is None
-    with supervisor.watching():
+    with supervisor.watch():
         supervisor.wake()
         end = time.monotonic() + WAIT
         while supervisor.runtime.failure:
@@ -262,32 +264,32 @@ def test_a_fault_of_ours_at_the_first_try_leaves_the_server_up(toy, monkeypatch,
     supervisor.close()
 
 
-def test_a_mend_that_breaks_is_told_and_tried_again(start, make_runtime):
-    tries = iter([RuntimeError("a fault of ours"), None])
+def test_a_failed_repair_is_reported_and_retried(start, make_runtime):
+    tries = iter([RuntimeError("an internal error"), None])
 
-    def mend(runtime):
+    def repair(runtime):
         fault = next(tries)
         if fault is not None:
             raise fault
         return replace(whole, failure="")
 
     whole = make_runtime()
-    supervisor = Supervisor(replace(whole, policy=None, failure="not yet"), mend)
+    supervisor = Supervisor(replace(whole, policy=None, failure="not yet"), repair)
     with httpx.Client(base_url=start(supervisor), timeout=WAIT) as client:
-        wait_for_reason(client, "a fault of ours")
+        wait_for_reason(client, "an internal error")
         wait_for_reason(client, "")
 
 
-def test_what_is_mended_after_the_server_was_stopped_is_closed(make_runtime, shelf_of):
-    packs, opening, stopped = shelf_of(), threading.Event(), threading.Event()
+def test_packs_that_open_after_the_server_was_stopped_are_closed(make_runtime, make_packs):
+    packs, opening, stopped = make_packs(), threading.Event(), threading.Event()
 
-    def mend(runtime):
+    def repair(runtime):
         opening.set()
         assert stopped.wait(WAIT)
         return replace(make_runtime(), packs=packs)
 
-    supervisor = Supervisor(replace(make_runtime(), policy=None, packs=None, failure="not yet"), mend)
-    with supervisor.watching():
+    supervisor = Supervisor(replace(make_runtime(), policy=None, packs=None, failure="not yet"), repair)
+    with supervisor.watch():
         supervisor.wake()
         assert opening.wait(WAIT)
         supervisor.close()
@@ -297,9 +299,9 @@ def test_what_is_mended_after_the_server_was_stopped_is_closed(make_runtime, she
     assert supervisor.runtime.policy is None
 
 
-LIVES = """
+RESTARTING = """
 import argparse, pathlib
-from played import Player, played_runtime
+from playback import PlaybackPolicy, playback_runtime
 from gog_edge.config import ServeConfig
 from gog_edge.errors import DeviceLost
 from gog_edge.serve.server import bind, run
@@ -309,19 +311,18 @@ parser = argparse.ArgumentParser()
 parser.add_argument("folder", type=pathlib.Path)
 parser.add_argument("--port", type=int)
 folder, port = vars(parser.parse_args()).values()
-lived = folder / "lived"
-fault = None if lived.exists() else DeviceLost("GPU 0 is lost to this process")
-lived.touch()
+restarted = folder / "restarted"
+fault = None if restarted.exists() else DeviceLost("GPU 0 is lost to this process")
+restarted.touch()
 with bind("127.0.0.1", port) as listener:
-    supervisor = Supervisor(played_runtime(folder, Player(fault=fault)), lambda runtime: runtime)
+    supervisor = Supervisor(playback_runtime(folder, PlaybackPolicy(fault=fault)), lambda runtime: runtime)
     run(supervisor, listener, ServeConfig(port=port))
 """
 
 
-def test_a_process_that_lost_its_device_begins_anew(tmp_path, pytestconfig):
-    """With the same port, also where it may be any."""
-    script = tmp_path / "lives.py"
-    script.write_text(LIVES)
+def test_a_process_that_lost_its_device_is_restarted_on_the_same_port(tmp_path, pytestconfig):
+    script = tmp_path / "restarting.py"
+    script.write_text(RESTARTING)
     environment = os.environ | {"PYTHONPATH": str(pytestconfig.rootpath / "tests")}
     command = [sys.executable, str(script), str(tmp_path), "--port", "0"]
     question = {"sample": "three flags.png", "question": "Which?"}
@@ -333,15 +334,17 @@ def test_a_process_that_lost_its_device_begins_anew(tmp_path, pytestconfig):
         assert httpx.post(url + "/v1/ask", json=question, timeout=WAIT).json()["answer"]
 
 
-# --- what the choice costs those who do not make it -----------------------------------------------
+# --- the default engine -----------------------------------------------
 
 
-def test_serving_on_the_processor_loads_no_part_of_another_runtime():
-    code = ("import sys; from gog_edge.bundle import DEFAULT_BUNDLE; from gog_edge.engines.registry import EngineChoice; "
+def test_serving_on_the_cpu_loads_no_other_engine():
+    code = ("import sys; from gog_edge.bundle import DEFAULT_BUNDLE; "
+            "from gog_edge.engines.registry import EngineChoice; "
             "from gog_edge.serve.server import supervise; supervise(DEFAULT_BUNDLE, 1, EngineChoice()); "
             "print(*sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT, check=True)
     loaded = set(done.stdout.split())
     assert "gog_edge.engines.onnx.session" in loaded
-    assert not {name for name in loaded if name.startswith(("gog_edge.engines.tensorrt", "gog_edge.retrieval.gpu"))}
+    others = ("gog_edge.engines.tensorrt", "gog_edge.retrieval.vectors.gpu_index")
+    assert not {name for name in loaded if name.startswith(others)}
     assert not {name for name in loaded if name.split(".")[0] in ("cuda", "tensorrt", "tensorrt_rtx_bindings")}

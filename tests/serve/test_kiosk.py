@@ -1,17 +1,23 @@
-"""The kiosk page in a real browser: ask about a sample, see where it looked and where the answer comes from."""
+"""The kiosk page in a real browser: questions about samples, the boxes of gazes, citations."""
 
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from played import BOXES, QUESTION, SCRIPT, Player
+from playback import BOXES, QUESTION, SCRIPT, PlaybackPolicy
 
 playwright = pytest.importorskip("playwright.sync_api")
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+# The sides of compared pictures, in pixels, that are larger than the boxes around them.
+IMAGES_FIT = """() => [...document.querySelectorAll(".pair .shot > *")].flatMap((image) => {
+  const inner = image.getBoundingClientRect(), outer = image.parentElement.getBoundingClientRect();
+  return [inner.width - outer.width, inner.height - outer.height].filter((excess) => excess > 0.5);
+})"""
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
@@ -26,7 +32,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Opens the page; what it requests and what goes wrong in it is kept on the page object."""
+    """Opens the page; its requests and errors are recorded on the page object."""
     contexts = []
 
     def open_at(url, **options):
@@ -47,13 +53,13 @@ def open_page(browser):
 
 
 def keep(page, name: str) -> None:
-    """A screenshot for a person to look at, where KIOSK_SHOTS names a folder."""
+    """Save a screenshot to the folder KIOSK_SHOTS, if that is set."""
     if folder := os.environ.get("KIOSK_SHOTS"):
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 
 def test_ask_about_a_sample(start, make_runtime, open_page):
-    url = start(make_runtime(Player(pause_s=0.02)))
+    url = start(make_runtime(PlaybackPolicy(pause_s=0.02)))
     page = open_page(url)
     keep(page, "start")
     page.click(f".chip:has-text('{QUESTION}')")
@@ -64,7 +70,7 @@ def test_ask_about_a_sample(start, make_runtime, open_page):
     keep(page, "gaze")
     page.wait_for_selector("#answer .says")
     assert page.inner_text("#answer .says").startswith("The Romanian leu.")
-    assert "Romania" in page.inner_text("#answer .cite")
+    assert "Romania" in page.inner_text("#answer .cite") and page.locator("#answer .related").count() == 0
     page.wait_for_timeout(700)
     keep(page, "answer")
     page.click("#answer .ref")
@@ -73,6 +79,7 @@ def test_ask_about_a_sample(start, make_runtime, open_page):
     thought = page.inner_text(".thought >> nth=0")
     assert thought == "The flag on the right has a blue, a yellow and a red stripe. I look closer."
     assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+    assert page.evaluate(IMAGES_FIT) == []
     assert page.hosts - {""} == {url.split("/")[2]}  # "" is data: and blob:
     assert page.faults == []
 
@@ -108,7 +115,7 @@ def test_own_picture_by_keyboard(start, make_runtime, open_page, scene_png):
     assert page.faults == []
 
 
-def test_wrong_file_is_told_in_plain_words(start, make_runtime, open_page):
+def test_a_file_that_is_not_a_picture(start, make_runtime, open_page):
     page = open_page(start(make_runtime()))
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
     page.wait_for_selector("#answer.oops:has-text('cannot be shown as a picture')")
@@ -116,8 +123,23 @@ def test_wrong_file_is_told_in_plain_words(start, make_runtime, open_page):
     assert page.is_disabled("#go") and page.locator(".chip").count() == 0
 
 
+def test_a_passage_without_the_answer_is_shown_as_related(start, make_runtime, open_page):
+    script = [SCRIPT[0], ("", type(SCRIPT[1][1])("A sort of money"))]
+    page = open_page(start(make_runtime(PlaybackPolicy(script=script))))
+    page.click(".chip >> nth=0")
+    page.wait_for_selector("#answer .says")
+    assert page.inner_text("#answer .related").startswith("Related passage")
+    assert "The currency of Romania is the Romanian leu." in page.inner_text("#answer .related .cite")
+    assert page.locator("#answer .ref").count() == 0
+    page.wait_for_timeout(700)
+    keep(page, "related")
+    page.click("#answer .related .cite")
+    page.wait_for_selector(".quote.hit:has-text('The currency of Romania is the Romanian leu.')")
+    assert page.faults == []
+
+
 def test_stop(start, make_runtime, open_page):
-    policy = Player(script=[("word " * 400, SCRIPT[0][1])], pause_s=0.02)
+    policy = PlaybackPolicy(script=[("word " * 400, SCRIPT[0][1])], pause_s=0.02)
     page = open_page(start(make_runtime(policy)))
     page.click(".chip >> nth=0")
     page.wait_for_selector(".thought:has-text('word word')")
@@ -128,7 +150,7 @@ def test_stop(start, make_runtime, open_page):
 
 def test_evidence_is_text_only(start, make_runtime, open_page):
     script = [("<reason>look</reason>", SCRIPT[0][1]), ("", type(SCRIPT[1][1])("<img src=x onerror=alert(1)>"))]
-    page = open_page(start(make_runtime(Player(script=script))))
+    page = open_page(start(make_runtime(PlaybackPolicy(script=script))))
     page.click(".chip >> nth=0")
     page.wait_for_selector("#answer .says")
     assert page.inner_text("#answer .says").startswith("<img src=x")

@@ -1,6 +1,8 @@
-"""Everything but asking: search, images, samples, the page, and who may come."""
+"""Every route except /v1/ask: search, images, samples, pages, status, and which hosts are allowed."""
 
 import base64
+import json
+import re
 from dataclasses import astuple
 
 import httpx
@@ -8,14 +10,13 @@ import numpy as np
 import pytest
 from little_world import flag as little_flag
 from little_world import png as little_png
-from played import BOXES, Player, flag, png
+from playback import BOXES, PlaybackPolicy, flag, png
 
 from gog_edge.bundle import Sample
 from gog_edge.config import Limits
-from gog_edge.retrieval.registry import Shelf
+from gog_edge.retrieval.registry import PackRegistry
 from gog_edge.runtime import Runtime
-from gog_edge.serve.app import PAGE
-from gog_edge.serve.security import page_policy
+from gog_edge.serve.pages import API_PAGE, KIOSK_PAGE, page_policy
 
 
 def test_search_by_text_and_picture_in_one_batch(client):
@@ -46,11 +47,11 @@ def little(start, little_pack_folder, tiny_encoder, tmp_path):
     """A client of a server with the little world, searched for real."""
     picture = tmp_path / "two.png"
     picture.write_bytes(little_png(np.hstack([little_flag("Spain"), little_flag("Italy")])))
-    shelf = Shelf([little_pack_folder], tiny_encoder)
-    runtime = Runtime("toy", Player(), shelf, Limits(), (Sample(picture, "Two", ()),))
+    packs = PackRegistry([little_pack_folder], tiny_encoder)
+    runtime = Runtime("toy", PlaybackPolicy(), packs, Limits(), (Sample(picture, "Two", ()),))
     with httpx.Client(base_url=start(runtime), timeout=60) as client:
         yield client
-    shelf.close()
+    packs.close()
 
 
 def test_a_fused_search_gives_one_cited_result(little):
@@ -71,31 +72,34 @@ def test_a_fused_search_gives_one_cited_result(little):
     assert best["score"] > second["score"] > 0
 
 
-def test_unfused_results_say_their_ranks_too(little):
+def test_results_of_single_queries_have_ranks(little):
     (result,) = little.post("/v1/search", json={"sample": "two.png", "box": [0, 0, 60, 40]}).json()["results"]
     assert result["evidence"][0]["ranks"] == [{"channel": "image_to_image", "rank": 1}]
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [
-        ({"queries": [{"text": "a"}], "fuse": "yes"}, "'fuse' is 'yes'"),
+        ({"queries": [{"text": "a"}], "fuse": "yes"}, "'fuse' must be a valid boolean, got 'yes'"),
         ({"queries": [{"text": "a"}], "k": 3}, "needs 'fuse'"),
-        ({"queries": [{"text": "a"}], "fuse": True, "k": 0}, "from 1 to 50"),
-        ({"queries": [{"text": "a"}], "fuse": True, "k": 51}, "from 1 to 50"),
-        ({"queries": [{"text": "a"}], "fuse": True, "k": 2.5}, "from 1 to 50"),
-        ({"queries": [{"text": "a"}], "fuse": True, "k": True}, "from 1 to 50"),
+        ({"queries": [{"text": "a"}], "fuse": True, "k": 0}, "'k' must be greater than or equal to 1, got 0"),
+        ({"queries": [{"text": "a"}], "fuse": True, "k": 51}, "'k' must be less than or equal to 50, got 51"),
+        ({"queries": [{"text": "a"}], "fuse": True, "k": 2.5}, "'k' must be a valid integer, got 2.5"),
+        ({"queries": [{"text": "a"}], "fuse": True, "k": True}, "'k' must be a valid integer, got True"),
         ({"fuse": True, "text": "a"}, "unknown field 'fuse'"),
-        ({"sample": "three flags.png", "boxes": []}, "an empty one"),
-        ({"sample": "three flags.png", "boxes": [[0, 0, 1]]}, "x0 < x1"),
+        ({"sample": "three flags.png", "boxes": []}, "'boxes' must have at least 1 item, got []"),
+        ({"sample": "three flags.png", "boxes": [[0, 0, 1]]}, "'boxes.0' must have at least 4 items"),
+        ({"sample": "three flags.png", "boxes": [[0, 5, 9, 5]]}, "x0 < x1 and y0 < y1, got [0.0, 5.0, 9.0, 5.0]"),
+        ({"sample": "three flags.png", "box": [0, 0, float("inf"), 5]}, "'box.2' must be a finite number"),
         ({"sample": "three flags.png", "boxes": [[0, 0, 1, 1]], "box": [0, 0, 1, 1]}, "one of them"),
-        ({"text": "a", "boxes": [[0, 0, 1, 1]]}, "cut from"),
-        ({"queries": [{"sample": "three flags.png", "boxes": [[0, 0, 9, 9]] * 17}] * 2}, "34 boxes"),
+        ({"text": "a", "boxes": [[0, 0, 1, 1]]}, "region of"),
+        ({"queries": [{"sample": "three flags.png", "boxes": [[0, 0, 9, 9]] * 17}] * 2}, "at most 32 boxes, got 34"),
     ],
 )
-def test_a_fused_search_says_what_is_wrong(client, body, says):
-    response = client.post("/v1/search", json=body)
-    assert response.status_code == 422 and says in response.json()["error"]["message"], response.text
+def test_an_invalid_search_is_refused_with_the_reason(client, body, message):
+    content = json.dumps(body).encode()
+    response = client.post("/v1/search", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 422 and message in response.json()["error"]["message"], response.text
 
 
 @pytest.mark.parametrize(
@@ -115,13 +119,13 @@ def test_a_fused_search_says_what_is_wrong(client, body, says):
         ({"picture": "aGVsbG8="}, 400),
     ],
 )
-def test_wrong_search(client, body, status):
+def test_status_of_invalid_searches(client, body, status):
     response = client.post("/v1/search", json=body)
     assert response.status_code == status, response.text
     assert set(response.json()["error"]) == {"type", "message"}
 
 
-def test_pictures_of_one_search_are_bounded_together(start, make_runtime):
+def test_the_sum_of_the_pictures_of_a_search_is_bounded(start, make_runtime):
     picture = flag("Italy")
     one = {"picture": base64.b64encode(png(picture)).decode()}
     pixels = picture.width * picture.height
@@ -143,14 +147,14 @@ def test_image_of_a_pack(client):
 
 
 @pytest.mark.parametrize("path", ["/v1/images/flags/99", "/v1/images/none/1", "/v1/samples/none.png"])
-def test_image_that_is_not_there(client, path):
+def test_images_that_do_not_exist(client, path):
     response = client.get(path)
     assert response.status_code == 404
     assert response.json()["error"]["type"] == "NotFound"
 
 
-@pytest.mark.parametrize("path", ["/v1/images/flags/x", "/docs", "/openapi.json", "/v1/chat/completions", "/../a"])
-def test_path_that_is_not_served(client, path):
+@pytest.mark.parametrize("path", ["/v1/images/flags/x", "/redoc", "/v1/chat/completions", "/../a"])
+def test_paths_that_do_not_exist(client, path):
     response = client.get(path)
     assert response.status_code == 404
     assert response.json()["error"]["type"] == "NoRoute"
@@ -160,6 +164,14 @@ def test_wrong_method(client):
     response = client.get("/v1/ask")
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
+    assert set(client.post("/healthz").headers["allow"].split(", ")) == {"GET", "HEAD"}
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/healthz", "/metrics", "/openapi.json", "/v1/images/flags/1"])
+def test_head_is_answered_like_get_without_the_body(client, path):
+    head, get = client.head(path), client.get(path)
+    assert head.status_code == get.status_code == 200 and head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]
 
 
 def test_samples(client):
@@ -185,27 +197,37 @@ def test_metrics_count_by_outcome(client):
     assert 'gog_edge_questions_total{outcome="refused"} 1' in text
     assert 'gog_edge_question_seconds_bucket{le="+Inf"} 1' in text
     assert "gog_edge_question_seconds_count 1" in text
+    assert "_created" not in text and "python_info" not in text and "process_" not in text
+    assert client.get("/metrics").headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
-def test_page_may_load_nothing_from_elsewhere(client):
-    response = client.get("/")
+def test_each_application_has_metrics_of_its_own(start, make_runtime):
+    urls = [start(make_runtime()) for _ in range(2)]
+    httpx.post(urls[0] + "/v1/ask", json={"sample": "three flags.png", "question": "Which?"}, timeout=60)
+    counts = [re.findall(r'outcome="answered"} (\S+)', httpx.get(url + "/metrics", timeout=60).text) for url in urls]
+    assert counts == [["1.0"], ["0.0"]]
+
+
+@pytest.mark.parametrize(("path", "page"), [("/", KIOSK_PAGE), ("/docs", API_PAGE)])
+def test_pages_load_nothing_from_the_network(client, path, page):
+    response = client.get(path)
     assert response.status_code == 200
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     assert policy.count("sha256-") == 2
-    assert client.get("/", headers={"If-None-Match": response.headers["etag"]}).status_code == 304
-    text = PAGE.read_text(encoding="utf-8")
+    assert client.get(path, headers={"If-None-Match": response.headers["etag"]}).status_code == 304
+    text = page.read_text(encoding="utf-8")
     assert "innerHTML" not in text and "insertAdjacentHTML" not in text
     assert "//" not in text.replace("http://www.w3.org/2000/svg", "").replace("//  ", "").split("<script>")[0]
 
 
-def test_page_policy_names_the_blocks_by_hash():
+def test_the_page_policy_allows_the_inline_blocks_by_hash():
     policy = page_policy("<style>a</style><script>b</script>")
     assert "style-src 'sha256-ypeBEsobvcr6wjGzmiPcTaeG7/gUfE5yuYB3ha/uSLs='" in policy
     assert "script-src 'sha256-PiPoFgA5WUoziU9lZOGxNIu9egCI1CxKy3PurtWcAJ0='" in policy
 
 
-def test_every_response_is_guarded(client):
+def test_every_response_has_the_security_headers(client):
     for path in ("/", "/healthz", "/nowhere", "/v1/images/flags/1"):
         headers = client.get(path).headers
         assert headers["x-content-type-options"] == "nosniff"
@@ -221,15 +243,15 @@ def test_foreign_host_is_refused(client, host):
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:1", "[::1]:8080"])
-def test_own_host_is_served(client, host):
+def test_loopback_hosts_are_allowed(client, host):
     assert client.get("/healthz", headers={"Host": host}).status_code == 200
 
 
-def test_other_sites_may_not_post(client):
+def test_requests_from_other_sites_are_refused(client):
     response = client.post("/v1/ask", headers={"Sec-Fetch-Site": "cross-site"}, content=b"")
     assert response.status_code == 403
 
 
-def test_any_host_when_serving_others(start, make_runtime):
+def test_any_host_is_allowed_when_serving_other_machines(start, make_runtime):
     url = start(make_runtime(), hosts=None)
     assert httpx.get(url + "/healthz", headers={"Host": "museum.lan"}, timeout=60).status_code == 200

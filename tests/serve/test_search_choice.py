@@ -1,6 +1,6 @@
-"""`--search`: what searches the packs is had as it was asked for, or the server says why not; a GPU gets all back.
+"""`--search`: packs are searched as chosen, or the server reports why not; GPU resources are released.
 
-FAISS's search runs on FAISS's own halves of the CPU.
+The FAISS GPU indexes run on the CPU here, with fp16 vectors.
 """
 
 from dataclasses import replace
@@ -8,10 +8,8 @@ from dataclasses import replace
 import faiss
 import httpx
 import pytest
-from built_engines import toy  # noqa: F401
 from little_world import flag
 from test_engine_choice import QUESTION, WAIT, reason_of, refused, wait_for_reason
-from trt_world import host_gpu, write_engines  # noqa: F401
 from typer.testing import CliRunner
 
 from gog_edge.bundle import DEFAULT_BUNDLE
@@ -24,7 +22,7 @@ from gog_edge.files import describe_files, read_json, write_json
 from gog_edge.planner import ID_BYTES, plan_memory
 from gog_edge.retrieval.manifest import read_manifest
 from gog_edge.retrieval.vectors import gpu_index
-from gog_edge.retrieval.vectors.gpu_index import TEMP_BYTES, Gpu, GpuVectorIndex, OneThread
+from gog_edge.retrieval.vectors.gpu_index import TEMP_BYTES, FaissGpu, GpuThread, GpuVectorIndex
 from gog_edge.runtime import open_packs, open_runtime
 from gog_edge.serve.server import supervise
 from gog_edge.types import ImageQuery
@@ -34,11 +32,11 @@ ON_FAISS = EngineChoice(search=FAISS_GPU)
 no_faiss_gpu = pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="faiss here uses GPUs")
 
 
-class HalvesOnCpu(Gpu):
-    """All of it but the GPU."""
+class Fp16OnCpu(FaissGpu):
+    """The GPU resources, with indexes on the CPU."""
 
     def __init__(self):
-        self._owner = OneThread()
+        self._thread = GpuThread()
 
     def flat(self, dim):
         return faiss.index_factory(dim, "SQfp16", faiss.METRIC_INNER_PRODUCT)
@@ -53,43 +51,43 @@ class HalvesOnCpu(Gpu):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """The GPUs that FAISS was asked for, each with its one thread."""
+    """The GPU resources that were created."""
     made = []
 
     def make():
-        made.append(HalvesOnCpu())
+        made.append(Fp16OnCpu())
         return made[-1]
 
-    monkeypatch.setattr(gpu_index, "Gpu", make)
+    monkeypatch.setattr(gpu_index, "FaissGpu", make)
     return made
 
 
-# --- what may be asked for ------------------------------------------------------------------------
+# --- choices ------------------------------------------------------------------------
 
 
-def test_packs_own_indexes_are_the_default():
+def test_the_indexes_of_the_packs_are_the_default():
     assert EngineChoice().search == CPU_SEARCH and not EngineChoice().on_gpu
     assert ON_FAISS.on_gpu and not ON_FAISS.built and EngineChoice(ORT_CUDA).on_gpu
 
 
 @pytest.mark.parametrize("name", ["", "gpu", "faiss"])
-def test_a_search_that_there_is_not_is_refused_with_those_that_there_are(name):
-    with pytest.raises(InputError, match=f"no search '{name}'; known are {', '.join(SEARCHES)}"):
+def test_an_unknown_search_is_refused(name):
+    with pytest.raises(InputError, match=f"unknown search '{name}'; must be one of {', '.join(SEARCHES)}"):
         EngineChoice(search=name)
 
 
 @pytest.mark.parametrize("search", ["tensorrt", "gpu"])
-def test_a_question_refuses_what_cannot_be(search):
+def test_the_command_line_refuses_an_unknown_search(search):
     picture = DEFAULT_BUNDLE / "samples" / "row.jpg"
     done = CliRunner().invoke(app, ["ask", str(picture), "How many?", "--search", search])
-    assert done.exit_code and f"no search '{search}'" in " ".join(done.output.split())
+    assert done.exit_code and f"unknown search '{search}'" in " ".join(done.output.split())
 
 
 # --- FAISS ----------------------------------------------------------------------------------------
 
 
 @no_faiss_gpu
-def test_a_server_without_faiss_for_gpus_is_up_and_says_what_to_do(toy, start):  # noqa: F811
+def test_a_server_without_faiss_gpu_is_up_and_reports_what_to_install(toy, start):
     supervisor = supervise(toy.root, 1, ON_FAISS)
     with httpx.Client(base_url=start(supervisor), timeout=WAIT) as client:
         assert f"is built for the CPU; {FAISS_GPU_INSTALL}" in reason_of(client)
@@ -100,22 +98,22 @@ def test_a_server_without_faiss_for_gpus_is_up_and_says_what_to_do(toy, start): 
 
 
 @no_faiss_gpu
-def test_a_question_without_faiss_for_gpus_is_told_so(capsys):
+def test_a_question_without_faiss_gpu_is_an_error(capsys):
     picture = DEFAULT_BUNDLE / "samples" / "row.jpg"
     done = CliRunner().invoke(app, ["ask", str(picture), "How many?", "--search", FAISS_GPU])
     assert done.exit_code and "built for the CPU" in " ".join(done.output.split())
 
 
 @no_faiss_gpu
-def test_a_server_is_ready_as_soon_as_faiss_has_its_gpu_and_gives_it_back(toy, start, request):  # noqa: F811
+def test_a_server_is_ready_as_soon_as_faiss_has_a_gpu_and_releases_it(toy, start, request):
     supervisor = supervise(toy.root, 1, ON_FAISS)
     with httpx.Client(base_url=start(supervisor), timeout=WAIT) as client:
         assert "is built for the CPU" in reason_of(client)
         gpus = request.getfixturevalue("gpus")
         supervisor.wake()
         wait_for_reason(client, "")
-        with supervisor.runtime.packs.lease() as library:
-            assert isinstance(library.packs["little"].images, GpuVectorIndex)
+        with supervisor.runtime.packs.lease() as retriever:
+            assert isinstance(retriever.packs["little"].images, GpuVectorIndex)
         assert client.post("/v1/ask", json=QUESTION).status_code == 200
         reply = client.post("/v1/search", json={"sample": "row.jpg"})
         assert reply.json()["results"][0]["evidence"] and [gpu.closed for gpu in gpus] == [False]
@@ -123,11 +121,11 @@ def test_a_server_is_ready_as_soon_as_faiss_has_its_gpu_and_gives_it_back(toy, s
     assert [gpu.closed for gpu in gpus] == [True]
 
 
-def test_a_gpu_is_kept_until_the_last_lease_ends(toy, gpus):  # noqa: F811
+def test_a_gpu_is_released_after_the_last_lease(toy, gpus):
     packs = open_packs(toy, threads=1, search=FAISS_GPU)
-    with packs.lease() as library:
+    with packs.lease() as retriever:
         packs.close()
-        assert library.search([LOOK])[0].evidence
+        assert retriever.search([LOOK])[0].evidence
         assert not gpus[0].closed
     assert gpus[0].closed
 
@@ -137,7 +135,7 @@ OPENERS = {"ask": lambda root: open_runtime(root, threads=1, choice=ON_FAISS),
 
 
 @pytest.mark.parametrize("opener", OPENERS)
-def test_a_pack_that_does_not_open_gives_the_gpu_back(toy, gpus, opener):  # noqa: F811
+def test_a_pack_that_fails_to_open_releases_the_gpu(toy, gpus, opener):
     store = next((toy.root / "pack/store").iterdir())
     store.write_bytes(store.read_bytes()[:-9])
     with pytest.raises(PackError, match=store.name):
@@ -146,8 +144,8 @@ def test_a_pack_that_does_not_open_gives_the_gpu_back(toy, gpus, opener):  # noq
 
 
 @pytest.mark.parametrize("opener", OPENERS)
-def test_a_policy_that_does_not_open_gives_the_gpu_back(toy, gpus, opener):  # noqa: F811
-    """A dialect of no known kind, which is read when the packs are open."""
+def test_a_policy_that_fails_to_open_releases_the_gpu(toy, gpus, opener):
+    """An unknown dialect schema, which is read after the packs were opened."""
     manifest = read_json(toy.policy / "manifest.json", what="policy")
     (toy.policy / "dialect.toml").write_text("schema = 99\n")
     files = describe_files(toy.policy, [entry["path"] for entry in manifest["files"]])
@@ -157,10 +155,10 @@ def test_a_policy_that_does_not_open_gives_the_gpu_back(toy, gpus, opener):  # n
     assert [gpu.closed for gpu in gpus] == [True]
 
 
-# --- the memory -----------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------
 
 
-def test_vectors_are_planned_on_the_gpu_and_ids_on_the_host(toy):  # noqa: F811
+def test_vectors_are_planned_on_the_gpu_and_ids_on_the_host(toy):
     plan, own = plan_memory(toy, search=FAISS_GPU), plan_memory(toy)
     manifest = read_manifest(toy.packs[0])
     rows = [space.rows for space in (manifest.images, manifest.captions)]
@@ -172,11 +170,11 @@ def test_vectors_are_planned_on_the_gpu_and_ids_on_the_host(toy):  # noqa: F811
     assert shared.device == 0 and shared.total == plan.total
 
 
-def test_packs_that_a_server_searches_take_no_gpu(toy):  # noqa: F811
+def test_packs_in_milvus_need_no_gpu_memory(toy):
     served = replace(toy, servers={toy.packs[0]: MilvusConfig("http://127.0.0.1:9")})
     assert plan_memory(served, search=FAISS_GPU).vectors == TEMP_BYTES
 
 
-def test_a_gpu_too_small_for_the_vectors_is_told(toy):  # noqa: F811
-    with pytest.raises(NotEnoughMemory, match="1 MiB are free on the GPU: leave out a pack, or search it on the CPU"):
+def test_a_gpu_that_is_too_small_for_the_vectors_is_an_error(toy):
+    with pytest.raises(NotEnoughMemory, match="1 MiB are free on the GPU: remove a pack, or search on the CPU"):
         plan_memory(toy, search=FAISS_GPU).check(2**40, 2**20)

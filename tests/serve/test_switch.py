@@ -1,4 +1,4 @@
-"""A served pack is changed by other processes again and again: no request fails, no answer is of two generations."""
+"""A served pack is changed by other processes many times: no request fails, and no answer mixes generations."""
 
 import base64
 import re
@@ -13,7 +13,7 @@ import httpx
 import pytest
 from little_folder import write_flag, write_little_folder
 from little_world import FLAGS, flag, png
-from played import Player
+from playback import PlaybackPolicy
 
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.config import Limits
@@ -21,12 +21,12 @@ from gog_edge.indexing.build import build_pack
 from gog_edge.indexing.sources.open import open_source
 from gog_edge.indexing.tombstones import remove
 from gog_edge.retrieval.manifest import MANIFEST, read_manifest
-from gog_edge.retrieval.registry import Shelf
+from gog_edge.retrieval.registry import PackRegistry
 from gog_edge.runtime import Runtime
 from gog_edge.types import Answer, ImageSearch, TextSearch
 
 EDITIONS = 8
-# Runs `gog-edge` with the words of each line, and says when it is done.
+# Runs `gog-edge` with the arguments of each line, and prints a line when it is done.
 COMMANDS = """
 import shlex, sys
 from gog_edge.cli import app
@@ -34,10 +34,10 @@ for line in sys.stdin:
     app(shlex.split(line), standalone_mode=False)
     print("done", flush=True)
 """
-# An episode that looks and then reads, with time between: a switch falls between its two searches.
+# An episode with an image and a text search, and enough time for a switch of generations between them.
 SCRIPT = (
-    ("I look at the whole of it and take my time about it. <img_search>", ImageSearch()),
-    ("Now I read what the news of Spain are, and take my time too. <text_search>", TextSearch("Spain news")),
+    ("I look at the whole picture, slowly and with many words. <img_search>", ImageSearch()),
+    ("Now I read the news of Spain, also slowly and with many words. <text_search>", TextSearch("Spain news")),
     ("That is Spain.", Answer("Spain")),
 )
 
@@ -52,22 +52,22 @@ def folder(tmp_path, tiny_encoder):
 
 @pytest.fixture
 def url(start, folder, tiny_encoder):
-    """A server with a look at the manifest every few milliseconds."""
-    shelf = Shelf([folder], tiny_encoder)
-    runtime = Runtime("little", Player(SCRIPT, pause_s=0.01), shelf, Limits(concurrent=4))
-    with shelf.watching(every=0.01):
+    """A server that checks the manifest every few milliseconds."""
+    packs = PackRegistry([folder], tiny_encoder)
+    runtime = Runtime("little", PlaybackPolicy(SCRIPT, pause_s=0.01), packs, Limits(concurrent=4))
+    with packs.watch(interval_s=0.01):
         yield start(runtime, waiting=8)
-    shelf.close()
+    packs.close()
 
 
 def editions(results):
-    """The numbers that pieces of evidence about Spain tell."""
+    """The edition numbers in the evidence about Spain."""
     passages = [passage for result in results for evidence in result["evidence"] for passage in evidence["passages"]]
     return {int(number) for passage in passages for number in re.findall(r"edition (\d+)", passage["text"])}
 
 
-class Visitor(threading.Thread):
-    """Asks one thing again and again; keeps what came back."""
+class Client(threading.Thread):
+    """Sends the same request again and again, and records the results."""
 
     def __init__(self, url, stopped, ask):
         super().__init__()
@@ -116,9 +116,9 @@ def wait_for(client, generation):
         time.sleep(0.01)
 
 
-def test_nothing_fails_while_a_pack_is_changed_again_and_again(url, folder, tmp_path, tiny_encoder_folder):
+def test_no_request_fails_while_a_pack_is_changed(url, folder, tmp_path, tiny_encoder_folder):
     stopped = threading.Event()
-    visitors = [Visitor(url, stopped, what) for what in (search, ask, search, ask)]
+    clients = [Client(url, stopped, what) for what in (search, ask, search, ask)]
     with subprocess.Popen([sys.executable, "-c", COMMANDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           text=True) as process, httpx.Client(base_url=url, timeout=60) as client:
 
@@ -127,8 +127,8 @@ def test_nothing_fails_while_a_pack_is_changed_again_and_again(url, folder, tmp_
             process.stdin.flush()
             assert any(line == "done\n" for line in process.stdout), command
 
-        for visitor in visitors:
-            visitor.start()
+        for client_thread in clients:
+            client_thread.start()
         others = [name for name in FLAGS if name != "Spain"]
         for edition in range(1, EDITIONS + 1):
             write_flag(tmp_path / f"news{edition}", "Spain", f"Spain has news: edition {edition}.")
@@ -137,26 +137,26 @@ def test_nothing_fails_while_a_pack_is_changed_again_and_again(url, folder, tmp_
                 run(f"pack remove {folder} --article '{others.pop()}.png'")
             if edition % 3 == 0:
                 run(f"pack compact {folder} --encoder {tiny_encoder_folder}")
-            if edition % 4 == 0:  # every few changes are served one by one, others pass by unseen
+            if edition % 4 == 0:  # only some generations are waited for; others may be skipped
                 wait_for(client, read_manifest(folder).generation)
         generation = read_manifest(folder).generation
         wait_for(client, generation)
         time.sleep(1.0)
         stopped.set()
-        for visitor in visitors:
-            visitor.join()
+        for client_thread in clients:
+            client_thread.join()
         process.stdin.close()
         metrics = client.get("/metrics").text
-    assert [fault for visitor in visitors for fault in visitor.faults] == []
+    assert [fault for client_thread in clients for fault in client_thread.faults] == []
     assert generation == 1 + EDITIONS + EDITIONS // 2 + EDITIONS // 3
-    assert all(visitor.requests >= 5 and EDITIONS in visitor.seen for visitor in visitors)
-    assert len(set.union(*(visitor.seen for visitor in visitors))) >= 4
+    assert all(client_thread.requests >= 5 and EDITIONS in client_thread.seen for client_thread in clients)
+    assert len(set.union(*(client_thread.seen for client_thread in clients))) >= 4
     assert f'gog_edge_pack_generation{{pack="little"}} {generation}' in metrics
     assert 'gog_edge_pack_refusals_total{pack="little"} 0' in metrics
     assert int(re.search(r'gog_edge_pack_switches_total{pack="little"} (\d+)', metrics)[1]) >= 3
 
 
-def test_a_broken_generation_is_told_and_the_old_one_is_served(url, folder, tmp_path):
+def test_a_damaged_generation_is_reported_and_the_old_one_is_served(url, folder, tmp_path):
     other = shutil.copytree(folder, tmp_path / "other")
     path = other / remove(other, articles=["Italy"]).tombstones.images
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
@@ -173,8 +173,8 @@ def test_a_broken_generation_is_told_and_the_old_one_is_served(url, folder, tmp_
         assert search(client) == {0}
 
 
-def test_a_signal_lets_a_server_look_at_once(folder, tmp_path, tiny_encoder_folder):
-    """`python -m gog_edge.serve` over a bundle: changed by `gog-edge pack`, it serves what is new."""
+def test_a_signal_makes_a_server_check_at_once(folder, tmp_path, tiny_encoder_folder):
+    """`python -m gog_edge.serve` of a bundle whose pack is changed by `gog-edge pack`."""
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_encoder_folder, bundle / "encoder")
     shutil.copytree(DEFAULT_BUNDLE / "policy", bundle / "policy")
@@ -194,4 +194,4 @@ def test_a_signal_lets_a_server_look_at_once(folder, tmp_path, tiny_encoder_fold
             assert editions(reply["results"]) == set()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) in (0, -signal.SIGTERM)
-        assert len(process.stderr.read().splitlines()) == 1  # what it takes of the memory
+        assert len(process.stderr.read().splitlines()) == 1  # the memory plan

@@ -1,7 +1,7 @@
-"""clip-retrieval's back end: the index that autofaiss chooses within its default of 4 GB, searched by KnnService.
+"""clip-retrieval's back end: the index that autofaiss selects within its default of 4 GB, searched by KnnService.
 
-Its service takes one query a call and asks FAISS to reconstruct what it found; HTTP and JSON around it are left out, in
-its favour, as are deduplication and the safety model.
+Its service takes one query per call and lets FAISS reconstruct the hits. HTTP, JSON, deduplication and the safety model
+are left out, in its favour.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
-from loop import Engine, Ids, K, Queries, main
+from base import Engine, Ids, K, Queries, main
 
 
-def without_init(name: str) -> None:
-    """Import a package without what its `__init__` imports: here inference, with torch and wandb."""
+def import_without_init(name: str) -> None:
+    """Import a package without its `__init__`, which here would import the inference with torch and wandb."""
     spec = importlib.util.find_spec(name)
     package = ModuleType(name)
     package.__path__ = list(spec.submodule_search_locations or ()) if spec else []
@@ -25,10 +25,10 @@ def without_init(name: str) -> None:
 
 
 class ClipRetrieval(Engine):
-    """One query a call."""
+    """One query per call."""
 
     name = "clip-retrieval"
-    one_by_one = True
+    single_query = True
 
     def build(self) -> None:
         """Write the index."""
@@ -47,16 +47,16 @@ class ClipRetrieval(Engine):
             path.unlink()
 
     def open(self) -> None:
-        """Make ready."""
+        """Open the index."""
         from importlib.metadata import version
 
         import faiss
 
-        without_init("clip_retrieval")
+        import_without_init("clip_retrieval")
         from clip_retrieval.clip_back import KnnService, load_index
 
         self._faiss = faiss
-        # Rows are numbered from 0 in the order of the shards, as ids are here.
+        # autofaiss numbers the rows from 0 in the order of the shards, which equals the ids of this corpus.
         self._index = load_index(str(self.home / "image.index"), enable_faiss_memory_mapping=False)
         self._resource = SimpleNamespace(
             image_index=self._index, text_index=None, metadata_is_ordered_by_ivf=False, safety_model=None,
@@ -69,15 +69,15 @@ class ClipRetrieval(Engine):
         graph = hasattr(self._index, "hnsw")
         name = "efSearch" if graph else "nprobe" if faiss.try_extract_index_ivf(self._index) else ""
         values = (8, 16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512, 768)
-        self.points = [f"{name}={value}" for value in values] if name else [""]
+        self.settings = [f"{name}={value}" for value in values] if name else [""]
 
-    def set(self, point: Any) -> None:
-        """Search so."""
-        if point:
-            self._faiss.ParameterSpace().set_index_parameters(self._index, point)
+    def configure(self, setting: Any) -> None:
+        """Set a parameter of the FAISS index."""
+        if setting:
+            self._faiss.ParameterSpace().set_index_parameters(self._index, setting)
 
     def search(self, queries: Queries) -> Ids:
-        """Nearest ids."""
+        """Return the nearest ids."""
         _, ids = self._service.knn_search(queries, "image", K, self._resource, False, False, False)
         return np.array([list(ids) + [-1] * (K - len(ids))], dtype=np.int64)
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from loop import Engine, Ids, K, Queries, main
+from base import Engine, Ids, K, Queries, main
 
 
 class Lance(Engine):
-    """The graph in each partition, over bytes."""
+    """A graph over int8 vectors in each partition."""
 
     name = "lancedb hnsw"
     kind = "IVF_HNSW_SQ"
@@ -33,31 +33,31 @@ class Lance(Engine):
         table.create_index(metric="cosine", vector_column_name="vector", index_type=self.kind)
 
     def open(self) -> None:
-        """Make ready."""
+        """Open the index."""
         import lancedb
 
         self._table = lancedb.connect(str(self.home)).open_table("images")
         self.about = f"lancedb {lancedb.__version__}, {self.kind}, refined"
-        self.points = [
+        self.settings = [
             {"nprobes": probes, "refine_factor": refine}
             for probes in (1, 2, 4, 8, 16, 32, 64, 128) for refine in (1, 2, 5, 10)
         ]  # fmt: skip
 
-    def set(self, point: Any) -> None:
-        """Search so."""
-        self._point = point
+    def configure(self, setting: Any) -> None:
+        """Set the number of probes and the refine factor."""
+        self._setting = setting
 
     def search(self, queries: Queries) -> Ids:
-        """Nearest ids."""
+        """Return the nearest ids."""
         query = self._table.search(queries if len(queries) > 1 else queries[0], vector_column_name="vector")
-        query = query.distance_type("cosine").nprobes(self._point["nprobes"])
-        found = query.refine_factor(self._point["refine_factor"]).select(["id", "_distance"]).limit(K).to_arrow()
+        query = query.distance_type("cosine").nprobes(self._setting["nprobes"])
+        found = query.refine_factor(self._setting["refine_factor"]).select(["id", "_distance"]).limit(K).to_arrow()
         ids = np.full((len(queries), K), -1, dtype=np.int64)
-        of = found["query_index"].to_numpy() if len(queries) > 1 else np.zeros(len(found), dtype=np.int64)
+        row_of = found["query_index"].to_numpy() if len(queries) > 1 else np.zeros(len(found), dtype=np.int64)
         hits = found["id"].to_numpy()
         for row in range(len(queries)):
-            mine = hits[of == row][:K]
-            ids[row, : len(mine)] = mine
+            own = hits[row_of == row][:K]
+            ids[row, : len(own)] = own
         return ids
 
 

@@ -1,4 +1,8 @@
-"""Which releases of ONNX Runtime load a policy's graphs."""
+"""ONNX Runtime sessions: provider options, opening a graph, running a stateless one, errors.
+
+A session runs on exactly the execution providers that were requested, or opening it fails: there is no silent
+fallback to the CPU.
+"""
 
 from __future__ import annotations
 
@@ -17,124 +21,61 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf, NoSuchFile
 
 from gog_edge.engines.base import Array
-from gog_edge.engines.cuda import LOST, NO_MEMORY
+from gog_edge.engines.cuda import LOST_DEVICE_CODES, MEMORY_ALLOCATION
+from gog_edge.engines.onnx import UPGRADE_COMMAND, unsupported_reason
 from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory
 
-OLDEST = (1, 24)  # the first that takes graphs of opset 24
-NEWER = "pip install 'gog_edge[cpu]'"  # how to get one
+CPU_PROVIDERS = ("CPUExecutionProvider",)
+CUDA_PROVIDERS = ("CUDAExecutionProvider",)
+_INSTALL = {CUDA_PROVIDERS[0]: " (pip uninstall onnxruntime, then pip install 'gog_edge[gpu]': both packages install "
+            "into the same folder)"}  # fmt: skip
 
-
-def too_old(version: str) -> str:
-    """Why this release loads no policy; "" where it does."""
-    if tuple(int(part) for part in version.split(".")[:2]) >= OLDEST:
-        return ""
-    return f"ONNX Runtime {version} is too old for graphs of opset 24, as policies have: 1.24 began to take them"
-
-
-CUDA = ("CUDAExecutionProvider",)
-INSTALL = {CUDA[0]: " (pip uninstall onnxruntime, then pip install 'gog_edge[gpu]': both lie in one folder)"}
-
-# What is set otherwise than by default. CUDA graphs stay off: while ONNX Runtime captures one, no thread of the process
-# may take memory or copy (cudaStreamCaptureModeGlobal), and crops are embedded while the policy speaks. It would also
-# keep one for every thread that steps a cache, and each is good for one cache's addresses alone.
-PROVIDER_OPTIONS: Mapping[str, Mapping[str, str]] = {
-    CUDA[0]: {
-        # Memory grows by what is asked for, not to the next power of two: caches, towers and an index share the GPU.
+# Options that differ from the defaults. CUDA graphs stay off: while ONNX Runtime captures one, no thread of the process
+# may allocate or copy device memory (cudaStreamCaptureModeGlobal), but crops are embedded while the policy decodes. It
+# would also keep one graph per thread that steps a cache, and each is valid for the addresses of one cache only.
+_PROVIDER_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    CUDA_PROVIDERS[0]: {
+        # Grow by the requested size, not to the next power of two: caches, towers and an index share the GPU.
         "arena_extend_strategy": "kSameAsRequested",
-        # By default all ways to convolve are tried for each size of picture that comes the first time.
+        # The default benchmarks all convolution algorithms for each new picture size.
         "cudnn_conv_algo_search": "HEURISTIC",
     },
 }
 
-# A decoder convolves nothing: it does without cuDNN.
-DECODER_OPTIONS: Mapping[str, Mapping[str, str]] = {CUDA[0]: {**PROVIDER_OPTIONS[CUDA[0]], "enable_cudnn": "0"}}
+# A decoder has no convolutions, so it does not need cuDNN.
+_DECODER_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    CUDA_PROVIDERS[0]: {**_PROVIDER_OPTIONS[CUDA_PROVIDERS[0]], "enable_cudnn": "0"}
+}
 
-# None of ONNX Runtime's own errors is a RuntimeError, nor have they a class in common.
+# ONNX Runtime's exceptions neither derive from RuntimeError nor share a base class.
 RUN_ERRORS = (RuntimeError, state.EPFail, state.EngineError, state.Fail, state.InvalidArgument, state.InvalidGraph,
               state.NotImplemented, state.RuntimeException)  # fmt: skip
-_FAILURE = re.compile(r"(CUDA|CUBLAS|CUDNN) failure (\d+):? ?([^;]*)")
-_FULL = ("out of memory", "Failed to allocate memory", "Available memory of", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-class device_errors:
-    """Within it, ONNX Runtime's failures of a device are raised as ours; `doing` says what could not be done.
-
-    `on_device`: what runs is on a device, so that every other error of ONNX Runtime is a BackendError, too.
-    """
-
-    __slots__ = ("_doing", "_on_device")
-
-    def __init__(self, doing: str, *, on_device: bool = False) -> None:
-        self._doing, self._on_device = doing, on_device
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(exc, RUN_ERRORS):
-            meant = device_error(exc, self._doing)
-            if meant is not None:
-                raise meant from exc
-            if self._on_device:
-                raise BackendError(f"{self._doing}: {failure_of(exc)}; `gog-edge doctor` says what works here") from exc
-
-
-def device_error(exc: Exception, doing: str) -> OutOfDeviceMemory | DeviceLost | None:
-    """What an error of ONNX Runtime says of the device; None when it says something else."""
-    text = str(exc)
-    failure = _FAILURE.search(text)
-    number = int(failure[2]) if failure and failure[1] == "CUDA" else 0
-    reason = failure[0].strip() if failure else text.rpartition(" : ")[2].strip()
-    if number == NO_MEMORY or any(words in text for words in _FULL):
-        return OutOfDeviceMemory(
-            f"{doing}: the device has not the memory ({reason}); serve a smaller context or export in int4"
-        )
-    if number in LOST:
-        return DeviceLost(f"{doing}: the GPU is lost ({reason}); start again, and see the driver's log if it recurs")
-    return None
-
-
-def failure_of(exc: Exception) -> str:
-    """The few words of an error that name the failure."""
-    failure = _FAILURE.search(str(exc))
-    return failure[0].strip() if failure else str(exc)
-
-
-def of_device(exc: Exception) -> bool:
-    """Whether an error names a failure of CUDA or its libraries."""
-    return _FAILURE.search(str(exc)) is not None
-
-
-def load_libraries(providers: Sequence[str]) -> None:
-    """Load CUDA's libraries where pip put them: the loader does not look there."""
-    if CUDA[0] in providers and CUDA[0] in ort.get_available_providers():
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
-            ort.preload_dlls()
-
-
 LOAD_ERRORS = (*RUN_ERRORS, InvalidProtobuf, NoSuchFile)
-START_ERRORS = (RuntimeError, ValueError)  # of a provider that cannot begin: no driver, no GPU
-CPU = ("CPUExecutionProvider",)
+START_ERRORS = (RuntimeError, ValueError)  # of a provider that cannot start: no driver, no GPU
+
 DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16),
     "tensor(int32)": np.dtype(np.int32), "tensor(int64)": np.dtype(np.int64),
 }  # fmt: skip
 
-# What may be left to the processor by those who asked for a GPU: it reckons with shapes there. ONNX Runtime puts these
-# operators there when they do; on other numbers the provider has kernels for them all. ArgMax finds where a text ends.
-RECKONING = frozenset({
+# Shape computations, which may stay on the CPU although a GPU was requested. ONNX Runtime places these operators there
+# if they work on shapes; for other tensors the provider has kernels for all of them. ArgMax finds the end of a text.
+SHAPE_OPS = frozenset({
     "Add", "ArgMax", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Less", "LessOrEqual",
     "Mul", "Range", "ReduceMax", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze",
     "Where",
 })  # fmt: skip
-_NOT_OBTAINED = (
-    "asked for {} for '{}', which would run on the processor: the provider's libraries or the driver cannot be loaded, "
-    "or it lacks an operator (ONNX Runtime's log says which); see `gog-edge doctor`"
+
+_FAILURE = re.compile(r"(CUDA|CUBLAS|CUDNN) failure (\d+):? ?([^;]*)")
+_OUT_OF_MEMORY = ("out of memory", "Failed to allocate memory", "Available memory of", "CUBLAS_STATUS_ALLOC_FAILED")
+_PROVIDER_UNAVAILABLE = (
+    "'{1}' was requested on {0} but would run on the CPU: the provider's libraries or the driver cannot be loaded, or "
+    "the provider lacks an operator (ONNX Runtime's log names it); run `gog-edge doctor`"
 )
 
 
 def physical_cores() -> int:
-    """Cores this process may use, hyper-threads counted once."""
+    """Return the number of physical cores that this process may use."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     siblings = set()
     for cpu in usable:
@@ -144,53 +85,90 @@ def physical_cores() -> int:
 
 
 def session_options(threads: int | None = None, *, spinning: bool = True) -> ort.SessionOptions:
-    """How every graph runs here; `threads`: one for each physical core when None."""
+    """Return the options common to all sessions. `threads`: None for one per physical core."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or physical_cores()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Threads spin while a graph runs (small operators follow each other closely) and sleep between runs.
+    # Threads spin while a graph runs, since its operators are short, and sleep between runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-    # Where it joins a product and the widening of its weights, what they are multiplied with is not to be rounded.
+    # A fused DequantizeLinear + MatMul must not round the activations: accuracy level 1 is float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return options
 
 
 def open_session(
-    path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU, optimised: bool = False,
+    path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU_PROVIDERS, optimised: bool = False,
     spinning: bool = True, decoder: bool = False, operators: Path | None = None,
 ) -> ort.InferenceSession:
-    """Load a graph on exactly the providers asked for; BackendError otherwise. `optimised` graphs are left as they are.
+    """Load a graph on exactly the requested execution providers.
 
-    Without `spinning`, threads sleep within a run, too, wherever they wait for others. `decoder`: every operator must
-    run on the provider; else it may leave those of RECKONING to the processor. `operators`: a library of operators
-    that the graph needs besides ONNX Runtime's.
+    Args:
+        path: the graph.
+        threads: of the CPU provider; None for one per physical core.
+        providers: in order of preference.
+        optimised: the graph was optimised before it was saved, so skip graph optimisation.
+        spinning: let idle threads spin within a run; otherwise they sleep.
+        decoder: every operator must run on the provider; otherwise SHAPE_OPS may run on the CPU.
+        operators: a custom operator library that the graph needs.
+
+    Raises:
+        BackendError: a provider is unavailable or would not run the graph, or the graph or the library cannot be
+            loaded; OutOfDeviceMemory, DeviceLost.
     """
-    load_libraries(providers)
+    _preload_cuda_libraries(providers)
     _check_available(providers)
     options = session_options(threads, spinning=spinning)
     if operators is not None:
-        _register(options, operators)
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(decoder and tuple(providers) != CPU)))
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", str(int(tuple(providers) != CPU)))
+        _register_operators(options, operators)
+    on_device = tuple(providers) != CPU_PROVIDERS
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(decoder and on_device)))
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", str(int(on_device)))
     if optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    known = DECODER_OPTIONS if decoder else PROVIDER_OPTIONS
-    asked = [(name, dict(known.get(name, {}))) for name in providers]
+    provider_options = _DECODER_OPTIONS if decoder else _PROVIDER_OPTIONS
+    requested = [(name, dict(provider_options.get(name, {}))) for name in providers]
     try:
         with device_errors(f"'{path}' cannot be loaded"):
-            session = ort.InferenceSession(str(path), options, providers=asked, enable_fallback=False)
+            session = ort.InferenceSession(str(path), options, providers=requested, enable_fallback=False)
     except (*START_ERRORS, *LOAD_ERRORS) as exc:
         raise _load_error(exc, path, providers, optimised) from exc
     if session.get_providers()[: len(providers)] != list(providers):
-        raise BackendError(_NOT_OBTAINED.format(", ".join(providers), path))
-    if CPU[0] not in providers:
-        _check_assigned(session, path, providers)
+        raise BackendError(_PROVIDER_UNAVAILABLE.format(", ".join(providers), path))
+    if CPU_PROVIDERS[0] not in providers:
+        _check_assignment(session, path, providers)
     return session
 
 
-def _register(options: ort.SessionOptions, operators: Path) -> None:
+class OrtGraph:
+    """A graph without state that ONNX Runtime runs."""
+
+    def __init__(
+        self, path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU_PROVIDERS,
+        optimised: bool = False, spinning: bool = True, operators: Path | None = None,
+    ) -> None:
+        """Open the graph; see `open_session` for the arguments and the errors raised."""
+        self._session = open_session(
+            path, threads=threads, providers=providers, optimised=optimised, spinning=spinning, operators=operators
+        )
+        self._on_device = tuple(providers) != CPU_PROVIDERS
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph once; see `GraphEngine`. Raises BackendError if a device fails."""
+        with device_errors("a graph cannot be run", on_device=self._on_device):
+            return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+
+
+def _preload_cuda_libraries(providers: Sequence[str]) -> None:
+    """Load CUDA's libraries from the folders pip installs them to, which the dynamic loader does not search."""
+    if CUDA_PROVIDERS[0] in providers and CUDA_PROVIDERS[0] in ort.get_available_providers():
+        with contextlib.redirect_stdout(sys.stderr):  # it prints the libraries it cannot find
+            ort.preload_dlls()
+
+
+def _register_operators(options: ort.SessionOptions, operators: Path) -> None:
     try:
         options.register_custom_ops_library(str(operators))
     except RUN_ERRORS as exc:
@@ -199,58 +177,81 @@ def _register(options: ort.SessionOptions, operators: Path) -> None:
         ) from exc
 
 
-def _check_assigned(session: ort.InferenceSession, path: Path, providers: Sequence[str]) -> None:
-    parts = session.get_provider_graph_assignment_info()
-    left = {node.op_type for part in parts if part.ep_name not in providers for node in part.get_nodes()}
-    if left - RECKONING:
-        raise BackendError(
-            f"asked for {', '.join(providers)} for '{path}', which leaves {', '.join(sorted(left - RECKONING))} to the "
-            "processor; export the model again with this version, and report this if it stays so"
-        )
-
-
 def _check_available(providers: Sequence[str]) -> None:
     missing = [name for name in providers if name not in ort.get_available_providers()]
     if missing:
         raise BackendError(
-            f"ONNX Runtime {ort.__version__} here has no {', '.join(missing)} (it has "
-            f"{', '.join(ort.get_available_providers())}); install the build that has it"
-            f"{INSTALL.get(missing[0], '')} or ask for another provider"
+            f"this build of ONNX Runtime {ort.__version__} does not include {', '.join(missing)} (it includes "
+            f"{', '.join(ort.get_available_providers())}); install one that does{_INSTALL.get(missing[0], '')} or use "
+            "another provider"
+        )
+
+
+def _check_assignment(session: ort.InferenceSession, path: Path, providers: Sequence[str]) -> None:
+    """Raise BackendError if operators other than SHAPE_OPS were assigned to the CPU."""
+    parts = session.get_provider_graph_assignment_info()
+    on_cpu = {node.op_type for part in parts if part.ep_name not in providers for node in part.get_nodes()} - SHAPE_OPS
+    if on_cpu:
+        raise BackendError(
+            f"'{path}' was requested on {', '.join(providers)} but {', '.join(sorted(on_cpu))} would run on the CPU; "
+            "export the model again with this version, and report the problem if it persists"
         )
 
 
 def _load_error(exc: Exception, path: Path, providers: Sequence[str], optimised: bool) -> BackendError:
-    if isinstance(exc, START_ERRORS) or of_device(exc):
-        return BackendError(f"{', '.join(providers)} cannot begin here: {failure_of(exc)}; see `gog-edge doctor`")
+    if isinstance(exc, START_ERRORS) or _FAILURE.search(str(exc)):
+        return BackendError(f"{', '.join(providers)} cannot start: {_failure_text(exc)}; run `gog-edge doctor`")
     if "fallback to CPU EP has been explicitly disabled" in str(exc):
-        return BackendError(_NOT_OBTAINED.format(", ".join(providers), path))
-    if (trouble := too_old(ort.__version__)) and "opset" in str(exc):
-        return BackendError(f"'{path}' cannot be loaded: {trouble}; {NEWER}")
-    mend = f"remove the folder '{path.parent}', it is made anew" if optimised else "export it again"
-    return BackendError(f"ONNX Runtime {ort.__version__} cannot load '{path}': {exc}; {mend}")
+        return BackendError(_PROVIDER_UNAVAILABLE.format(", ".join(providers), path))
+    if (reason := unsupported_reason(ort.__version__)) and "opset" in str(exc):
+        return BackendError(f"'{path}' cannot be loaded: {reason}; {UPGRADE_COMMAND}")
+    remedy = f"remove the folder '{path.parent}', which is then created again" if optimised else "export it again"
+    return BackendError(f"ONNX Runtime {ort.__version__} cannot load '{path}': {exc}; {remedy}")
 
 
-class SessionGraph:
-    """A graph without state, in a session that is open already."""
+class device_errors:
+    """Context manager that raises device failures of ONNX Runtime as this package's errors.
 
-    def __init__(self, session: ort.InferenceSession, *, on_device: bool) -> None:
-        self._session, self._on_device = session, on_device
-        self._outputs = [output.name for output in session.get_outputs()]
+    `action` begins the message: what could not be done. With `on_device`, every other error of ONNX Runtime is raised
+    as a BackendError, too.
+    """
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once; every input by name, every output by name. Raises BackendError where a device fails."""
-        with device_errors("a graph cannot be run", on_device=self._on_device):
-            return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+    __slots__ = ("_action", "_on_device")
+
+    def __init__(self, action: str, *, on_device: bool = False) -> None:
+        self._action, self._on_device = action, on_device
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(exc, RUN_ERRORS):
+            error = device_error(exc, self._action)
+            if error is not None:
+                raise error from exc
+            if self._on_device:
+                raise BackendError(f"{self._action}: {_failure_text(exc)}; run `gog-edge doctor`") from exc
 
 
-class OrtGraph(SessionGraph):
-    """A graph without state. Raises BackendError as `open_session` does."""
-
-    def __init__(
-        self, path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU, optimised: bool = False,
-        spinning: bool = True, operators: Path | None = None,
-    ) -> None:
-        session = open_session(
-            path, threads=threads, providers=providers, optimised=optimised, spinning=spinning, operators=operators
+def device_error(exc: Exception, action: str) -> OutOfDeviceMemory | DeviceLost | None:
+    """Return the device failure that an exception of ONNX Runtime stands for; None if it is another error."""
+    text = str(exc)
+    failure = _FAILURE.search(text)
+    number = int(failure[2]) if failure and failure[1] == "CUDA" else 0
+    reason = failure[0].strip() if failure else text.rpartition(" : ")[2].strip()
+    if number == MEMORY_ALLOCATION or any(words in text for words in _OUT_OF_MEMORY):
+        return OutOfDeviceMemory(
+            f"{action}: the device is out of memory ({reason}); serve with a smaller context or export in int4"
         )
-        super().__init__(session, on_device=tuple(providers) != CPU)
+    if number in LOST_DEVICE_CODES:
+        return DeviceLost(
+            f"{action}: this process can no longer use the GPU ({reason}); restart it, and check the driver's log if "
+            "this happens again"
+        )
+    return None
+
+
+def _failure_text(exc: Exception) -> str:
+    """Return the part of a message that names the failure of CUDA, cuBLAS or cuDNN; otherwise the whole message."""
+    failure = _FAILURE.search(str(exc))
+    return failure[0].strip() if failure else str(exc)

@@ -1,1 +1,1 @@
-"""Export an open_clip model to two ONNX graphs and prove parity with PyTorch."""
+"""Export of open_clip models to ONNX graphs for the runtime's encoder."""

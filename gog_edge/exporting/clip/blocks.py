@@ -1,4 +1,4 @@
-"""What open_clip's own transformers are made of, as plain arrays: read once, written by `clip_graph`."""
+"""The parts of open_clip's own transformers as plain arrays, from which `clip.graph` writes graphs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from gog_edge.engines.base import Floats
 from gog_edge.errors import CheckpointError
 
-Model: TypeAlias = Any  # modules have their parts as attributes that no type knows
+Model: TypeAlias = Any  # modules whose attributes have no static types
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """value @ weight.T + bias."""
+    """A linear layer: value @ weight.T + bias."""
 
     weight: Floats  # [out, in]
     bias: Floats | None  # [out]
@@ -34,7 +34,10 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """x + out(attention(inward(first(x)))), then x + down(activation(up(second(x)))); scales of layers are within."""
+    """A pre-norm block: x + out(attention(inward(first(x)))), then x + down(activation(up(second(x)))).
+
+    Layer scales are multiplied into `out` and `down`.
+    """
 
     first: Norm
     inward: Linear  # [3 * width, width]: queries, keys, values
@@ -47,63 +50,63 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Transformer:
-    """Blocks of one width."""
+    """A stack of blocks."""
 
     blocks: tuple[Block, ...]
     heads: int
 
     @property
     def width(self) -> int:
-        """Length of a row."""
+        """Return the length of a row."""
         return len(self.blocks[0].out.weight)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageTower:
-    """Patches and a class token -> the class token's row, or the mean of the patches'."""
+    """A vision transformer: it pools the class token's row, or the mean of the patches' rows."""
 
     side: tuple[int, int]  # pixels of a picture: height, width
     patch: tuple[int, int]
     kernel: Linear  # [width, 3 * height * width of a patch]
-    token: Floats  # [width]
+    token: Floats  # [width], the class token
     positions: Floats  # [1 + patches, width], the class token's first
-    before: Norm | None
+    before: Norm | None  # applied before the blocks
     body: Transformer
-    mean: bool
-    after: Norm  # of each row, before the mean
+    mean: bool  # whether the mean of the patches is pooled
+    after: Norm  # applied to each row, before the mean
     projection: Linear  # [dim, width]
 
 
 @dataclass(frozen=True, slots=True)
 class TextTower:
-    """Tokens -> the row of one of them."""
+    """A text transformer, which pools the row of one token."""
 
     table: Floats  # [vocabulary, width]
     positions: Floats  # [context, width]
     body: Transformer
     causal: bool
-    pool: str  # "argmax", "eos", "first" or "last": whose row
+    pool: str  # which token's row is pooled: "argmax" of the ids, "eos", "first" or "last"
     eos: int
     after: Norm
     projection: Linear | None  # [dim, width]
 
 
 def read_image_tower(model: Model) -> ImageTower:
-    """The image tower of a CLIP or CustomTextCLIP.
+    """Read the image tower of a CLIP or CustomTextCLIP.
 
     Raises:
-        CheckpointError: it is of another kind.
+        CheckpointError: the tower has parts that `clip.graph` cannot write.
     """
     from open_clip.transformer import VisionTransformer
 
     visual = model.visual
     if type(visual) is not VisionTransformer:
         raise CheckpointError(f"its image tower is a {_kind(visual)}, not open_clip's own VisionTransformer")
-    height, width = (side % patch for side, patch in zip(visual.image_size, visual.patch_size, strict=True))
+    remainders = [side % patch for side, patch in zip(visual.image_size, visual.patch_size, strict=True)]
     mean = visual.pool_type == "avg"
     if visual.attn_pool is not None or visual.pool_type == "none" or (mean and visual.final_ln_after_pool):
-        raise CheckpointError("its image tower pools by attention, or norms what it has pooled")
-    if height or width:
+        raise CheckpointError("its image tower pools by attention, or normalizes after pooling")
+    if any(remainders):
         raise CheckpointError(f"its patches of {visual.patch_size} pixels do not fill pictures of {visual.image_size}")
     return ImageTower(
         side=visual.image_size,
@@ -120,14 +123,14 @@ def read_image_tower(model: Model) -> ImageTower:
 
 
 def read_text_tower(model: Model) -> TextTower:
-    """The text tower of a CLIP or CustomTextCLIP.
+    """Read the text tower of a CLIP or CustomTextCLIP.
 
     Raises:
-        CheckpointError: it is of another kind.
+        CheckpointError: the tower has parts that `clip.graph` cannot write.
     """
     from open_clip.transformer import TextTransformer
 
-    text: Model = getattr(model, "text", model)  # a CLIP holds the parts of its text tower itself
+    text: Model = getattr(model, "text", model)  # in a CLIP, the parts of the text tower are its own attributes
     if text is not model and type(text) is not TextTransformer:
         raise CheckpointError(f"its text tower is a {_kind(text)}, not open_clip's own TextTransformer")
     pool = model.text_pool_type if text is model else text.pool_type
@@ -146,7 +149,7 @@ def read_text_tower(model: Model) -> TextTower:
 
 
 def _kind(module: Model) -> str:
-    trunk = getattr(module, "trunk", None)  # timm's models come wrapped
+    trunk = getattr(module, "trunk", None)  # open_clip wraps the models of timm
     return type(module).__name__ if trunk is None else f"{type(trunk).__name__} of timm"
 
 
@@ -159,7 +162,7 @@ def _block(module: Model) -> Block:
     from open_clip.transformer import ResidualAttentionBlock
 
     if type(module) is not ResidualAttentionBlock:
-        raise CheckpointError(f"it has blocks of the kind {_kind(module)}, not open_clip's ResidualAttentionBlock")
+        raise CheckpointError(f"its blocks are {_kind(module)}, not open_clip's ResidualAttentionBlock")
     attention = module.attn
     return Block(
         first=_norm(module.ln_1),
@@ -183,7 +186,7 @@ def _activation(module: Model) -> str:
 
 
 def _scaled(module: Model, scale: Model) -> Linear:
-    """A linear layer whose output is multiplied by a learned scale, if there is one."""
+    """Return a linear layer with its learned output scale, if there is one, multiplied in."""
     linear = _linear(module)
     if isinstance(scale, nn.Identity):
         return linear
@@ -203,7 +206,7 @@ def _linear(module: Model) -> Linear:
 
 def _norm(module: Model) -> Norm:
     if not isinstance(module, nn.LayerNorm) or module.bias is None:
-        raise CheckpointError(f"it has norms of the kind {_kind(module)}, not layer norms with a bias")
+        raise CheckpointError(f"its norms are {_kind(module)}, not layer norms with a bias")
     return Norm(_array(module.weight), _array(module.bias), module.eps)
 
 

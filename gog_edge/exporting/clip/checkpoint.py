@@ -1,4 +1,4 @@
-"""open_clip models from local files: weights, preprocessing and tokenizer."""
+"""Loading of open_clip models from local files: weights, preprocessing and tokenizer."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "m
 
 @dataclass(frozen=True, slots=True)
 class ImagePreprocessing:
-    """How pixels become the image graph's input."""
+    """How a picture is converted to the image graph's input; the fields are keys of the manifest."""
 
     width: int
     height: int
-    mean: tuple[float, float, float]  # of values in 0..1
+    mean: tuple[float, float, float]  # of pixels scaled to 0..1
     std: tuple[float, float, float]
     interpolation: str  # "bicubic" or "bilinear"
     resize: str  # "squash", "shortest" or "longest"
-    fill: int  # 0..255, pads what "longest" leaves over
+    fill: int  # 0..255, colour of the padding with "longest"
 
 
 @dataclass(frozen=True, slots=True)
 class ClipCheckpoint:
-    """A loaded open_clip model with what belongs to it."""
+    """A loaded open_clip model with its preprocessing and tokenizer."""
 
     name: str
     model: nn.Module
@@ -50,15 +50,15 @@ class ClipCheckpoint:
 
 
 def load_clip(model: str, *, weights: Path | None = None, tag: str | None = None) -> ClipCheckpoint:
-    """Load an open_clip model from local files; nothing is ever downloaded.
+    """Load an open_clip model from local files, without downloads.
 
     Args:
         model: a folder with `open_clip_config.json` and weights, or the name of a configuration that open_clip ships.
-        weights: the weights (.safetensors, .bin, .pt); needed with a name.
-        tag: with a name, open_clip's tag of these weights: brings their preprocessing and activation.
+        weights: the weights (.safetensors, .bin, .pt); required with a name.
+        tag: with a name, open_clip's tag of these weights, which selects their preprocessing and activation.
 
     Raises:
-        CheckpointError: no such model, weights or tag, or a kind of model that cannot be exported.
+        CheckpointError: the model, weights or tag do not exist, or this kind of model cannot be exported.
     """
     import_torchvision()
     folder = Path(model)
@@ -69,8 +69,8 @@ def load_clip(model: str, *, weights: Path | None = None, tag: str | None = None
     config = _named_config(model, tag)
     if weights is None:
         raise CheckpointError(
-            f"open_clip model '{model}': no weights were given, and none are ever downloaded; "
-            "name a local file with --weights"
+            f"open_clip model '{model}': no weights were given, and nothing is downloaded; give a local file with "
+            "--weights"
         )
     return _load(model, config, weights, weights.parent)
 
@@ -80,32 +80,34 @@ def _weights_in(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise CheckpointError(
-        f"open_clip model '{folder}': no weights; expected one of {', '.join(WEIGHT_FILES)}, or name a file with "
+        f"open_clip model '{folder}': no weights; expected one of {', '.join(WEIGHT_FILES)}, or give a file with "
         "--weights"
     )
 
 
 def _named_config(name: str, tag: str | None) -> dict[str, Any]:
-    """A configuration that open_clip ships, in the form of `open_clip_config.json`."""
+    """Return a configuration that open_clip ships, in the format of `open_clip_config.json`."""
     import open_clip
 
     known = open_clip.list_models()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:5]
         raise CheckpointError(
-            f"'{name}' is neither a folder nor an open_clip model; near it are {', '.join(close)} "
-            f"({len(known)} names in open_clip.list_models())"
+            f"'{name}' is neither a folder nor an open_clip model; similar names are {', '.join(close)} "
+            f"(open_clip.list_models() lists all {len(known)})"
         )
     config = open_clip.get_model_config(name)
     preprocess: dict[str, Any] = {}
     if tag is not None:
         tags = open_clip.list_pretrained_tags_by_model(name)
         if tag not in tags:
-            raise CheckpointError(f"open_clip model '{name}' has no tag '{tag}'; it has {', '.join(tags) or 'none'}")
-        about = open_clip.get_pretrained_cfg(name, tag)
-        config["quick_gelu"] = about.get("quick_gelu", config.get("quick_gelu", False))
-        wanted = ("mean", "std", "interpolation", "resize_mode", "fill_color")
-        preprocess = {key: about[key] for key in wanted if about.get(key) is not None}
+            raise CheckpointError(
+                f"open_clip model '{name}' has no tag '{tag}'; available: {', '.join(tags) or 'none'}"
+            )
+        pretrained = open_clip.get_pretrained_cfg(name, tag)
+        config["quick_gelu"] = pretrained.get("quick_gelu", config.get("quick_gelu", False))
+        keys = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+        preprocess = {key: pretrained[key] for key in keys if pretrained.get(key) is not None}
     return {"model_cfg": config, "preprocess_cfg": preprocess}
 
 
@@ -116,12 +118,12 @@ def _load(name: str, config: Mapping[str, Any], weights: Path, folder: Path) -> 
             f"open_clip model '{name}': its configuration has no model_cfg with embed_dim, vision_cfg and text_cfg"
         )
     if not weights.is_file():
-        raise CheckpointError(f"open_clip model '{name}': there is no weights file '{weights}'")
+        raise CheckpointError(f"open_clip model '{name}': the weights file '{weights}' does not exist")
     text = model_config["text_cfg"]
     if text.get("hf_model_name"):
         raise CheckpointError(
             f"open_clip model '{name}': its text tower is the hub model '{text['hf_model_name']}', which would have to "
-            "be downloaded; such models are not exported"
+            "be downloaded; such models cannot be exported"
         )
     length = int(text.get("context_length", 77))
     tokenizer, pad_id = _tokenizer(name, text, folder, length)
@@ -132,7 +134,7 @@ def _load(name: str, config: Mapping[str, Any], weights: Path, folder: Path) -> 
 
 
 def _build(name: str, config: Mapping[str, Any], weights: Path) -> nn.Module:
-    """The model with its weights, in evaluation mode."""
+    """Return the model with its weights, in evaluation mode."""
     from open_clip.factory import load_checkpoint
     from open_clip.model import CLIP, CustomTextCLIP
     from safetensors import SafetensorError
@@ -140,21 +142,23 @@ def _build(name: str, config: Mapping[str, Any], weights: Path) -> nn.Module:
     settings = {key: value for key, value in config.items() if key not in ("custom_text", "multimodal_cfg")}
     custom = bool(config.get("custom_text")) or "timm_model_name" in config["vision_cfg"]
     if "multimodal_cfg" in config:
-        raise CheckpointError(f"open_clip model '{name}' is a captioning model (CoCa); only two-tower models work here")
+        raise CheckpointError(
+            f"open_clip model '{name}' is a captioning model (CoCa); only two-tower models can be exported"
+        )
     try:
         model: nn.Module = CustomTextCLIP(**settings) if custom else CLIP(**settings)
         load_checkpoint(model, str(weights), weights_only=True)
     except (RuntimeError, KeyError, TypeError, ValueError, SafetensorError, UnpicklingError) as exc:
         reason = str(exc).splitlines()[0]
         raise CheckpointError(
-            f"open_clip model '{name}': '{weights}' cannot be loaded into this configuration ({reason}); "
-            "are the weights of this model?"
+            f"open_clip model '{name}': '{weights}' cannot be loaded into this configuration ({reason}); give the "
+            "weights of this model"
         ) from exc
     return model.eval().requires_grad_(False)
 
 
 def _tokenizer(name: str, text: Mapping[str, Any], folder: Path, length: int) -> tuple[Tokenizer, int]:
-    """The tokenizer as a `tokenizers` object, and its padding id."""
+    """Return the tokenizer as a `tokenizers` object, and its padding id."""
     import open_clip
 
     options = dict(text.get("tokenizer_kwargs") or {})
@@ -173,20 +177,20 @@ def _tokenizer(name: str, text: Mapping[str, Any], folder: Path, length: int) ->
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(
-            f"open_clip model '{name}' uses the tokenizer '{hub}', and there is no '{file}'; put its tokenizer.json "
-            "there"
+            f"open_clip model '{name}' uses the tokenizer '{hub}', but '{file}' does not exist; copy its "
+            "tokenizer.json there"
         )
     fallback = "canonicalize" if "siglip" in name.lower() else "whitespace"
     return convert_hf_tokenizer(file, clean=clean or fallback), _pad_id(file, text)
 
 
 def _pad_id(file: Path, text: Mapping[str, Any]) -> int:
-    """What fills up short texts: the padding of tokenizer.json, the named token beside it, or the configuration's."""
+    """Return the padding id of tokenizer.json, of tokenizer_config.json, or of the model's configuration."""
     tokenizer = Tokenizer.from_file(str(file))
     if tokenizer.padding:
         return int(tokenizer.padding["pad_id"])
-    beside = file.with_name("tokenizer_config.json")
-    token = json.loads(beside.read_text(encoding="utf-8")).get("pad_token") if beside.is_file() else None
+    config = file.with_name("tokenizer_config.json")
+    token = json.loads(config.read_text(encoding="utf-8")).get("pad_token") if config.is_file() else None
     if isinstance(token, dict):
         token = token.get("content")
     found = tokenizer.token_to_id(token) if token else None
@@ -194,16 +198,17 @@ def _pad_id(file: Path, text: Mapping[str, Any]) -> int:
 
 
 def preprocessing_of(vision: Mapping[str, Any], given: Mapping[str, Any]) -> ImagePreprocessing:
-    """What open_clip would do to a picture; fields that are not given have open_clip's defaults."""
+    """Return open_clip's preprocessing of a model; fields that are not given have open_clip's defaults."""
     from open_clip.transform import PreprocessCfg
 
-    wanted = {key: value for key, value in given.items() if value is not None and key != "size"}
-    full = asdict(PreprocessCfg(size=vision.get("image_size", 224), **wanted))
+    settings = {key: value for key, value in given.items() if value is not None and key != "size"}
+    full = asdict(PreprocessCfg(size=vision.get("image_size", 224), **settings))
     size = full["size"]
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    # open_clip takes "random" for bicubic in evaluation, and always scales bicubically to cover an oblong.
-    oblong = full["resize_mode"] == "shortest" and height != width
-    interpolation = "bicubic" if oblong or full["interpolation"] == "random" else str(full["interpolation"])
+    # In evaluation, open_clip reads "random" as bicubic, and always uses bicubic to cover a rectangle.
+    covers_rectangle = full["resize_mode"] == "shortest" and height != width
+    is_bicubic = covers_rectangle or full["interpolation"] == "random"
+    interpolation = "bicubic" if is_bicubic else str(full["interpolation"])
     return ImagePreprocessing(
         width=int(width),
         height=int(height),

@@ -1,4 +1,4 @@
-"""open_clip's tokenizers as `tokenizers` files, so that the runtime needs neither open_clip nor transformers."""
+"""Conversion of open_clip's tokenizers to the `tokenizers` format, which the runtime reads without open_clip."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SAMPLES = (
     "zero\u200bwidth \u202eright to left", "nul\x00 bell\x07", "ﬁne ﬂag", "İstanbul ŁÓDŹ ẞ", "Ⅷ ² ½ ٣",
 )  # fmt: skip
 
-# What open_clip's cleaning (ftfy, then html) does to ordinary text. Mended mojibake, full-width letters and rarer
-# entities are not followed: they change a few tokens of a damaged text and nothing else.
-_REPAIRS = (
+# The effect of open_clip's cleaning (ftfy, then html.unescape) on ordinary text. Its repairs of mojibake, full-width
+# letters and rarer entities are not reproduced: they change a few tokens of damaged texts only.
+_REPLACEMENTS = (
     *(("[\u2018\u2019\u201a\u201b\u02bc]", "'"), ("[\u201c\u201d\u201e\u201f]", '"')),
     ("[\\x00-\\x08\\x0b\\x0e-\\x1f\\x7f\u206a-\u206f\ufeff\ufff9-\ufffb]", ""),
     *(("ﬀ", "ff"), ("ﬁ", "fi"), ("ﬂ", "fl"), ("ﬃ", "ffi"), ("ﬄ", "ffl"), ("ﬅ", "ſt"), ("ﬆ", "st")),
@@ -30,27 +30,27 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def _cleaning(clean: str) -> list[normalizers.Normalizer]:
-    """open_clip's `clean` modes: whitespace, lower, canonicalize.
+    """Return the normalizers for one of open_clip's `clean` modes: whitespace, lower or canonicalize.
 
     Raises:
-        CheckpointError: another mode.
+        CheckpointError: any other mode.
     """
-    steps: list[normalizers.Normalizer] = [normalizers.Replace(Regex(old), new) for old, new in _REPAIRS]
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(Regex(old), new) for old, new in _REPLACEMENTS]
     steps.append(normalizers.NFC())
     if clean == "canonicalize":
         steps += [normalizers.Replace("_", " "), normalizers.Replace(Regex(_PUNCTUATION), "")]
     elif clean not in ("lower", "whitespace"):
-        raise CheckpointError(f"tokenizer: cleaning '{clean}' is not known; known are whitespace, lower, canonicalize")
+        raise CheckpointError(f"tokenizer: 'clean' must be one of whitespace, lower, canonicalize, got '{clean}'")
     if clean != "whitespace":
         steps.append(normalizers.Lowercase())
     return [*steps, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
 
 
 def convert_simple_tokenizer(original: Any, *, clean: str = "lower") -> Tokenizer:
-    """open_clip's `SimpleTokenizer` (byte-level BPE with a mark at the end of words) as a `tokenizers` object.
+    """Convert open_clip's `SimpleTokenizer` (byte-level BPE with an end-of-word suffix) to a `tokenizers` object.
 
-    The names of the two special tokens are read as such wherever they stand in a text; the original does so only where
-    no punctuation stands before them.
+    The names of the two special tokens are always parsed as such; the original does so only if no punctuation precedes
+    them.
     """
     merges = sorted(original.bpe_ranks, key=original.bpe_ranks.__getitem__)
     tokenizer = Tokenizer(models.BPE(dict(original.encoder), merges, end_of_word_suffix="</w>"))
@@ -71,7 +71,7 @@ def convert_simple_tokenizer(original: Any, *, clean: str = "lower") -> Tokenize
 
 
 def convert_hf_tokenizer(file: Path, *, clean: str = "whitespace") -> Tokenizer:
-    """A tokenizer.json, with open_clip's cleaning of texts put before its own steps."""
+    """Read a tokenizer.json and put open_clip's cleaning before its own normalization."""
     tokenizer = Tokenizer.from_file(str(file))
     own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
     tokenizer.normalizer = normalizers.Sequence(_cleaning(clean) + own)
@@ -81,14 +81,17 @@ def convert_hf_tokenizer(file: Path, *, clean: str = "whitespace") -> Tokenizer:
 def check_tokenizer(
     tokenizer: Tokenizer, original: Callable[[list[str], int], Any], length: int, samples: Sequence[str] = SAMPLES
 ) -> None:
-    """Compare ids, cut and filled up to `length`, on every sample.
+    """Compare the ids of every sample, truncated and padded to `length`, with the original tokenizer's.
 
     Raises:
-        CheckpointError: a text has other ids.
+        CheckpointError: the ids of a text differ.
     """
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=0)
-    wanted = original(list(samples), length).tolist()
-    for text, encoding, ids in zip(samples, tokenizer.encode_batch(list(samples)), wanted, strict=True):
+    expected = original(list(samples), length).tolist()
+    for text, encoding, ids in zip(samples, tokenizer.encode_batch(list(samples)), expected, strict=True):
         if encoding.ids != ids:
-            raise CheckpointError(f"tokenizer: {text[:60]!r} gives {encoding.ids[:12]}, open_clip gives {ids[:12]}")
+            raise CheckpointError(
+                f"tokenizer: {text[:60]!r} gives {encoding.ids[:12]}, open_clip gives {ids[:12]}; this tokenizer "
+                "cannot be exported"
+            )

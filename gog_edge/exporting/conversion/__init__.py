@@ -1,1 +1,1 @@
-"""Convert exported graphs for TensorRT and for the CUDA provider of ONNX Runtime."""
+"""Conversion of exported graphs for TensorRT and for ONNX Runtime's CUDA provider."""

@@ -1,4 +1,4 @@
-"""One conversation that does with a cache all that serving does: said by one decoder, said after it by another."""
+"""Numerical comparison of converted graphs with the bundle's own: pictures, texts and a scripted conversation."""
 
 from __future__ import annotations
 
@@ -12,131 +12,51 @@ import onnxruntime as ort
 
 from gog_edge.bundle import DEFAULT_BUNDLE, Bundle, Sample, read_samples
 from gog_edge.engines.base import DecoderEngine, Floats, GraphEngine
-from gog_edge.engines.manifest import DECODER, IMAGE, TEXT, VISION
+from gog_edge.engines.manifest import CACHE_FOLDER, DECODER, IMAGE, TEXT, VISION
+from gog_edge.engines.onnx import unsupported_reason
 from gog_edge.engines.onnx.decoder import OrtDecoder
-from gog_edge.engines.onnx.device_decoder import LiftedDecoder
-from gog_edge.engines.onnx.prepacked import CACHE
-from gog_edge.engines.onnx.session import OrtGraph, open_session, too_old
+from gog_edge.engines.onnx.device_decoder import ConvertedDecoder
+from gog_edge.engines.onnx.session import OrtGraph, open_session
 from gog_edge.errors import BackendError, CheckpointError
 from gog_edge.exporting.conversion.convert import Kind
-from gog_edge.exporting.recording import least_cosine, recorded
+from gog_edge.exporting.recording import min_cosine_similarity, record_logits
 from gog_edge.picture import decode_picture
-from gog_edge.policy.dialect.loader import load_dialect
-from gog_edge.policy.manifest import DECODER_GRAPH, DIALECT, ChatFormat, TextSpec
+from gog_edge.policy.dialect.loader import DIALECT_FILE, load_dialect
+from gog_edge.policy.manifest import DECODER_GRAPH, ChatFormat, TextSpec
 from gog_edge.policy.model import Decoder, PolicyModel
 from gog_edge.policy.session import Session
 from gog_edge.policy.vision import ImageTokens, VisionEncoder
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.types import Pixels
 
-ANSWER = 4  # tokens of an answer: each is a step of its own, and those of large models take seconds
-GUESSES = 6  # tokens of a draft
+MAX_SAMPLES = 3  # sample pictures that are encoded, whole and cropped
+MAX_PIXELS = 2**17  # of a picture for the vision tower: enough for several windows; large models need seconds for each
+ANSWER_TOKENS = 4  # of each generated answer; every token is a step, which takes seconds with large models
+DRAFT_TOKENS = 6  # of the speculative step
 
 
 @dataclass(frozen=True, slots=True)
-class Talk:
-    """What is said to the policy."""
+class ConversionLimits:
+    """Largest differences that are accepted between a policy's converted graphs and its own."""
 
-    system: str
-    texts: Sequence[str]  # taken in turns
-    images: Sequence[ImageTokens]  # a whole picture and a crop
-
-    def text(self, turn: int) -> str:
-        """What is asked in a turn."""
-        return self.texts[turn % len(self.texts)]
+    vision_cosine: float  # smallest cosine similarity of any image token
+    logits_cosine: float  # smallest cosine similarity of the logits at any position
+    divergence: float  # Kullback-Leibler divergence in nats, mean over the positions
+    regret: float  # nats: largest loss of log probability, in the bundle's own graphs, by the other's greedy choice
 
 
-@dataclass(slots=True)
-class Script:
-    """A chooser that takes the likeliest token, and on a second reading says the same tokens again."""
+EMBEDDING_COSINE = 0.999  # of an encoder: fp16 alone gives 0.999999. A pack must be searchable with either.
 
-    never: frozenset[int]  # an end token would end the first reading, and not the second
-    tokens: list[int] = field(default_factory=list)
-    place: int = 0
-
-    def choose(self, logits: Floats, said: Sequence[int]) -> int:
-        """The next token, written down if it is new."""
-        if self.place == len(self.tokens):
-            allowed = logits.copy()
-            allowed[list(self.never)] = -np.inf
-            self.tokens.append(int(allowed.argmax()))
-        self.place += 1
-        return self.tokens[self.place - 1]
-
-
-def hold(decoder: Decoder, talk: Talk, script: Script, engine: DecoderEngine | None = None) -> Floats:
-    """Hold the conversation on the decoder's own engine or another -> logits [rows, vocab] of all steps, in order.
-
-    Prompt with a picture; decoding; a passage that is taken back; a crop after it; a draft of several rows; a fork
-    that goes on, and the first conversation beside it.
-    """
-    twin, recorder = recorded(decoder, engine)
-    chat = decoder.manifest.chat
-    script.place = 0
-    session = Session(twin, recorder.new_cache())
-    session.append_markup(chat.system_open)
-    session.append_text(talk.system)
-    session.append_markup(chat.system_close)
-    _ask(session, chat, talk.text(0), talk.images[0])
-    _answer(session, chat, script)
-    mark = session.mark()
-    _ask(session, chat, talk.text(1))
-    session.prefill()
-    session.rollback(mark)
-    _ask(session, chat, talk.text(2), talk.images[-1])
-    session.look_ahead(decoder.encode(talk.text(2))[:GUESSES])
-    _ask(session, chat, talk.text(3))
-    _answer(session, chat, script)
-    fork = Session(twin, recorder.new_cache())
-    fork.fork_from(session)
-    for branch, turn in ((fork, 4), (session, 5)):
-        _ask(branch, chat, talk.text(turn))
-        _answer(branch, chat, script)
-    return np.concatenate([logits for _, logits in recorder.steps])
-
-
-def _ask(session: Session, chat: ChatFormat, text: str, image: ImageTokens | None = None) -> None:
-    session.append_markup(chat.user_open)
-    if image is not None:
-        session.append_markup(chat.image_open)
-        session.append_image(image)
-        session.append_markup(chat.image_close)
-    session.append_text(text)
-    session.append_markup(chat.user_close)
-    session.append_markup(chat.assistant_open)
-
-
-def _answer(session: Session, chat: ChatFormat, script: Script) -> None:
-    session.generate(max_tokens=ANSWER, chooser=script)
-    session.append_markup(chat.assistant_close)
-
-
-PICTURES = 3  # samples that are looked at, whole and in part
-MOST_PIXELS = 2**17  # of a picture that a tower sees: several windows, and large models take seconds for each
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """How near a policy's rewritten graphs must come; embeddings of the encoder have one limit for all."""
-
-    vision_cosine: float  # least of any image token
-    logits_cosine: float  # least of any position
-    divergence: float  # Kullback-Leibler, nats, mean over the positions: what the policy may say otherwise
-    regret: float  # nats, the most: by how much what the other would say is less likely, as the bundle's own sees it
-
-
-EMBEDDING_COSINE = 0.999  # half precision alone gives 0.999999; packs that were built with either must serve both
-
-# Far above what half precision gave over 6 layers (divergence 5e-6, cosines 0.99999), since errors grow with layers,
-# and below what faults give (the scale of one layer's attention off by a half: divergence 0.08, cosine 0.975). In int4
-# the bundle's own graphs round what they multiply to 8 bits, and the rewritten ones do not: they differ by that (7e-4,
-# 0.9991, image tokens 0.9997 over 6 layers; 7e-3, 0.9936, 0.9989 over the 28 of a 7B of random weights, regret 0.19).
+# Far above what fp16 gives over 6 layers (divergence 5e-6, cosines 0.99999), since errors grow with depth, and below
+# what defects give (one layer's attention scale off by a half: divergence 0.08, cosine 0.975). In int4 the bundle's own
+# graphs quantize activations to 8 bits and the converted ones do not. This difference is 7e-4, 0.9991, and 0.9997 for
+# image tokens over 6 layers; 7e-3, 0.9936, 0.9989 and a regret of 0.19 over the 28 layers of a 7B with random weights.
 LIMITS = {
-    "fp32": Limit(0.999, 0.999, 1e-3, 0.1),
-    "fp16": Limit(0.999, 0.999, 1e-3, 0.1),
-    "int4": Limit(0.98, 0.98, 0.05, 1.0),
+    "fp32": ConversionLimits(0.999, 0.999, 1e-3, 0.1),
+    "fp16": ConversionLimits(0.999, 0.999, 1e-3, 0.1),
+    "int4": ConversionLimits(0.98, 0.98, 0.05, 1.0),
 }
-_BOUNDS = (  # graph, figure, limit
+_CHECKS = (  # graph, measured figure, its limit
     (VISION, "cosine", "vision_cosine"), (DECODER, "logits_cosine", "logits_cosine"),
     (DECODER, "divergence", "divergence"), (DECODER, "regret", "regret"),
     (IMAGE, "cosine", "embedding_cosine"), (TEXT, "cosine", "embedding_cosine"),
@@ -144,59 +64,60 @@ _BOUNDS = (  # graph, figure, limit
 
 
 def check_comparable(bundle: Bundle, kind: Kind) -> None:
-    """Raise BackendError where ONNX Runtime here is too old for the bundle's own graphs."""
-    trouble = too_old(ort.__version__) if isinstance(bundle.policy, Path) else ""
-    if trouble:
+    """Raise BackendError if the installed ONNX Runtime cannot run the bundle's own graphs."""
+    reason = unsupported_reason(ort.__version__) if isinstance(bundle.policy, Path) else ""
+    if reason:
         raise BackendError(
-            f"the graphs cannot be compared here: {trouble}; build with --no-parity, and compare them on any machine "
-            f"with a newer one: python -m export.check_lifted BUNDLE --kind {kind}"
+            f"the converted graphs cannot be compared here: {reason}; build with --no-parity, and compare them on any "
+            f"machine with a newer release: gog-edge export check BUNDLE --engine-graphs {kind}"
         )
 
 
-def measure_lifted(bundle: Bundle, lifted: Mapping[str, Path], kind: Kind, *, context: int) -> dict[str, Any]:
-    """Run rewritten graphs and the bundle's own over the same pictures, texts and conversation.
+def measure_converted(bundle: Bundle, converted: Mapping[str, Path], kind: Kind, *, context: int) -> dict[str, Any]:
+    """Run converted graphs and the bundle's own on the same pictures, texts and conversation.
 
     Args:
-        bundle: whose graphs they were made from, and whose samples are looked at; the atlas's where it has none.
-        lifted: of the names decoder, vision, image and text, those to measure; a decoder needs no vision beside it.
-        kind: what they were rewritten for.
-        context: tokens that the decoder's cache holds.
+        bundle: the bundle whose graphs were converted. Its samples are the input; without samples, the atlas's are.
+        converted: graphs to measure, by the names decoder, vision, image and text.
+        kind: what they were converted for.
+        context: tokens that the decoder's KV cache has room for.
 
     Returns:
-        A plain object for `engines.json`: figures of each graph, and the limits that `check_lifted` holds them to.
+        The object "parity" of `engines.json`: figures of each graph, and the limits that `check_converted` applies.
 
     Raises:
         ArtifactError: a part of the bundle or a sample cannot be read.
         BackendError: ONNX Runtime cannot load a graph.
-        BudgetExceeded: the conversation does not fit the context.
+        BudgetExceeded: the conversation does not fit into the context.
     """
     samples = bundle.samples or read_samples(DEFAULT_BUNDLE / "samples")
-    views = _views(samples[:PICTURES])
+    views, texts = _views(samples[:MAX_SAMPLES]), _texts(samples)
     report: dict[str, Any] = {"kind": kind, "limits": {"embedding_cosine": EMBEDDING_COSINE}}
-    if isinstance(bundle.policy, Path) and {DECODER, VISION} & lifted.keys():
-        report |= _measure_policy(bundle.policy, lifted, kind, context, views, _texts(samples), report["limits"])
-    if {IMAGE, TEXT} & lifted.keys():
-        report |= _measure_encoder(bundle.encoder, lifted, views, _texts(samples))
+    if isinstance(bundle.policy, Path) and {DECODER, VISION} & converted.keys():
+        report |= _measure_policy(bundle.policy, converted, context, views, texts, report["limits"])
+    if {IMAGE, TEXT} & converted.keys():
+        report |= _measure_encoder(bundle.encoder, converted, views, texts)
     return report
 
 
-def check_lifted(report: Mapping[str, Any]) -> None:
-    """Raise CheckpointError with the figure that misses its limit, if one does."""
+def check_converted(report: Mapping[str, Any]) -> None:
+    """Raise CheckpointError naming the first figure of a report that is outside its limit."""
     limits = report["limits"]
-    for graph, figure, name in _BOUNDS:
+    for graph, figure, limit in _CHECKS:
         found = report.get(graph, {}).get(figure)
         if found is None:
             continue
-        least = figure.endswith("cosine")
-        if not (found >= limits[name] if least else found <= limits[name]):  # so written that what is no number fails
+        is_minimum = figure.endswith("cosine")
+        passed = found >= limits[limit] if is_minimum else found <= limits[limit]  # false for NaN
+        if not passed:
             raise CheckpointError(
-                f"the {graph} rewritten as '{report['kind']}' differs from the bundle's own: {figure} is {found:.5g}, "
-                f"{'at least' if least else 'at most'} {limits[name]} was expected; report this"
+                f"the {graph} converted as '{report['kind']}' differs from the bundle's own: {figure} is {found:.5g}, "
+                f"expected {'at least' if is_minimum else 'at most'} {limits[limit]}; please report this"
             )
 
 
 def _views(samples: Sequence[Sample]) -> list[Pixels]:
-    """Each picture whole, and the middle of it as a policy might crop it."""
+    """Return each picture, and its centre as a policy might crop it."""
     views: list[Pixels] = []
     for sample in samples:
         pixels = decode_picture(sample.picture.read_bytes()).pixels
@@ -209,82 +130,90 @@ def _texts(samples: Sequence[Sample]) -> list[str]:
     return [text for sample in samples for text in (sample.title, *sample.questions)]
 
 
-def _measure_policy(folder: Path, lifted: Mapping[str, Path], kind: Kind, context: int, views: Sequence[Pixels],
-                    texts: Sequence[str], limits: dict[str, float]) -> dict[str, Any]:
-    own_graphs: Any = _Graphs(folder, {})  # what a policy asks of built engines
-    model = PolicyModel.open(folder, context=context, engines=own_graphs)
-    limits |= asdict(LIMITS[model.manifest.precision])
-    spec, decoder = model.manifest.vision, model.decoder
-    most = min(spec.max_pixels, MOST_PIXELS, max(spec.min_pixels, context // 8 * spec.factor**2))
-    images = [model.vision.encode(view, most) for view in views]
-    talk = Talk(load_dialect(folder / DIALECT).system_prompt, texts, images[:2])
-    script = Script(decoder.eos | {decoder.image_token})
-    own = hold(decoder, talk, script) if DECODER in lifted else None
-    del model
-    report: dict[str, Any] = {}
-    if own is not None:
-        del decoder.engine  # the memory holds one
-        # In four bits ONNX Runtime multiplies with weights as they are stored: it takes no more memory than the first.
-        decoder.engine = LiftedDecoder(open_session(lifted[DECODER]), lifted[DECODER])
-        report[DECODER] = {"tokens": len(script.tokens), **_compare_logits(own, hold(decoder, talk, script))}
-    del decoder
-    if VISION in lifted:
-        tower = VisionEncoder(_Graphs(folder, lifted).open_graph(VISION), spec)
-        report[VISION] = _compare_rows(_rows(images), _rows([tower.encode(view, most) for view in views]))
-    return report
-
-
-def _measure_encoder(folder: Path, lifted: Mapping[str, Path], views: Sequence[Pixels],
-                     texts: Sequence[str]) -> dict[str, Any]:
-    own = Encoder.open(folder)
-    graphs: Any = _Graphs(folder, lifted)  # what an encoder asks of built engines
-    new = Encoder.open(folder, engines=graphs)
-    report: dict[str, Any] = {}
-    if IMAGE in lifted:
-        report[IMAGE] = _compare_rows(own.embed_images(views), new.embed_images(views))
-    if TEXT in lifted:
-        report[TEXT] = _compare_rows(own.embed_texts(texts), new.embed_texts(texts))
-    return report
+# --- measurements --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Graphs:
-    """A folder's own graphs, but for those that were rewritten; nothing is kept beside them for this processor.
+    """A set of engines of a folder's own graphs, some replaced by converted ones.
 
-    The decoder's graph for many tokens is left out: its weights are rounded otherwise.
+    The policy's prefill graph is not used, since its weights are quantized differently, and no cache files are written.
     """
 
     folder: Path
-    lifted: Mapping[str, Path]
+    converted: Mapping[str, Path]
 
     def open_graph(self, name: str) -> GraphEngine:
-        if name in self.lifted:  # as it stands: ONNX Runtime 1.31's optimiser crashes on a text tower in half precision
-            return OrtGraph(self.lifted[name], optimised=True)
+        if name in self.converted:  # without optimization: that of ONNX Runtime 1.31 crashes on an fp16 text tower
+            return OrtGraph(self.converted[name], optimised=True)
         return OrtGraph(self.folder / f"{name}.onnx")
 
     def open_decoder(self, _: TextSpec, context: int) -> DecoderEngine:
         return OrtDecoder(self.folder / DECODER_GRAPH, capacity=context)
 
     def cache(self) -> Path:
-        return self.folder / CACHE
+        return self.folder / CACHE_FOLDER
 
 
-def _rows(images: Sequence[ImageTokens]) -> Floats:
-    """Tokens, and below them features for the decoder's first layers, [n, hidden]."""
+def _measure_policy(
+    folder: Path, converted: Mapping[str, Path], context: int, views: Sequence[Pixels], texts: Sequence[str],
+    limits: dict[str, float],
+) -> dict[str, Any]:
+    own_graphs: Any = _Graphs(folder, {})  # has the methods of an EngineSet that a policy uses
+    model = PolicyModel.open(folder, context=context, engines=own_graphs)
+    limits |= asdict(LIMITS[model.manifest.precision])
+    spec, decoder = model.manifest.vision, model.decoder
+    max_pixels = min(spec.max_pixels, MAX_PIXELS, max(spec.min_pixels, context // 8 * spec.factor**2))
+    images = [model.vision.encode(view, max_pixels) for view in views]
+    script = Script(load_dialect(folder / DIALECT_FILE).system_prompt, texts, images[:2])
+    sampler = ReplaySampler(decoder.eos | {decoder.image_token})
+    own = run_script(decoder, script, sampler) if DECODER in converted else None
+    del model
+    report: dict[str, Any] = {}
+    if own is not None:
+        del decoder.engine  # the memory may have room for one decoder only
+        # Without prepacked weights, an int4 decoder of ONNX Runtime takes no more memory than the one before.
+        decoder.engine = ConvertedDecoder(open_session(converted[DECODER]), converted[DECODER])
+        new = run_script(decoder, script, sampler)
+        report[DECODER] = {"tokens": len(sampler.tokens), **_compare_logits(own, new)}
+    del decoder
+    if VISION in converted:
+        tower = VisionEncoder(_Graphs(folder, converted).open_graph(VISION), spec)
+        encoded = [tower.encode(view, max_pixels) for view in views]
+        report[VISION] = _compare_rows(_token_rows(images), _token_rows(encoded))
+    return report
+
+
+def _measure_encoder(
+    folder: Path, converted: Mapping[str, Path], views: Sequence[Pixels], texts: Sequence[str]
+) -> dict[str, Any]:
+    own = Encoder.open(folder)
+    graphs: Any = _Graphs(folder, converted)  # has the method of an EngineSet that an encoder uses
+    new = Encoder.open(folder, engines=graphs)
+    report: dict[str, Any] = {}
+    if IMAGE in converted:
+        report[IMAGE] = _compare_rows(own.embed_images(views), new.embed_images(views))
+    if TEXT in converted:
+        report[TEXT] = _compare_rows(own.embed_texts(texts), new.embed_texts(texts))
+    return report
+
+
+def _token_rows(images: Sequence[ImageTokens]) -> Floats:
+    """Return image tokens and deepstack features as rows [n, hidden]."""
     parts = [part for image in images for part in (image.embeds, image.deepstack) if part is not None]
     return np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
 def _compare_rows(own: Floats, new: Floats) -> dict[str, Any]:
-    return {"rows": len(own), "cosine": least_cosine(own, new), "max_abs": float(np.abs(own - new).max())}
+    return {"rows": len(own), "cosine": min_cosine_similarity(own, new), "max_abs": float(np.abs(own - new).max())}
 
 
 def _compare_logits(own: Floats, new: Floats) -> dict[str, Any]:
-    mine, theirs = _log_softmax(own), _log_softmax(new)
-    divergence = (np.exp(mine) * (mine - theirs)).sum(axis=1)
+    own_log, new_log = _log_softmax(own), _log_softmax(new)
+    divergence = (np.exp(own_log) * (own_log - new_log)).sum(axis=1)
     regret = own.max(axis=1) - np.take_along_axis(own, new.argmax(axis=1)[:, None], axis=1)[:, 0]
     return {
-        "positions": len(own), "logits_cosine": least_cosine(own, new),
+        "positions": len(own), "logits_cosine": min_cosine_similarity(own, new),
         "divergence": float(divergence.mean()), "divergence_max": float(divergence.max()),
         "regret": float(regret.max()), "same_likeliest": float((regret == 0).mean()),
         "max_abs": float(np.abs(own - new).max()), "range": float(np.abs(own).max()),
@@ -294,3 +223,86 @@ def _compare_logits(own: Floats, new: Floats) -> dict[str, Any]:
 def _log_softmax(logits: Floats) -> Floats:
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+# --- the scripted conversation -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """The inputs of the conversation."""
+
+    system: str
+    texts: Sequence[str]  # used in rotation
+    images: Sequence[ImageTokens]  # a picture and a crop
+
+    def text(self, turn: int) -> str:
+        """Return the text of a turn."""
+        return self.texts[turn % len(self.texts)]
+
+
+@dataclass(slots=True)
+class ReplaySampler:
+    """A sampler that decodes greedily in the first run and repeats the same tokens in the second."""
+
+    excluded: frozenset[int]  # an end token would end the first run, and not the second
+    tokens: list[int] = field(default_factory=list)
+    position: int = 0  # of the next token in `tokens`
+
+    def sample(self, logits: Floats, generated: Sequence[int]) -> int:
+        """Return the next token; record it if it is new."""
+        if self.position == len(self.tokens):
+            allowed = logits.copy()
+            allowed[list(self.excluded)] = -np.inf
+            self.tokens.append(int(allowed.argmax()))
+        self.position += 1
+        return self.tokens[self.position - 1]
+
+
+def run_script(
+    decoder: Decoder, script: Script, sampler: ReplaySampler, engine: DecoderEngine | None = None
+) -> Floats:
+    """Run the conversation and return the logits [rows, vocab] of all steps, in order; `engine` replaces the decoder's.
+
+    It covers all uses of the KV cache: a prompt with a picture, decoding, a rollback, a crop appended after it, a
+    speculative step of several rows, and a fork that continues next to the original session.
+    """
+    twin, recorder = record_logits(decoder, engine)
+    chat = decoder.manifest.chat
+    sampler.position = 0
+    session = Session(twin, recorder.new_cache())
+    session.append_template(chat.system_open)
+    session.append_text(script.system)
+    session.append_template(chat.system_close)
+    _append_turn(session, chat, script.text(0), script.images[0])
+    _generate(session, chat, sampler)
+    mark = session.savepoint()
+    _append_turn(session, chat, script.text(1))
+    session.prefill()
+    session.rollback(mark)
+    _append_turn(session, chat, script.text(2), script.images[-1])
+    session.step_with_drafts(decoder.encode(script.text(2))[:DRAFT_TOKENS])
+    _append_turn(session, chat, script.text(3))
+    _generate(session, chat, sampler)
+    fork = Session(twin, recorder.new_cache())
+    fork.fork_from(session)
+    for branch, turn in ((fork, 4), (session, 5)):
+        _append_turn(branch, chat, script.text(turn))
+        _generate(branch, chat, sampler)
+    return np.concatenate([logits for _, logits in recorder.steps])
+
+
+def _append_turn(session: Session, chat: ChatFormat, text: str, image: ImageTokens | None = None) -> None:
+    session.append_template(chat.user_open)
+    if image is not None:
+        session.append_template(chat.image_open)
+        session.append_image(image)
+        session.append_template(chat.image_close)
+    session.append_text(text)
+    session.append_template(chat.user_close)
+    session.append_template(chat.assistant_open)
+
+
+def _generate(session: Session, chat: ChatFormat, sampler: ReplaySampler) -> None:
+    session.generate(max_tokens=ANSWER_TOKENS, sampler=sampler)
+    session.append_template(chat.assistant_close)

@@ -1,4 +1,4 @@
-"""A graph being rewritten: which new value stands for which old one, and in which precision."""
+"""The values of a graph under conversion: which new value replaces which old one, and in which precision."""
 
 from __future__ import annotations
 
@@ -12,114 +12,112 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from gog_edge.engines.base import Array
 from gog_edge.exporting.graph import FLOAT, FLOAT16, GraphBuilder
 
-NOTHING = np.float32(np.finfo(np.float16).min)  # what masks add to a score is as good as minus infinity from here on
-FRACTIONS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+FP16_MIN = np.float32(np.finfo(np.float16).min)  # lower values of an additive mask have the same effect as this one
+FLOATING_POINT = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
-class Rewriter:
-    """Names of the source on one side, the builder of the result on the other.
+class ValueMap:
+    """A map from names of the source graph to names of the converted graph, with the precision of each value.
 
-    The kind of a value is FLOAT, FLOAT16, or 0 for whole numbers and truths.
+    A precision is FLOAT, FLOAT16, or 0 for integers and booleans.
     """
 
     def __init__(self, graph: GraphBuilder, source: onnx.GraphProto, folder: Path) -> None:
+        """Map the values of `source`, whose external data is in `folder`, to values of `graph`."""
         self.graph, self.source = graph, source
         self._folder = folder
         self._initializers = {tensor.name: tensor for tensor in source.initializer}
-        self._names: dict[str, str] = {"": ""}  # value of the source -> value of the result
-        self._kinds: dict[str, int] = {}  # of values of the result
-        self._cast: dict[tuple[str, int], str] = {}  # (value or constant, kind) -> the same in that precision
+        self._names: dict[str, str] = {"": ""}  # source value -> converted value
+        self._precisions: dict[str, int] = {}  # of converted values
+        self._casts: dict[tuple[str, int], str] = {}  # (converted value or constant, precision) -> its cast
 
-    def bind(self, old: str, new: str, kind: int = 0) -> None:
-        """`new` stands for `old` from now on."""
+    def bind(self, old: str, new: str, precision: int = 0) -> None:
+        """Replace the source value `old` by the converted value `new`."""
         self._names[old] = new
-        self._kinds[new] = kind
-
-    def knows(self, old: str) -> bool:
-        """Whether something stands for it: a node that nobody asked for may not have been rewritten."""
-        return old in self._names
+        self._precisions[new] = precision
 
     def is_constant(self, old: str) -> bool:
-        """Whether it is a constant of the source."""
+        """Return whether a source value is an initializer."""
         return old in self._initializers
 
     def constant(self, old: str) -> Array:
-        """The numbers of a constant of the source."""
+        """Return the array of an initializer of the source."""
         return numpy_helper.to_array(self._initializers[old], str(self._folder))
 
-    def kind(self, old: str) -> int:
-        """Of a value of the source."""
+    def precision(self, old: str) -> int:
+        """Return the precision of a source value."""
         if self.is_constant(old):
-            return FLOAT if self._initializers[old].data_type in FRACTIONS else 0
-        return self._kinds[self._names[old]]
+            return FLOAT if self._initializers[old].data_type in FLOATING_POINT else 0
+        return self._precisions[self._names[old]]
 
-    def value(self, old: str, kind: int | None = None) -> str:
-        """What stands for a value of the source, in the precision `kind`; in its own where it is None or no fraction.
+    def value(self, old: str, precision: int | None = None) -> str:
+        """Return the converted value for a source value, cast to `precision`.
+
+        None keeps its own precision; integers and booleans are never cast.
         """
-        own = 0 if old == "" else self.kind(old)
-        kind = (own if kind is None else kind) if own else 0
+        own = 0 if old == "" else self.precision(old)
+        precision = (own if precision is None else precision) if own else 0
         if self.is_constant(old):
-            if (old, kind) not in self._cast:
-                self._cast[old, kind] = self._written(old, kind)
-            return self._cast[old, kind]
-        return self.cast(self._names[old], kind) if own else self._names[old]
+            if (old, precision) not in self._casts:
+                self._casts[old, precision] = self._write_constant(old, precision)
+            return self._casts[old, precision]
+        return self.cast(self._names[old], precision) if own else self._names[old]
 
-    def half(self, old: str) -> str:
-        """What stands for it, in half precision."""
+    def fp16(self, old: str) -> str:
+        """Return the converted value in fp16."""
         return self.value(old, FLOAT16)
 
-    def wide(self, old: str) -> str:
-        """What stands for it, in single precision."""
+    def fp32(self, old: str) -> str:
+        """Return the converted value in fp32."""
         return self.value(old, FLOAT)
 
-    def cast(self, new: str, kind: int) -> str:
-        """A value of the result in another precision, cast once."""
-        if self._kinds[new] == kind:
+    def cast(self, new: str, precision: int) -> str:
+        """Return a converted value in another precision; repeated casts share one node."""
+        if self._precisions[new] == precision:
             return new
-        if (new, kind) not in self._cast:
-            self._cast[new, kind] = self.op("Cast", new, kind=kind, to=kind)
-        return self._cast[new, kind]
+        if (new, precision) not in self._casts:
+            self._casts[new, precision] = self.op("Cast", new, precision=precision, to=precision)
+        return self._casts[new, precision]
 
-    def op(self, operator: str, *inputs: str, kind: int = FLOAT16, domain: str = "", **has: Any) -> str:
-        """A new node of the result, whose one output is of `kind`."""
-        value = self.graph.op(operator, *inputs, domain=domain, **has)
-        self._kinds[value] = kind
+    def op(self, op_type: str, *inputs: str, precision: int = FLOAT16, domain: str = "", **attributes: Any) -> str:
+        """Add a node with one output of the given precision and return the output's name."""
+        value = self.graph.op(op_type, *inputs, domain=domain, **attributes)
+        self._precisions[value] = precision
         return value
 
-    def ops(self, node: NodeProto, inputs: list[str], kinds: list[int]) -> None:
-        """A node like one of the source, with other inputs; its outputs stand for the old ones."""
-        outputs = self.graph.ops(node.op_type, *inputs, count=len(node.output), domain=node.domain, **attributes(node))
-        for old, new, kind in zip(node.output, outputs, kinds, strict=True):
+    def copy_node(self, node: NodeProto, inputs: list[str], precision: int) -> None:
+        """Add a copy of a source node with other inputs; its outputs replace those of the source node."""
+        outputs = self.graph.ops(
+            node.op_type, *inputs, count=len(node.output), domain=node.domain, **node_attributes(node)
+        )
+        for old, new in zip(node.output, outputs, strict=True):
             if old:
-                self.bind(old, new, kind)
+                self.bind(old, new, precision)
 
-    def written(self, array: Array, name: str) -> str:
-        """New weights in half precision. CheckpointError where it does not hold them."""
-        value = self.graph.half(array, name)
-        self._kinds[value] = FLOAT16
+    def fp16_weight(self, array: Array, name: str) -> str:
+        """Add a weight in fp16. Raises CheckpointError if a value exceeds its range."""
+        value = self.graph.fp16_weight(array, name)
+        self._precisions[value] = FLOAT16
         return value
 
-    def scalar(self, number: float, kind: int) -> str:
-        """A constant without dimensions, written once for each precision."""
+    def scalar(self, number: float, precision: int) -> str:
+        """Return a floating-point scalar; equal ones share one constant."""
         name = f"{number!r}"
-        if (name, kind) not in self._cast:
-            array = np.asarray(number, np.float16 if kind == FLOAT16 else np.float32)
-            self._cast[name, kind] = self.graph.weight(array, "number")
-        return self._cast[name, kind]
+        if (name, precision) not in self._casts:
+            array = np.asarray(number, np.float16 if precision == FLOAT16 else np.float32)
+            self._casts[name, precision] = self.graph.weight(array, "number")
+        return self._casts[name, precision]
 
-    def _written(self, old: str, kind: int) -> str:
+    def _write_constant(self, old: str, precision: int) -> str:
         array, name = self.constant(old), old.rsplit("_", 1)[0]
-        if kind == FLOAT16:
-            return self.written(np.maximum(array, NOTHING) if array.max(initial=0) <= 0 else array, name)
-        value = self.graph.weight(array.astype(np.float32) if kind else array, name)
-        self._kinds[value] = kind
+        if precision == FLOAT16:
+            return self.fp16_weight(np.maximum(array, FP16_MIN) if array.max(initial=0) <= 0 else array, name)
+        value = self.graph.weight(array.astype(np.float32) if precision else array, name)
+        self._precisions[value] = precision
         return value
 
 
-def attributes(node: NodeProto) -> dict[str, Any]:
-    """A node's attributes by name."""
-    return {each.name: _text(helper.get_attribute_value(each)) for each in node.attribute}
-
-
-def _text(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value
+def node_attributes(node: NodeProto) -> dict[str, Any]:
+    """Return a node's attributes by name, strings decoded."""
+    values = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}

@@ -1,1 +1,1 @@
-"""Build engines from the graphs of a bundle: TensorRT plans and graphs for the CUDA provider."""
+"""Building of engines from a bundle's graphs: TensorRT plans, and graphs for ONNX Runtime's CUDA provider."""

@@ -1,4 +1,8 @@
-"""Builds a plan in a process of its own: its memory comes back, and its end is an error, not ours."""
+"""Build the engines of a bundle: convert its graphs, compare them with the originals, compile them with TensorRT.
+
+Each plan is compiled in a process of its own. Its memory is released afterwards, and a crash of TensorRT's compiler
+becomes an error.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, TypeAlias
 
 from gog_edge.bundle import Bundle
-from gog_edge.engines.manifest import DECODER, KIND, MANIFEST, TENSORRT, TENSORRT_ENGINES, BuiltEngines, BuiltGraph
+from gog_edge.engines.manifest import DECODER, KIND, MANIFEST, TENSORRT, TENSORRT_ENGINES, BuiltGraph, EngineManifest
 from gog_edge.errors import CheckpointError, GogEdgeError
-from gog_edge.exporting.conversion.convert import lift_graph
-from gog_edge.exporting.conversion.parity import check_comparable, check_lifted, measure_lifted
+from gog_edge.exporting.conversion.convert import Kind, convert_graph
+from gog_edge.exporting.conversion.parity import check_comparable, check_converted, measure_converted
 from gog_edge.exporting.engines.plan import (
     ATTENTION,
     KV_CACHE_UPDATE,
@@ -28,91 +33,45 @@ from gog_edge.exporting.engines.plan import (
     graph_files,
 )
 from gog_edge.exporting.engines.profiles import check_context
-from gog_edge.exporting.engines.sources import BundleGraphs, GraphSource, Target, bundle_graphs, choose_target
-from gog_edge.exporting.output_folder import replacing
+from gog_edge.exporting.engines.sources import BuildTarget, BundleGraphs, GraphSource, bundle_graphs, choose_target
+from gog_edge.exporting.output_folder import atomic_output_folder, check_disk_space
 from gog_edge.files import describe_files, write_json
 
-GRACE = 5.0  # seconds that a process has to end once it said its last
+EXIT_SECONDS = 5.0  # that a build process has to exit after its last message
+TIMING_CACHE = "timings.cache"  # TensorRT on the device: kernel timings on its GPU, which speed up the next build
+DISK_FACTOR = 2.5  # disk space needed, relative to the bundle's graphs: all converted graphs and all engines
+OnStep: TypeAlias = Callable[[str, int, int], None]  # (name of the step, units done, units in total)
 
 
-def build_apart(request: PlanRequest, on_step: OnPlanStep) -> BuiltPlan:
-    """`build_plan`, elsewhere. Raises what it raises, and CheckpointError where its process dies."""
-    context = multiprocessing.get_context("spawn")  # a fork would take our threads' locks along
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(request, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        said: BuiltPlan | BaseException | tuple[int, int] = ours.recv()
-        while isinstance(said, tuple):
-            on_step(*said)
-            said = ours.recv()
-    except EOFError:
-        process.join()
-        raise CheckpointError(_died(request, process.exitcode)) from None
-    finally:
-        ours.close()
-        process.join(GRACE)
-        process.kill()
-    if isinstance(said, BaseException):
-        raise said
-    return said
-
-
-def _work(request: PlanRequest, pipe: Connection) -> None:
-    """The other process: steps as they come, then the plan or what went wrong."""
-    said: BuiltPlan | BaseException
-    try:
-        said = build_plan(request, lambda done, of: pipe.send((done, of)))
-    except (GogEdgeError, OSError, MemoryError) as exc:
-        said = exc
-    with suppress(BrokenPipeError):  # nobody listens any more
-        pipe.send(said)
-
-
-def _died(request: PlanRequest, code: int | None) -> str:
-    if code == -signal.SIGKILL:
-        return (
-            f"building '{request.graph.name}' was killed, as it is where memory runs out; close other programs or "
-            "build on a larger machine"
-        )
-    return f"TensorRT's compiler ended while it built '{request.graph.name}' (exit code {code}); report its version"
-
-
-TIMINGS = "timings.cache"  # TensorRT on the device: kernels' times on its GPU, so that the next build is quick
-ROOM = 2.5  # times the bundle's graphs: all of them lifted, and all engines
-OnStep: TypeAlias = Callable[[str, int, int], None]  # what is done, how far, of how much
+def silent(_: str, __: int, ___: int) -> None:
+    """Ignore progress (an `OnStep`)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """What one graph took."""
+class BuildCost:
+    """What building one graph's engine took."""
 
     bytes: int  # of the engine
-    weights: int  # bytes of the lifted graph
-    seconds: float  # lifting included
-    peak_mib: int  # of the process that built it; 0 where nothing is built
+    weights: int  # bytes of the converted graph
+    seconds: float  # including the conversion
+    peak_mib: int  # of the build process; 0 if none was needed
 
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """The engines, and what it took to build them."""
+    """The engines, and what building them took."""
 
-    engines: BuiltEngines
-    costs: Mapping[str, Cost]  # by graph
+    engines: EngineManifest
+    costs: Mapping[str, BuildCost]  # by graph
 
     def graphs(self) -> list[dict[str, Any]]:
-        """One entry for each graph and GPU; GPUs that share a file share all of its figures."""
+        """Return one JSON object per graph and GPU; GPUs that share an engine share all of its figures."""
         return [
             {"name": graph.name, "sm": sm, "file": graph.file, **asdict(self.costs[graph.name]),
              **{kind: graph.layers.get(kind, 0) for kind in (KV_CACHE_UPDATE, ATTENTION)},
              "layers": sum(graph.layers.values())}
             for graph in self.engines.graphs for sm in self.engines.sms or (None,)
         ]  # fmt: skip
-
-
-def silent(_: str, __: int, ___: int) -> None:
-    """An `OnStep` that shows nothing."""
 
 
 def build_engines(
@@ -125,45 +84,46 @@ def build_engines(
     parity: bool = True,
     on_step: OnStep = silent,
 ) -> BuildReport:
-    """Build the engines of a bundle into the folder `out`, which is replaced only when all went well.
+    """Build the engines of a bundle into the folder `out`, which is replaced only when everything succeeded.
 
     Args:
-        bundle: what `open_bundle` gives. Where another server runs its policy, only the encoder's towers are built.
+        bundle: from `open_bundle`. If another server runs its policy, only the encoder's engines are built.
         out: a new or empty folder, or one of engines.
-        engine: of `engines.built.BUILT_ENGINES`.
-        sms: compute capabilities, 86 for 8.6, that TensorRT for RTX builds for; by default all that it knows.
-        context: tokens that a decoder's cache holds; by default as many as the policy's conversations have.
-        parity: whether the lifted graphs are compared with the bundle's own first.
-        on_step: is told what is done, and how far it is.
+        engine: one of `gog_edge.engines.manifest.BUILT_ENGINES`.
+        sms: compute capabilities, 86 for 8.6, that TensorRT for RTX builds for; empty for all that it supports.
+        context: tokens that the decoder's KV cache has room for; None for the policy's own limit.
+        parity: whether to compare the converted graphs with the bundle's own first.
+        on_step: called with the progress of each step.
 
     Raises:
-        BackendError: the engine, its module or a GPU's compute capability is not to be had, or ONNX Runtime here is too
-            old for `parity`.
-        CheckpointError: TensorRT refuses a graph or loses some of it, its weights would be doubled, the graphs miss the
-            parity limits, `context` is out of range, `out` holds something else, or the disk or memory is too small.
-        ArtifactError: the bundle's files are missing or altered.
+        BackendError: the engine, its Python module or a compute capability is not available, or the installed ONNX
+            Runtime is too old for `parity`.
+        CheckpointError: TensorRT refuses a graph, ignores a part of it or duplicates its weights, the graphs miss a
+            parity limit, `context` is out of range, `out` contains something else, or disk or memory do not suffice.
+        ArtifactError: a file of the bundle is missing or altered.
     """
-    found = bundle_graphs(bundle, context)
-    target = choose_target(engine, sms, int4=found.int4)
-    if any(graph.name == DECODER for graph in found.graphs):
-        check_context(found.context, profiles=target.engine in TENSORRT_ENGINES)
+    sources = bundle_graphs(bundle, context)
+    target = choose_target(engine, sms, int4=sources.int4)
+    if any(graph.name == DECODER for graph in sources.graphs):
+        check_context(sources.context, profiles=target.engine in TENSORRT_ENGINES)
     if parity:
         check_comparable(bundle, target.kind)
-    with replacing(out, KIND, MANIFEST) as part:
-        _check_room(found, part)
-        lifting = {graph.name: _lift(graph, part, target, found, on_step) for graph in found.graphs}
-        report = _parity(bundle, found, part, target, on_step) if parity else {}
+    with atomic_output_folder(out, KIND, MANIFEST) as part:
+        remedy = "free some space, or choose a folder on another disk with --out"
+        check_disk_space(part, int(DISK_FACTOR * sources.size), "the build", remedy)
+        seconds = {graph.name: _convert(graph, part, target, sources, on_step) for graph in sources.graphs}
+        report = _check_parity(bundle, sources, part, target, on_step) if parity else {}
         built, costs = [], {}
-        for graph in found.graphs:
+        for graph in sources.graphs:
             described, cost = _build(graph, part, out, target, on_step)
             built.append(described)
-            costs[graph.name] = replace(cost, seconds=round(cost.seconds + lifting[graph.name], 2))
-        names = [path.name for path in part.iterdir() if path.name != TIMINGS]
-        engines = BuiltEngines(
+            costs[graph.name] = replace(cost, seconds=round(cost.seconds + seconds[graph.name], 2))
+        names = [path.name for path in part.iterdir() if path.name != TIMING_CACHE]
+        engines = EngineManifest(
             engine=engine,
             version=target.version,
             sms=target.sms,
-            context=found.context,
+            context=sources.context,
             graphs=tuple(built),
             parity=report,
             files=tuple(describe_files(part, names)),
@@ -172,57 +132,128 @@ def build_engines(
     return BuildReport(engines, costs)
 
 
-def _lift(graph: GraphSource, part: Path, target: Target, found: BundleGraphs, on_step: OnStep) -> float:
-    """Seconds that it took."""
+def measure_conversion(bundle: Bundle, kind: Kind, context: int | None = None) -> dict[str, Any]:
+    """Convert a bundle's graphs in a temporary folder and compare them with the originals; see `measure_converted`.
+
+    Raises CheckpointError also if the temporary folder does not have enough space.
+    """
+    sources = bundle_graphs(bundle, context)
+    try:
+        with TemporaryDirectory() as folder:
+            converted = {graph.name: _converted(graph, Path(folder)) for graph in sources.graphs}
+            for graph in sources.graphs:
+                convert_graph(graph.path, converted[graph.name], kind, context=_graph_context(graph, sources))
+            return measure_converted(bundle, converted, kind, context=sources.context)
+    except OSError as exc:
+        raise CheckpointError(
+            f"cannot write the converted graphs to '{gettempdir()}' ({exc}); choose a folder with enough space: "
+            "TMPDIR=FOLDER"
+        ) from exc
+
+
+def _graph_context(graph: GraphSource, sources: BundleGraphs) -> int:
+    return sources.context if graph.name == DECODER else 0
+
+
+def _convert(graph: GraphSource, part: Path, target: BuildTarget, sources: BundleGraphs, on_step: OnStep) -> float:
+    """Convert a graph; return the seconds it took."""
     started = time.monotonic()
-    on_step(f"lift {graph.name}", 0, 1)
-    lift_graph(graph.path, _lifted(graph, part), target.kind, context=found.context * (graph.name == DECODER))
-    on_step(f"lift {graph.name}", 1, 1)
+    on_step(f"convert {graph.name}", 0, 1)
+    convert_graph(graph.path, _converted(graph, part), target.kind, context=_graph_context(graph, sources))
+    on_step(f"convert {graph.name}", 1, 1)
     return time.monotonic() - started
 
 
-def _lifted(graph: GraphSource, part: Path) -> Path:
+def _converted(graph: GraphSource, part: Path) -> Path:
     return part / f"{graph.name}.onnx"
 
 
-def _parity(bundle: Bundle, found: BundleGraphs, part: Path, target: Target, on_step: OnStep) -> dict[str, Any]:
+def _check_parity(
+    bundle: Bundle, sources: BundleGraphs, part: Path, target: BuildTarget, on_step: OnStep
+) -> dict[str, Any]:
     on_step("parity", 0, 1)
-    lifted = {graph.name: _lifted(graph, part) for graph in found.graphs}
-    report = measure_lifted(bundle, lifted, target.kind, context=found.context)
-    check_lifted(report)
+    converted = {graph.name: _converted(graph, part) for graph in sources.graphs}
+    report = measure_converted(bundle, converted, target.kind, context=sources.context)
+    check_converted(report)
     on_step("parity", 1, 1)
     return report
 
 
-def _build(graph: GraphSource, part: Path, out: Path, target: Target, on_step: OnStep) -> tuple[BuiltGraph, Cost]:
-    """The lifted graph's engine in its place; where ONNX Runtime is the engine, the graph itself."""
-    lifted, engine = _lifted(graph, part), part / f"{graph.name}.engine"
-    sources = {entry.path: entry.sha256 for entry in graph.files}
+def _build(
+    graph: GraphSource, part: Path, out: Path, target: BuildTarget, on_step: OnStep
+) -> tuple[BuiltGraph, BuildCost]:
+    """Replace a converted graph by its TensorRT plan; for ONNX Runtime the graph itself is the engine."""
+    converted, engine = _converted(graph, part), part / f"{graph.name}.engine"
+    hashes = {entry.path: entry.sha256 for entry in graph.files}
     cache = target.cache if graph.name == DECODER else ""
     if target.engine not in TENSORRT_ENGINES:
-        size = sum(path.stat().st_size for path in graph_files(lifted))
-        return BuiltGraph(graph.name, lifted.name, sources, cache), Cost(size, size, 0.0, 0)
-    timings = _timings(part, out) if target.engine == TENSORRT else None
-    fused = graph.fused if target.kind == "standard" else {}
-    request = PlanRequest(target.engine, lifted, engine, graph.profiles, target.ahead, fused, timings)
-    plan = build_apart(request, lambda done, of: on_step(f"build {graph.name}", done, of))
-    for path in graph_files(lifted):
+        size = sum(path.stat().st_size for path in graph_files(converted))
+        return BuiltGraph(graph.name, converted.name, hashes, cache), BuildCost(size, size, 0.0, 0)
+    timing_cache = _timing_cache(part, out) if target.engine == TENSORRT else None
+    layers = graph.fused_layers if target.kind == "standard" else {}
+    request = PlanRequest(target.engine, converted, engine, graph.profiles, target.build_sms, layers, timing_cache)
+    plan = build_in_subprocess(request, lambda done, total: on_step(f"build {graph.name}", done, total))
+    for path in graph_files(converted):
         path.unlink()
-    built = BuiltGraph(graph.name, engine.name, sources, cache, graph.profiles, plan.layers)
-    return built, Cost(plan.size, plan.weights, plan.seconds, plan.peak_mib)
+    built = BuiltGraph(graph.name, engine.name, hashes, cache, graph.profiles, plan.layers)
+    return built, BuildCost(plan.size, plan.weights, plan.seconds, plan.peak_mib)
 
 
-def _timings(part: Path, out: Path) -> Path:
-    """The new folder's, which begins with the old one's."""
-    if (out / TIMINGS).is_file() and not (part / TIMINGS).exists():
-        shutil.copyfile(out / TIMINGS, part / TIMINGS)
-    return part / TIMINGS
+def _timing_cache(part: Path, out: Path) -> Path:
+    """Return the timing cache in the new folder, which starts as a copy of the one in the old folder."""
+    if (out / TIMING_CACHE).is_file() and not (part / TIMING_CACHE).exists():
+        shutil.copyfile(out / TIMING_CACHE, part / TIMING_CACHE)
+    return part / TIMING_CACHE
 
 
-def _check_room(found: BundleGraphs, part: Path) -> None:
-    needed, free = int(ROOM * found.size), shutil.disk_usage(part).free
-    if needed > free:
-        raise CheckpointError(
-            f"'{part.parent}' has {free / 1e9:.1f} GB free, building takes about {needed / 1e9:.1f} GB; make room, or "
-            "name a folder on another disk with --out"
+# --- the build process ---------------------------------------------------------------------------
+
+
+def build_in_subprocess(request: PlanRequest, on_step: OnPlanStep) -> BuiltPlan:
+    """Run `build_plan` in another process.
+
+    Raises what `build_plan` raises, and CheckpointError if the process dies.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of our threads
+    receiver, sender = context.Pipe()
+    process = context.Process(target=_run_build, args=(request, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        message: BuiltPlan | BaseException | tuple[int, int] = receiver.recv()
+        while isinstance(message, tuple):
+            on_step(*message)
+            message = receiver.recv()
+    except EOFError:
+        process.join()
+        raise CheckpointError(_describe_death(request, process.exitcode)) from None
+    finally:
+        receiver.close()
+        process.join(EXIT_SECONDS)
+        process.kill()
+    if isinstance(message, BaseException):
+        raise message
+    return message
+
+
+def _run_build(request: PlanRequest, pipe: Connection) -> None:
+    """Send the progress of a build, then the plan or the error (the body of the other process)."""
+    result: BuiltPlan | BaseException
+    try:
+        result = build_plan(request, lambda done, total: pipe.send((done, total)))
+    except (GogEdgeError, OSError, MemoryError) as exc:
+        result = exc
+    with suppress(BrokenPipeError):  # the parent process has ended
+        pipe.send(result)
+
+
+def _describe_death(request: PlanRequest, code: int | None) -> str:
+    if code == -signal.SIGKILL:
+        return (
+            f"building '{request.graph.name}' was killed, probably because memory ran out; close other programs or "
+            "build on a larger machine"
         )
+    return (
+        f"TensorRT's compiler ended while building '{request.graph.name}' (exit code {code}); please report this with "
+        "TensorRT's version"
+    )

@@ -1,4 +1,4 @@
-"""What shapes an engine must take: for each graph its profiles, each with the bounds of every free shape by input."""
+"""TensorRT optimization profiles of each graph: the (min, opt, max) shape of every dynamic input."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ import math
 from collections.abc import Callable
 from typing import TypeAlias
 
-from gog_edge.engines.tensorrt.shapes import Bounds, Profile, Shape
+from gog_edge.engines.tensorrt.plan import Bounds, Profile, Shape
 from gog_edge.errors import CheckpointError
-from gog_edge.policy.manifest import TextSpec, VisionSpec
-from gog_edge.policy.session import CHUNK
-from gog_edge.policy.vision import MAX_ASPECT
-from gog_edge.retrieval.encoder import AT_ONCE
+from gog_edge.policy.decoding import PREFILL_CHUNK
+from gog_edge.policy.manifest import TextSpec
+from gog_edge.policy.vision import MAX_ASPECT, VisionSpec
+from gog_edge.retrieval.encoder import MAX_BATCH
 
-Sizes: TypeAlias = tuple[int, int, int]  # the least, the usual and the most
+Sizes: TypeAlias = tuple[int, int, int]  # (min, opt, max)
 
-# Tokens of a step: decode and verified drafts, append, prefill. A profile of exactly one token keeps a second copy of
-# half-precision weights in another layout; one of at most 2 to 64 crashes the compiler of TensorRT for RTX 1.7.1.
-DRAFTS = 128
-STEPS: tuple[Sizes, ...] = ((1, 1, DRAFTS), (1, 64, CHUNK), (1, CHUNK, CHUNK))
-BUCKETS = (64, 256, 1024)  # merged tokens of a picture, besides the most that there can be
+# Tokens of a step for decoding with draft tokens, appending, and prefill. A profile of exactly one token makes TensorRT
+# store fp16 weights in a second layout; one of at most 2 to 64 crashes the compiler of TensorRT for RTX 1.7.1.
+MAX_DRAFT_ROWS = 128
+STEPS: tuple[Sizes, ...] = ((1, 1, MAX_DRAFT_ROWS), (1, 64, PREFILL_CHUNK), (1, PREFILL_CHUNK, PREFILL_CHUNK))
+BUCKETS = (64, 256, 1024)  # largest number of image tokens of each vision profile; the last one ends at the maximum
 
 
 def decoder_profiles(spec: TextSpec, context: int) -> tuple[Profile, ...]:
-    """Decode, append, prefill, for caches of `context` tokens."""
-    return tuple(_step(spec, (least, min(usual, context), min(most, context))) for least, usual, most in STEPS)
+    """Return the profiles for decode, append and prefill steps with a KV cache of `context` tokens."""
+    return tuple(_step(spec, (low, min(opt, context), min(high, context))) for low, opt, high in STEPS)
 
 
 def check_context(context: int, *, profiles: bool) -> None:
-    """CheckpointError for a cache of too few tokens; `profiles`: the engine has those of a decoder."""
-    least = DRAFTS if profiles else 1
-    if context < least:
-        raise CheckpointError(f"a cache of {context} tokens is too small; give --context at least {least}")
+    """Raise CheckpointError if a KV cache is too small; `profiles`: whether the engine has the decoder's profiles."""
+    minimum = MAX_DRAFT_ROWS if profiles else 1
+    if context < minimum:
+        raise CheckpointError(f"a context of {context} tokens is too small; give --context at least {minimum}")
 
 
 def _step(spec: TextSpec, tokens: Sizes) -> Profile:
     angles = _bounds(tokens, lambda t: (1, t, spec.head_dim // 2))
     profile = {
         "inputs_embeds": _bounds(tokens, lambda t: (1, t, spec.hidden)), "cos": angles, "sin": angles,
-        "rows": _bounds((1, 1, DRAFTS), lambda rows: (rows,)),
+        "rows": _bounds((1, 1, MAX_DRAFT_ROWS), lambda rows: (rows,)),
     }  # fmt: skip
     if spec.deepstack:
         profile["deepstack"] = _bounds(tokens, lambda t: (spec.deepstack, t, spec.hidden))
@@ -46,64 +46,64 @@ def _step(spec: TextSpec, tokens: Sizes) -> Profile:
 
 
 def _bounds(sizes: Sizes, shape: Callable[[int], Shape]) -> Bounds:
-    least, usual, most = map(shape, sizes)
-    return least, usual, most
+    low, opt, high = map(shape, sizes)
+    return low, opt, high
 
 
 def vision_profiles(spec: VisionSpec) -> tuple[Profile, ...]:
-    """One for each bucket of merged tokens, up to the most that a resized picture has."""
-    most = most_tokens(spec)
-    ends = [*(end for end in BUCKETS if end < most), most]
+    """Return one profile per bucket of image tokens, up to the largest number that a resized picture can have."""
+    maximum = max_image_tokens(spec)
+    ends = [*(end for end in BUCKETS if end < maximum), maximum]
     return tuple(_bucket(spec, first + 1, end) for first, end in zip([0, *ends], ends, strict=False))
 
 
-def most_tokens(spec: VisionSpec) -> int:
-    """Merged tokens of the picture that `smart_resize` leaves the most of; thin ones may pass the pixel budget."""
-    return max(_most(spec, spec.max_pixels), _most(spec, spec.crop_max_pixels))
+def max_image_tokens(spec: VisionSpec) -> int:
+    """Return an upper bound of the tokens of a picture after `smart_resize`; thin ones may exceed the pixel budget."""
+    return max(_max_tokens(spec, spec.max_pixels), _max_tokens(spec, spec.crop_max_pixels))
 
 
-def _most(spec: VisionSpec, budget: int) -> int:
-    side, least = math.sqrt(budget) / spec.factor, math.sqrt(spec.min_pixels) / spec.factor
+def _max_tokens(spec: VisionSpec, budget: int) -> int:
+    max_side, min_side = math.sqrt(budget) / spec.factor, math.sqrt(spec.min_pixels) / spec.factor
     stretch = math.sqrt(MAX_ASPECT)
-    shrunk = side * stretch  # one row, kept at a token's height
-    grown = (least * stretch + 1) * (least / stretch + 1)  # both sides are rounded up
-    return math.floor(max(side * side, shrunk, grown))
+    shrunk = max_side * stretch  # a single row of tokens, which cannot become thinner
+    grown = (min_side * stretch + 1) * (min_side / stretch + 1)  # both sides are rounded up
+    return math.floor(max(max_side * max_side, shrunk, grown))
 
 
-def _bucket(spec: VisionSpec, least: int, most: int) -> Profile:
-    unit = spec.merge**2
-    patches = (least * unit, most * unit, most * unit)
+def _bucket(spec: VisionSpec, min_tokens: int, max_tokens: int) -> Profile:
+    patches_per_token = spec.merge**2
+    patches = (min_tokens * patches_per_token, max_tokens * patches_per_token, max_tokens * patches_per_token)
     angles = _bounds(patches, lambda m: (1, m, spec.head_dim // 2))
     profile = {"patches": _bounds(patches, lambda m: (m, spec.patch_dim)), "cos": angles, "sin": angles}
     if spec.position_side:
         for name in ("position_places", "position_shares"):
             profile[name] = _bounds(patches, lambda m: (m, 4))
     if spec.window:
-        windows, slots = _windows(spec, least, most), (spec.window // spec.patch) ** 2
+        windows, slots = _windows(spec, min_tokens, max_tokens), (spec.window // spec.patch) ** 2
         profile["window_slots"] = _bounds(windows, lambda count: (count, slots))
         profile["patch_places"] = _bounds(patches, lambda m: (m,))
         profile["window_mask"] = _bounds(windows, lambda count: (count, 1, slots, slots))
     return profile
 
 
-def _windows(spec: VisionSpec, least: int, most: int) -> Sizes:
-    """Windows of pictures of `least` to `most` tokens: few where they fill them, many where they are thin."""
+def _windows(spec: VisionSpec, min_tokens: int, max_tokens: int) -> Sizes:
+    """Return the number of windows of pictures of min_tokens to max_tokens: few if square, many if thin."""
     side = spec.window // spec.factor
     counts = []
-    for rows in range(1, math.isqrt(most) + 1):
-        fewest = max(rows, math.ceil(least / rows))
-        widest = min(most // rows, MAX_ASPECT * (rows + 1) + 1)  # both sides were rounded to whole tokens
-        counts += [math.ceil(rows / side) * math.ceil(columns / side) for columns in (fewest, widest)
-                   if fewest <= widest]  # fmt: skip
-    square = math.ceil(math.isqrt(most) / side) ** 2
+    for rows in range(1, math.isqrt(max_tokens) + 1):
+        narrowest = max(rows, math.ceil(min_tokens / rows))
+        widest = min(max_tokens // rows, MAX_ASPECT * (rows + 1) + 1)  # both sides were rounded to multiples of tokens
+        counts += [math.ceil(rows / side) * math.ceil(columns / side) for columns in (narrowest, widest)
+                   if narrowest <= widest]  # fmt: skip
+    square = math.ceil(math.isqrt(max_tokens) / side) ** 2
     return min(counts), min(max(square, min(counts)), max(counts)), max(counts)
 
 
 def image_profiles(width: int, height: int) -> tuple[Profile, ...]:
-    """As many pictures as an encoder runs at once."""
-    return ({"pixels": _bounds((1, 1, AT_ONCE), lambda n: (n, 3, height, width))},)
+    """Return the profile of an encoder's image graph, for batches of up to MAX_BATCH pictures."""
+    return ({"pixels": _bounds((1, 1, MAX_BATCH), lambda n: (n, 3, height, width))},)
 
 
 def text_profiles(length: int) -> tuple[Profile, ...]:
-    """As many texts of `length` tokens as an encoder runs at once."""
-    return ({"tokens": _bounds((1, 1, AT_ONCE), lambda n: (n, length))},)
+    """Return the profile of an encoder's text graph, for batches of up to MAX_BATCH texts of `length` tokens."""
+    return ({"tokens": _bounds((1, 1, MAX_BATCH), lambda n: (n, length))},)

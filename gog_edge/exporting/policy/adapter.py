@@ -1,6 +1,6 @@
-"""A LoRA adapter in PEFT's folder format, merged into the weights of its base while they are read.
+"""A LoRA adapter in PEFT's folder format, which is merged into the weights of its base model as they are read.
 
-adapter_config.json and adapter_model.safetensors: https://huggingface.co/docs/peft/developer_guides/checkpoint
+The format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
 from __future__ import annotations
@@ -20,80 +20,84 @@ from gog_edge.files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# PEFT's wrapper, then the prefixes of releases of different ages, in the order they are tried.
+# The prefix of PEFT's wrapper; then the prefixes that different releases of transformers use, in the order of matching.
 _WRAPPER = "base_model.model."
 _PREFIXES = (
     ("model.visual.", "visual."), ("visual.", "visual."), ("model.language_model.", "language_model."),
     ("language_model.model.", "language_model."), ("model.lm_head", "lm_head"), ("lm_head", "lm_head"),
     ("model.", "language_model."),
 )  # fmt: skip
-_PARTS = {"lora_A.weight": "down", "lora_B.weight": "up", "lora_embedding_A": "down", "lora_embedding_B": "up"}
+_PARTS = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b",
+          "lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b"}  # fmt: skip
 
 
 @dataclass(slots=True)
-class _Change:
-    """What an adapter does to one weight."""
+class _Delta:
+    """The change of one weight."""
 
-    down: Array | None = None
-    up: Array | None = None
-    whole: Array | None = None  # modules_to_save: takes the weight's place
+    lora_a: Array | None = None  # [rank, in]
+    lora_b: Array | None = None  # [out, rank]
+    replacement: Array | None = None  # PEFT's modules_to_save: replaces the weight
 
 
 @dataclass(slots=True)
 class Adapter:
-    """Changes by module, such as `language_model.layers.0.self_attn.q_proj`."""
+    """The changes of a LoRA adapter, by module, such as `language_model.layers.0.self_attn.q_proj`."""
 
     folder: Path
     config: dict[str, Any]
-    changes: dict[str, _Change]
+    deltas: dict[str, _Delta]
     _merged: set[str] = field(default_factory=set)
 
     @classmethod
     def open(cls, folder: Path) -> Adapter:
-        """Read a PEFT folder. CheckpointError names what it holds that cannot be merged."""
+        """Read a PEFT folder. Raises CheckpointError for settings or tensors that cannot be merged."""
         config = read_json(folder / CONFIG, what="adapter", error=CheckpointError)
-        for key, plain in (("peft_type", "LORA"), ("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False)):
-            if (config.get(key) or plain) != plain:
-                raise CheckpointError(f"'{folder}/{CONFIG}' has {key} = {config[key]!r}; only {plain!r} can be merged")
-        changes: dict[str, _Change] = {}
-        for name, array in _arrays(folder / WEIGHTS).items():
-            module, part = _read_name(folder, name)
-            setattr(changes.setdefault(module, _Change()), part, array)
-        return cls(folder, config, changes)
+        supported = {"peft_type": "LORA", "use_dora": False, "bias": "none", "fan_in_fan_out": False}
+        for key, value in supported.items():
+            if (config.get(key) or value) != value:
+                raise CheckpointError(f"'{folder}/{CONFIG}' has {key} = {config[key]!r}; only {value!r} can be merged")
+        deltas: dict[str, _Delta] = {}
+        for name, array in _read_tensors(folder / WEIGHTS).items():
+            module, part = _parse_name(folder, name)
+            setattr(deltas.setdefault(module, _Delta()), part, array)
+        return cls(folder, config, deltas)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What the adapter is made of."""
+        """Return the adapter's files."""
         return self.folder / CONFIG, self.folder / WEIGHTS
 
     def merge(self, name: str, weight: Array) -> Array:
-        """A base weight with the adapter's change; `name` such as `language_model.norm.weight`."""
-        module, _, kind = name.rpartition(".")
-        change = self.changes.get(module)
-        if change is None or kind != "weight":
+        """Return a base weight with the adapter's change; `name` is for example `language_model.norm.weight`."""
+        module, _, suffix = name.rpartition(".")
+        delta = self.deltas.get(module)
+        if delta is None or suffix != "weight":
             return weight
         self._merged.add(module)
-        added = change.whole if change.whole is not None else self._product(module, change)
-        if added.shape != weight.shape:
+        change = delta.replacement if delta.replacement is not None else self._lora_product(module, delta)
+        if change.shape != weight.shape:
             raise CheckpointError(
-                f"'{self.folder}' changes {module} in shape {added.shape}, the base has {weight.shape}: "
-                "is it an adapter of this base?"
+                f"'{self.folder}' changes {module} with shape {change.shape}, the base model has {weight.shape}; give "
+                "the base model that the adapter was trained from"
             )
-        return added if change.whole is not None else np.asarray(weight + added, np.float32)
+        return change if delta.replacement is not None else np.asarray(weight + change, np.float32)
 
-    def _product(self, module: str, change: _Change) -> Array:
-        if change.up is None or change.down is None:
-            raise CheckpointError(f"'{self.folder}' has only one half of the change of {module}; save it again")
-        product = self._scale(module, len(change.down)) * (change.up @ change.down)
+    def _lora_product(self, module: str, delta: _Delta) -> Array:
+        if delta.lora_a is None or delta.lora_b is None:
+            missing = "lora_A" if delta.lora_a is None else "lora_B"
+            raise CheckpointError(f"'{self.folder}' has no {missing} for {module}; save the adapter again")
+        product = self._scale(module, len(delta.lora_a)) * (delta.lora_b @ delta.lora_a)
         return product.T if module.endswith("embed_tokens") else product
 
     def check_used(self) -> None:
-        """CheckpointError when a change found no weight: the adapter belongs to another model."""
-        unused = sorted(self.changes.keys() - self._merged)
+        """Raise CheckpointError if a change was not merged, because the base model lacks the module."""
+        unused = sorted(self.deltas.keys() - self._merged)
         if unused:
+            more = f" and {len(unused) - 1} more modules" if len(unused) > 1 else ""
             raise CheckpointError(
-                f"'{self.folder}' changes {unused[0]} and {len(unused) - 1} more that this base does not have: "
-                "is it an adapter of this base?"
+                f"'{self.folder}' changes {unused[0]}{more}, which the base model does not have; give the base model "
+                "that the adapter was trained from"
             )
 
     def _scale(self, module: str, rank: int) -> np.float32:
@@ -102,31 +106,31 @@ class Adapter:
 
 
 def _pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
-    """PEFT's per-module values: a key is a regular expression for the end of a module's name."""
+    """Return PEFT's value for a module; the keys of `patterns` are regular expressions for the end of its name."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
 
 
-def _arrays(path: Path) -> dict[str, Array]:
+def _read_tensors(path: Path) -> dict[str, Array]:
     if not path.is_file():
-        raise CheckpointError(f"'{path}' is not there; save the adapter as safetensors")
+        raise CheckpointError(f"'{path}' does not exist; save the adapter as safetensors")
     try:
         with safe_open(path, framework="np") as shard:
             return {name: np.asarray(shard.get_tensor(name), np.float32) for name in shard.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as exc:
-        raise CheckpointError(f"'{path}' is no readable safetensors file ({exc}); copy it again") from exc
+        raise CheckpointError(f"cannot read '{path}' as safetensors ({exc}); copy it again") from exc
 
 
-def _read_name(folder: Path, name: str) -> tuple[str, str]:
-    """(module, part) of a tensor's name in the adapter."""
+def _parse_name(folder: Path, name: str) -> tuple[str, str]:
+    """Return the module and the attribute of `_Delta` for a tensor's name in the adapter."""
     plain = name.removeprefix(_WRAPPER).replace(".modules_to_save", "").replace(".default", "")
-    ending = next((ending for ending in (*_PARTS, "weight") if plain.endswith(f".{ending}")), None)
-    if ending is None:
-        raise CheckpointError(f"'{folder}' holds '{name}', which is no part of a LoRA adapter")
-    module = plain.removesuffix(f".{ending}")
+    suffix = next((suffix for suffix in (*_PARTS, "weight") if plain.endswith(f".{suffix}")), None)
+    if suffix is None:
+        raise CheckpointError(f"'{folder}' contains the tensor '{name}', which does not belong to a LoRA adapter")
+    module = plain.removesuffix(f".{suffix}")
     for released, own in _PREFIXES:
         if module.startswith(released):
-            return own + module.removeprefix(released), _PARTS.get(ending, "whole")
-    raise CheckpointError(f"'{folder}' changes '{module}', which is no module of Qwen2.5-VL or Qwen3-VL")
+            return own + module.removeprefix(released), _PARTS.get(suffix, "replacement")
+    raise CheckpointError(f"'{folder}' changes '{module}', which is not a module of Qwen2.5-VL or Qwen3-VL")

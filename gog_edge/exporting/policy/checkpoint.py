@@ -1,4 +1,4 @@
-"""A Hugging Face Qwen2.5-VL or Qwen3-VL checkpoint folder, read without transformers."""
+"""A Hugging Face checkpoint folder of Qwen2.5-VL or Qwen3-VL, read without transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from gog_edge.engines.base import Array
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.policy.adapter import Adapter
 from gog_edge.files import read_json, sha256_of
-from gog_edge.policy.manifest import GenerationDefaults, TextSpec, VisionSpec
+from gog_edge.policy.manifest import GenerationDefaults, TextSpec
+from gog_edge.policy.vision import VisionSpec
 
 QWEN25, QWEN3 = "Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"
 SUPPORTED = (QWEN25, QWEN3)
@@ -30,7 +31,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DEFAULT_MIN_PIXELS = 56 * 56
 DEFAULT_MAX_PIXELS = 28 * 28 * 1280
 
-# Where releases of different ages keep the same tensors.
+# Prefixes that different releases of transformers use for the same tensors.
 VISION_PREFIXES = ("visual.", "model.visual.")
 DECODER_PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")
 HEAD_PREFIXES = ("", "model.", "language_model.")
@@ -38,7 +39,7 @@ HEAD_PREFIXES = ("", "model.", "language_model.")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder; tensors are read when asked for, an adapter is merged as they are."""
+    """A checkpoint folder whose tensors are read on request, with an adapter merged if there is one."""
 
     folder: Path
     config: dict[str, Any]
@@ -47,44 +48,45 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, adapter: Path | None = None) -> Checkpoint:
-        """Read config and tensor names, and those of a PEFT folder to be merged.
+        """Read the config and the names of the tensors, and a PEFT folder to merge.
 
-        CheckpointError names what is missing, broken off or not supported.
+        Raises CheckpointError if a file is missing or truncated, or the model is not supported.
         """
         config = _read(folder, "config.json")
-        architectures = config.get("architectures") or ["(none named)"]
+        architectures = config.get("architectures") or ["(not given)"]
         if architectures[0] not in SUPPORTED:
             raise CheckpointError(
-                f"'{folder}' is a {architectures[0]}; this version exports {' and '.join(SUPPORTED)} only"
+                f"'{folder}' has the architecture {architectures[0]}; this version exports only "
+                f"{' and '.join(SUPPORTED)}"
             )
         if config.get("quantization_config"):
             method = config["quantization_config"].get("quant_method", "unknown")
             raise CheckpointError(
-                f"'{folder}' is quantised already ({method}); export the checkpoint in floating point that it was "
-                "made from, with --precision int4"
+                f"'{folder}' is already quantized ({method}); export the floating-point checkpoint that it was created "
+                "from, with --precision int4"
             )
-        shards = {name: path for path in sorted(folder.glob("*.safetensors")) for name in _names(path)}
+        shards = {name: path for path in sorted(folder.glob("*.safetensors")) for name in _tensor_names(path)}
         if not shards:
-            raise CheckpointError(f"'{folder}' holds no .safetensors file; save the checkpoint in that form")
+            raise CheckpointError(f"'{folder}' has no .safetensors file; save the checkpoint in that format")
         _check_complete(folder, shards)
         return cls(folder, config, shards, Adapter.open(adapter) if adapter else None)
 
     def tensor(self, name: str) -> Array:
-        """One tensor as float32. CheckpointError when there is none of that name."""
+        """Return one tensor as float32. Raises CheckpointError if it does not exist or is not floating point."""
         if name not in self.shards:
             raise CheckpointError(f"'{self.folder}' has no tensor '{name}'; is the checkpoint complete?")
         with safe_open(self.shards[name], framework="np") as shard:
-            kind = shard.get_slice(name).get_dtype()
-            if kind not in FLOATS:
+            dtype = shard.get_slice(name).get_dtype()
+            if dtype not in FLOATS:
                 raise CheckpointError(
-                    f"'{self.shards[name]}': '{name}' is {kind}, not one of {', '.join(FLOATS)}; export the "
-                    "checkpoint in floating point"
+                    f"'{self.shards[name]}': '{name}' must be one of {', '.join(FLOATS)}, got {dtype}; export a "
+                    "floating-point checkpoint"
                 )
             return np.asarray(shard.get_tensor(name), np.float32)
 
     @cached_property
     def parameters(self) -> int:
-        """Weights in the checkpoint, a tied head counted once."""
+        """Return the number of parameters; a tied head counts once."""
         count = 0
         for path in set(self.shards.values()):
             with safe_open(path, framework="np") as shard:
@@ -92,12 +94,12 @@ class Checkpoint:
         return count
 
     def vision_weights(self) -> Callable[[str], Array]:
-        """Tensors of the vision tower by their name within it."""
+        """Return a function that reads a tensor of the vision tower by its name within the tower."""
         prefix = self._prefix(VISION_PREFIXES, "patch_embed.proj.weight")
         return lambda name: self._merged(f"visual.{name}", prefix + name)
 
     def decoder_weights(self) -> Callable[[str], Array]:
-        """Tensors of the decoder by their name within it; `lm_head.weight` is the head."""
+        """Return a function that reads a tensor of the decoder by its name; `lm_head.weight` is the head."""
         prefix = self._prefix(DECODER_PREFIXES, "embed_tokens.weight")
         head = self._prefix(HEAD_PREFIXES, "lm_head.weight") if not self.text.tied else ""
 
@@ -120,17 +122,17 @@ class Checkpoint:
 
     @property
     def is_qwen3(self) -> bool:
-        """Qwen3-VL; otherwise Qwen2.5-VL."""
+        """Return whether this is Qwen3-VL; otherwise it is Qwen2.5-VL."""
         return bool(self.config["architectures"][0] == QWEN3)
 
     @cached_property
     def vision(self) -> VisionSpec:
-        """Shapes of the tower, and what the processor does before it."""
+        """Return the shapes of the vision tower and the settings of the image processor."""
         tower, pixels = self._section("vision_config"), self._processor()
         activation = "gelu_pytorch_tanh" if self.is_qwen3 else "silu"
         _require(self.folder, "vision hidden_act", tower.get("hidden_act", activation), activation)
         budget = pixels.get("size") or {}
-        most = pixels.get("max_pixels") or budget.get("longest_edge") or DEFAULT_MAX_PIXELS
+        max_pixels = pixels.get("max_pixels") or budget.get("longest_edge") or DEFAULT_MAX_PIXELS
         depth = tower["depth"]
         return VisionSpec(
             depth=depth,
@@ -145,20 +147,20 @@ class Checkpoint:
             full_attention=tuple(
                 range(depth) if self.is_qwen3 else tower.get("fullatt_block_indexes", (7, 15, 23, 31))
             ),
-            position_side=_root(self.folder, tower["num_position_embeddings"]) if self.is_qwen3 else 0,
+            position_side=_position_side(self.folder, tower["num_position_embeddings"]) if self.is_qwen3 else 0,
             deepstack=tuple(tower["deepstack_visual_indexes"]) if self.is_qwen3 else (),
             rope_theta=float((tower.get("rope_parameters") or {}).get("rope_theta", 10_000.0)),
             norm_eps=1e-6,
             mean=tuple(pixels.get("image_mean") or ((0.5,) * 3 if self.is_qwen3 else CLIP_MEAN)),
             std=tuple(pixels.get("image_std") or ((0.5,) * 3 if self.is_qwen3 else CLIP_STD)),
             min_pixels=pixels.get("min_pixels") or budget.get("shortest_edge") or DEFAULT_MIN_PIXELS,
-            max_pixels=most,
-            crop_max_pixels=pixels.get("crop_max_pixels") or most,  # ours: no other program writes this key
+            max_pixels=max_pixels,
+            crop_max_pixels=pixels.get("crop_max_pixels") or max_pixels,  # a key that only this project writes
         )
 
     @cached_property
     def text(self) -> TextSpec:
-        """Shapes of the decoder."""
+        """Return the shapes of the decoder."""
         text = self._section("text_config")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         _require(self.folder, "hidden_act", text.get("hidden_act", "silu"), "silu")
@@ -172,7 +174,8 @@ class Checkpoint:
         section = tuple(rope.get("mrope_section", ()))
         if sum(section) != head_dim // 2:
             raise CheckpointError(
-                f"'{self.folder}': mrope_section {list(section)} does not sum to half of head_dim {head_dim}"
+                f"'{self.folder}': mrope_section must sum to half of head_dim = {head_dim}, got {list(section)}; copy "
+                "config.json again"
             )
         return TextSpec(
             hidden=text["hidden_size"],
@@ -194,25 +197,25 @@ class Checkpoint:
 
     @property
     def max_positions(self) -> int:
-        """The longest conversation the checkpoint was made for."""
+        """Return the number of tokens that the checkpoint was trained for."""
         return int(self._section("text_config").get("max_position_embeddings", 32_768))
 
     @property
     def image_token(self) -> int:
-        """Id whose place an image's embeddings take."""
+        """Return the id of the placeholder token for image embeddings."""
         return int(self.config.get("image_token_id", 151_655))
 
     @cached_property
     def eos(self) -> tuple[int, ...]:
-        """Ids that end a turn."""
+        """Return the ids of the tokens that end a turn."""
         ids = self._generation.get("eos_token_id") or self._section("text_config").get("eos_token_id")
         if ids is None:
-            raise CheckpointError(f"'{self.folder}' names no eos_token_id; add it to generation_config.json")
+            raise CheckpointError(f"'{self.folder}' has no eos_token_id; add it to generation_config.json")
         return tuple(ids) if isinstance(ids, list) else (int(ids),)
 
     @cached_property
     def generation(self) -> GenerationDefaults:
-        """How the checkpoint asks to be sampled."""
+        """Return the checkpoint's default sampling parameters."""
         raw = self._generation
         penalty = float(raw.get("repetition_penalty") or 1.0)
         if not raw.get("do_sample"):
@@ -226,7 +229,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, from tokenizer.json."""
+        """Return the tokenizer, from tokenizer.json."""
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"'{self.folder}' has no tokenizer.json; save its fast tokenizer there")
@@ -234,7 +237,7 @@ class Checkpoint:
 
     @cached_property
     def chat_template(self) -> str:
-        """The jinja text of the chat template."""
+        """Return the Jinja source of the chat template."""
         path = self.folder / "chat_template.jinja"
         if path.is_file():
             return path.read_text(encoding="utf-8")
@@ -242,32 +245,32 @@ class Checkpoint:
             template = _read(self.folder, name, optional=True).get("chat_template")
             if isinstance(template, str):
                 return template
-        raise CheckpointError(f"'{self.folder}' has no chat_template.jinja; take the one of its base model")
+        raise CheckpointError(f"'{self.folder}' has no chat_template.jinja; copy the one of its base model")
 
     @cached_property
     def sha256(self) -> str:
-        """Hash over the names and contents of config, tokenizer and weights."""
+        """Return a hash of the names and contents of config, tokenizer, weights and adapter."""
         names = {path.name for path in self.shards.values()} | {"config.json", "tokenizer.json"}
-        listed = {name: sha256_of(self.folder / name) for name in sorted(names) if (self.folder / name).is_file()}
+        hashes = {name: sha256_of(self.folder / name) for name in sorted(names) if (self.folder / name).is_file()}
         if self.adapter is not None:
-            listed |= {f"adapter/{path.name}": sha256_of(path) for path in self.adapter.files}
-        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+            hashes |= {f"adapter/{path.name}": sha256_of(path) for path in self.adapter.files}
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
     @property
     def _generation(self) -> dict[str, Any]:
         return _read(self.folder, "generation_config.json", optional=True)
 
     def _section(self, name: str) -> dict[str, Any]:
-        """A part of config.json; old files keep the decoder's keys at the top."""
+        """Return a section of config.json; in old files, the decoder's keys are at the top level."""
         section = self.config.get(name)
         if isinstance(section, dict):
             return section
         if name == "text_config":
             return self.config
-        raise CheckpointError(f"'{self.folder}/config.json' has no {name}")
+        raise CheckpointError(f"'{self.folder}/config.json' has no {name}; copy it again")
 
     def _processor(self) -> dict[str, Any]:
-        """The image processor's settings, wherever this release keeps them."""
+        """Return the image processor's settings, from either of the files that releases use."""
         combined = _read(self.folder, "processor_config.json", optional=True).get("image_processor")
         return combined or _read(self.folder, "preprocessor_config.json", optional=True)
 
@@ -278,31 +281,36 @@ def _read(folder: Path, name: str, *, optional: bool = False) -> dict[str, Any]:
     return read_json(folder / name, what="checkpoint", error=CheckpointError)
 
 
-def _names(path: Path) -> list[str]:
+def _tensor_names(path: Path) -> list[str]:
     try:
         with safe_open(path, framework="np") as shard:
             return list(shard.keys())
     except (SafetensorError, OSError) as exc:
-        raise CheckpointError(f"'{path}' is no readable safetensors file ({exc}); copy it again") from exc
+        raise CheckpointError(f"cannot read '{path}' as safetensors ({exc}); copy it again") from exc
 
 
 def _check_complete(folder: Path, shards: dict[str, Path]) -> None:
-    """Every tensor that the index of a sharded checkpoint names must be there."""
+    """Raise CheckpointError if a tensor that the index of a sharded checkpoint lists is missing."""
     listed = _read(folder, INDEX, optional=True).get("weight_map", {})
     missing = sorted({file for name, file in listed.items() if name not in shards})
     if missing:
-        raise CheckpointError(f"'{folder}' is incomplete: {INDEX} names tensors of {', '.join(missing)}; copy them too")
+        raise CheckpointError(
+            f"'{folder}' is incomplete: {INDEX} lists tensors of {', '.join(missing)}; copy these files too"
+        )
 
 
-def _root(folder: Path, places: int) -> int:
-    side = math.isqrt(places)
-    if side * side != places:
-        raise CheckpointError(f"'{folder}/config.json' has num_position_embeddings = {places}, which is no square")
+def _position_side(folder: Path, positions: int) -> int:
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise CheckpointError(
+            f"'{folder}/config.json': num_position_embeddings must be a square number, got {positions}"
+        )
     return side
 
 
-def _require(folder: Path, key: str, value: object, *allowed: object) -> None:
-    if value not in allowed:
+def _require(folder: Path, key: str, value: object, *supported: object) -> None:
+    if value not in supported:
         raise CheckpointError(
-            f"'{folder}/config.json' has {key} = {value!r}; this version exports {', '.join(map(repr, allowed))} only"
+            f"'{folder}/config.json' has {key} = {value!r}; this version supports only "
+            f"{', '.join(map(repr, supported))}"
         )

@@ -1,8 +1,7 @@
-"""A policy's graphs once more, for this package's own operators (`engines.native`): weights in panels, a tiled cache.
+"""A policy's graphs for this package's native operators: weights packed in panels, a tiled KV cache in bfloat16.
 
-One graph of the decoder does for one token and for many: its products read four bits of a weight whatever they are
-multiplied with, where ONNX Runtime's want another form of the weights, of twice the size, to multiply many rows as
-quickly.
+One decoder graph serves single tokens and long prompts: BlockProduct reads 4-bit weights for any number of rows, where
+ONNX Runtime needs a second layout of the weights, twice the size, to multiply many rows as fast.
 """
 
 from __future__ import annotations
@@ -12,58 +11,64 @@ from pathlib import Path
 import numpy as np
 
 from gog_edge.engines.base import Array
-from gog_edge.engines.onnx.native import DOMAIN, PANEL, WIDEST, WIDTHS
-from gog_edge.exporting.graph import UINT16, Form, GraphBuilder, Progress, silent
+from gog_edge.engines.onnx.native import DOMAIN, HEAD_WIDTH_MULTIPLE, MAX_HEAD_WIDTH, PANEL
+from gog_edge.exporting.graph import UINT16, GraphBuilder, Progress, WeightFormat, silent
 from gog_edge.exporting.policy.decoder_graph import DecoderWriter, Weights
-from gog_edge.exporting.policy.vision_graph import Qwen3Vision, Qwen25Vision, VisionWriter, Windows
-from gog_edge.exporting.quantization import Packed, quantise
-from gog_edge.policy.manifest import Blocks, TextSpec, VisionSpec
+from gog_edge.exporting.policy.vision_graph import VisionOperators, Windows
+from gog_edge.exporting.quantization import Packed, quantize
+from gog_edge.policy.manifest import TextSpec, WeightQuantization
+from gog_edge.policy.vision import VisionSpec
 
 
-def fits_native(text: TextSpec, vision: VisionSpec) -> bool:
-    """Whether there are kernels for such heads."""
-    return text.head_dim % WIDTHS == 0 and max(text.head_dim, vision.head_dim) <= WIDEST
+def supports_native(text: TextSpec, vision: VisionSpec) -> bool:
+    """Return whether the native operators have kernels for the widths of a model's attention heads."""
+    fits_vector = text.head_dim % HEAD_WIDTH_MULTIPLE == 0
+    return fits_vector and max(text.head_dim, vision.head_dim) <= MAX_HEAD_WIDTH
 
 
 class NativeBuilder(GraphBuilder):
-    """Writes weights in blocks as `BlockProduct` takes them."""
+    """A graph builder that writes quantized linear layers with the operator BlockProduct."""
 
     def swiglu(self, value: str, gate: tuple[Array, Array | None], up: tuple[Array, Array | None]) -> str:
-        """See `GraphBuilder`; in one operator."""
-        if not isinstance(self.form, Blocks):
+        """Compute silu(gate(value)) * up(value) in one operator; see `GraphBuilder.swiglu`."""
+        if not isinstance(self.weight_format, WeightQuantization):
             return super().swiglu(value, gate, up)
-        bias = None if gate[1] is None or up[1] is None else in_turns(gate[1], up[1])
-        return self._product(value, in_turns(gate[0], up[0]), bias, "gate_up", self.form, len(gate[0]), gated=1)
+        bias = None if gate[1] is None or up[1] is None else interleave_panels(gate[1], up[1])
+        weight, columns = interleave_panels(gate[0], up[0]), len(gate[0])
+        return self._block_product(value, weight, bias, "gate_up", self.weight_format, columns, gated=1)
 
-    def _blocked(self, value: str, weight: Array, bias: Array | None, name: str, blocks: Blocks) -> str:
-        return self._product(value, weight, bias, name, blocks, len(weight), gated=0)
-
-    def _product(
-        self, value: str, weight: Array, bias: Array | None, name: str, blocks: Blocks, columns: int, *, gated: int
+    def _linear_by_block(
+        self, value: str, weight: Array, bias: Array | None, name: str, scheme: WeightQuantization
     ) -> str:
-        packed, scales = quantise(weight, blocks)
-        inputs = [value, self.weight(panels(packed, blocks.bits).reshape(-1), name)]
-        inputs.append(self.weight(panels_of_scales(scales).reshape(-1), f"{name}_scales"))
+        return self._block_product(value, weight, bias, name, scheme, len(weight), gated=0)
+
+    def _block_product(
+        self, value: str, weight: Array, bias: Array | None, name: str, scheme: WeightQuantization, columns: int, *,
+        gated: int,
+    ) -> str:
+        packed, scales = quantize(weight, scheme)
+        inputs = [value, self.weight(pack_panels(packed, scheme.bits).reshape(-1), name)]
+        inputs.append(self.weight(pack_scales(scales).reshape(-1), f"{name}_scales"))
         if bias is not None:
-            inputs.append(self.weight(filled(bias), f"{name}_bias"))
+            inputs.append(self.weight(pad_to_panels(bias), f"{name}_bias"))
         return self.op(
-            "BlockProduct", *inputs, domain=DOMAIN, K=weight.shape[1], N=columns, bits=blocks.bits,
-            block_size=blocks.size, gated=gated,
+            "BlockProduct", *inputs, domain=DOMAIN, K=weight.shape[1], N=columns, bits=scheme.bits,
+            block_size=scheme.size, gated=gated,
         )  # fmt: skip
 
 
-class NativeWriter(DecoderWriter):
-    """By `CachedAttention`, which normalises heads, and by `BlockProduct`."""
+class NativeDecoderWriter(DecoderWriter):
+    """A writer of the decoder with the operators CachedAttention, which also normalizes heads, and BlockProduct."""
 
     name = "native"
     builder = NativeBuilder
-    cache_type = UINT16  # bfloat16, in tiles
+    cache_dtype = UINT16  # the bits of bfloat16
     takes_last = False
 
     def attention(self, qkv: str, layer: int) -> str:
-        """See `DecoderWriter`."""
-        past_key, key = self.state(f"key_{layer}")
-        past_value, value = self.state(f"value_{layer}")
+        """Compute attention and update the cache; see `DecoderWriter.attention`."""
+        past_key, key = self.declare_cache(f"key_{layer}")
+        past_value, value = self.declare_cache(f"value_{layer}")
         inputs = [qkv, past_key, past_value, "total", "cos", "sin"]
         if self.spec.qk_norm:
             inputs += [self.graph.weight(self.weights(f"layers.{layer}.self_attn.{part}_norm.weight"), "norm")
@@ -73,77 +78,67 @@ class NativeWriter(DecoderWriter):
             kv_num_heads=self.spec.kv_heads, scale=self.spec.head_dim**-0.5, epsilon=self.spec.norm_eps,
         )[0]
 
-    def _rest(self, stream: str, attended: str, layer: int, following: str) -> tuple[str, str]:
-        """The last layer's products are for the newest tokens alone, too."""
+    def _after_attention(self, stream: str, attended: str, layer: int, next_norm: str) -> tuple[str, str]:
+        """Compute the last layer for the newest tokens only; see `DecoderWriter`."""
         if layer + 1 == self.spec.layers and layer >= self.spec.deepstack:
             stream, attended = self._newest(stream), self._newest(attended)
-        return super()._rest(stream, attended, layer, following)
+        return super()._after_attention(stream, attended, layer, next_norm)
 
 
-class NativeTower(VisionWriter):
-    """By `PatchAttention`, which turns queries and keys and needs no windows cut out, and by `BlockProduct`."""
+class NativeVisionOperators(VisionOperators):
+    """The attention of a tower with the operator PatchAttention, which rotates and needs no gathered windows."""
 
     builder = NativeBuilder
 
-    def attend(self, qkv: str, windows: Windows | None) -> str:
-        """See `VisionWriter`."""
-        seen = [] if windows is None else [windows.slots, windows.mask]
-        return self.graph.op(
-            "PatchAttention", qkv, "cos", "sin", *seen, domain=DOMAIN, num_heads=self.spec.heads,
-            scale=self.spec.head_dim**-0.5,
+    def attend(self, graph: GraphBuilder, spec: VisionSpec, qkv: str, windows: Windows | None) -> str:
+        """Compute attention; see `VisionOperators.attend`."""
+        masked = [] if windows is None else [windows.slots, windows.mask]
+        return graph.op(
+            "PatchAttention", qkv, "cos", "sin", *masked, domain=DOMAIN, num_heads=spec.heads,
+            scale=spec.head_dim**-0.5,
         )
 
 
-class NativeQwen25Vision(NativeTower, Qwen25Vision):
-    """See `Qwen25Vision`."""
+def write_native_decoder(
+    path: Path, spec: TextSpec, weights: Weights, weight_format: WeightFormat, head_format: WeightFormat,
+    progress: Progress = silent,
+) -> None:
+    """Write the decoder graph; see `decoder_graph.write_decoder`."""
+    NativeDecoderWriter(
+        path, spec, weights, weight_format=weight_format, head_format=head_format, progress=progress
+    ).write()
 
 
-class NativeQwen3Vision(NativeTower, Qwen3Vision):
-    """See `Qwen3Vision`."""
+# --- the layout of packed weights (engines/onnx/native/matmul.h) ---------------------------------
 
 
-def panels(packed: Packed, bits: int) -> Packed:
-    """[columns, blocks, size * bits / 8] as `quantise` gives them -> [columns / PANEL, blocks, groups, PANEL, 4].
+def pack_panels(packed: Packed, bits: int) -> Packed:
+    """Reorder [columns, blocks, size * bits / 8] from `quantize` to [columns / PANEL, blocks, groups, PANEL, 4].
 
-    See engines/native/product.h: a vector has four rows of the weights for many columns; of four bits, the next four
-    rows stand in the upper halves.
+    A vector register then loads four rows of the weights for many columns. Of 4-bit weights, a byte contains rows i and
+    i + 4 of a group of eight, the first in the low four bits.
     """
-    whole = filled(packed)
-    columns, blocks, _ = whole.shape
+    padded = pad_to_panels(packed)
+    columns, blocks, _ = padded.shape
     if bits == 4:
-        numbers = np.stack([whole & 15, whole >> 4], axis=-1).reshape(columns, blocks, -1, 2, 4)
-        whole = numbers[..., 0, :] | numbers[..., 1, :] << 4  # rows 8 i to 8 i + 3 below 8 i + 4 to 8 i + 7
-    fours = whole.reshape(columns // PANEL, PANEL, blocks, -1, 4)
-    return np.ascontiguousarray(fours.transpose(0, 2, 3, 1, 4))
+        values = np.stack([padded & 15, padded >> 4], axis=-1).reshape(columns, blocks, -1, 2, 4)
+        padded = values[..., 0, :] | values[..., 1, :] << 4
+    groups = padded.reshape(columns // PANEL, PANEL, blocks, -1, 4)
+    return np.ascontiguousarray(groups.transpose(0, 2, 3, 1, 4))
 
 
-def panels_of_scales(scales: Array) -> Array:
-    """[columns, blocks] -> [columns / PANEL, blocks, PANEL], filled up."""
-    whole = filled(scales)
-    return np.ascontiguousarray(whole.reshape(-1, PANEL, whole.shape[1]).transpose(0, 2, 1))
+def pack_scales(scales: Array) -> Array:
+    """Reorder [columns, blocks] to [columns / PANEL, blocks, PANEL], padded with zeros."""
+    padded = pad_to_panels(scales)
+    return np.ascontiguousarray(padded.reshape(-1, PANEL, padded.shape[1]).transpose(0, 2, 1))
 
 
-def in_turns(first: Array, second: Array) -> Array:
-    """Columns of both [columns, ...], a panel of one and a panel of the other."""
-    pair = [whole.reshape(-1, PANEL, *whole.shape[1:]) for whole in (filled(first), filled(second))]
+def interleave_panels(first: Array, second: Array) -> Array:
+    """Join the columns of two arrays [columns, ...]: a panel of the first, a panel of the second, and so on."""
+    pair = [padded.reshape(-1, PANEL, *padded.shape[1:]) for padded in (pad_to_panels(first), pad_to_panels(second))]
     return np.stack(pair, axis=1).reshape(-1, *first.shape[1:])
 
 
-def filled(columns: Array) -> Array:
-    """With zeros, to whole panels."""
+def pad_to_panels(columns: Array) -> Array:
+    """Pad [columns, ...] with zeros to a multiple of PANEL columns."""
     return np.pad(columns, [(0, -len(columns) % PANEL), *[(0, 0)] * (columns.ndim - 1)])
-
-
-def write_native(
-    path: Path, spec: TextSpec, weights: Weights, form: Form, head: Form, progress: Progress = silent
-) -> None:
-    """Write the decoder's graph, its weights stored as `form`, the head's as `head`."""
-    NativeWriter(path, spec, weights, form=form, head=head, progress=progress).write()
-
-
-def write_native_vision(
-    path: Path, spec: VisionSpec, weights: Weights, form: Form, progress: Progress = silent
-) -> None:
-    """Write the vision graph, its weights stored as `form`."""
-    writer = NativeQwen25Vision if spec.window else NativeQwen3Vision
-    writer(path, spec, weights, form, progress).write()

@@ -1,1 +1,1 @@
-"""Readers of snapshots: one module a format, each a `Source`."""
+"""Readers of snapshots: each turns one file format into records that a pack is built from."""

@@ -1,4 +1,7 @@
-"""What a source gives and a pack is written from: articles, images and other names, as plain picklable data."""
+"""The records that a pack is built from, and the protocol of the sources that read them from a snapshot.
+
+Records and sources are pickled to worker processes: they hold plain data only.
+"""
 
 from __future__ import annotations
 
@@ -9,96 +12,106 @@ from typing import Any, Protocol, TypeAlias
 
 from gog_edge.retrieval.manifest import Snapshot
 
+UNKNOWN_LICENCE = "unknown"
+_LICENCE_CHANGE = "2023-06-07"  # Wikimedia's terms of use: CC BY-SA 4.0 from this day on
+
 
 @dataclass(frozen=True, slots=True)
-class ArticleDraft:
-    """An article to be written. `key` tells it from all others of its snapshot: its path or address, or its title."""
+class ArticleRecord:
+    """An article. `key` identifies it within its snapshot: its path or address, or its title."""
 
     title: str
-    paragraphs: tuple[tuple[str, str], ...]  # (section, text) in reading order, the lead first
+    paragraphs: tuple[tuple[str, str], ...]  # (section, text) in reading order, the lead section first
     licence: str
-    redirects: tuple[str, ...] = ()  # other names
-    key: str = ""  # the title where left out
+    redirects: tuple[str, ...] = ()  # alternative names
+    key: str = ""  # empty: the title is the key
 
     @property
     def identity(self) -> str:
-        """The key, or the title where there is none."""
+        """Return the key, or the title of an article without a key."""
         return self.key or self.title
 
 
 @dataclass(frozen=True, slots=True)
-class ImageDraft:
-    """An image to be written; one image may stand in several articles, the main one first."""
+class ImageRecord:
+    """An image. It may belong to several articles, of which the first is its main one."""
 
     data: bytes  # the file as it will be served: PNG, JPEG or WebP
     caption: str
     licence: str
     attribution: str
-    articles: tuple[str, ...]  # their keys
-    lead: bool = False  # shows what its article is about: such images may be indexed in tiles too
+    articles: tuple[str, ...]  # keys of its articles
+    lead: bool = False  # shows the subject of its article; lead images may be embedded in tiles too
 
 
 @dataclass(frozen=True, slots=True)
-class RedirectDraft:
-    """Another name of an article, told apart from it; it may come before or after its article."""
+class RedirectRecord:
+    """An alternative name of an article, stored apart from it. It may precede or follow its article."""
 
     name: str
-    article: str  # key
+    article: str  # key of the article
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Something of the snapshot that does not come into the pack."""
+    """A part of the snapshot that is left out of the pack."""
 
-    reason: str  # short and the same for all alike, so that reasons can be counted: "image does not decode"
-    what: str  # which one: its path, address or title
-
-
-Item: TypeAlias = ArticleDraft | ImageDraft | RedirectDraft | Skipped
-UNKNOWN = "unknown"
-_CHANGED = "2023-06-07"  # the day of Wikimedia's new terms of use
+    reason: str  # short, and the same for all parts of a kind, so that they can be counted: "image does not decode"
+    item: str  # path, address or title of the part
 
 
-def wikipedia_text(date: str) -> str:
-    """The licence of Wikipedia's texts on an ISO 8601 date; its pictures have one each, and no snapshot tells it."""
-    return "CC BY-SA 4.0" if date >= _CHANGED[: len(date)] else "CC BY-SA 3.0"
+Record: TypeAlias = ArticleRecord | ImageRecord | RedirectRecord | Skipped
+
+
+def wikipedia_text_licence(date: str) -> str:
+    """Return the licence of Wikipedia's texts on an ISO 8601 date (a year or a month is accepted too).
+
+    Images have licences of their own, which snapshots do not contain.
+    """
+    return "CC BY-SA 4.0" if date >= _LICENCE_CHANGE[: len(date)] else "CC BY-SA 3.0"
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of a snapshot that one process parses at once: the unit of resumption."""
+    """A part of a snapshot that one process parses at once. A resumed build continues with the next chunk."""
 
     number: int  # from 0, in order
-    size: int  # of the same unit as `Source.size`
-    content: Any  # the source's own, picklable: a range of entries, or lines
+    size: int  # in the unit of `Source.size`
+    content: Any  # defined by the source and picklable: a range of entries, or lines
 
 
 class Source(Protocol):
-    """A snapshot that can be read. It is pickled to other processes: files are opened when they are first needed."""
+    """A reader of a snapshot. It is pickled to worker processes, so it opens its files on first use."""
 
     def snapshot(self) -> Snapshot:
-        """Name, date, uuid and hash; SourceError when this is no such file, or a truncated one."""
+        """Return name, date, UUID, hash and licence.
+
+        Raises:
+            SourceError: the file has another format, or is truncated.
+        """
         ...
 
     def prepare(self, work: Path) -> None:
-        """Sort what must be sorted before it can be read in order, into the folder `work`; nothing where that is done.
+        """Write whatever must be sorted before the snapshot can be read in order into the folder `work`.
 
-        Most need none of it. Killed and called again, it goes on or begins anew, and never takes a half for a whole.
+        Most sources do nothing here. A call that is killed can be repeated: it continues or starts over, and a
+        partial result is never mistaken for a complete one.
         """
         ...
 
     @property
     def size(self) -> int:
-        """How much there is, in entries, bytes or files: for progress."""
+        """Return the size of the snapshot in entries, bytes or files, for progress reports."""
         ...
 
     def chunks(self, start: int = 0) -> Iterator[Chunk]:
-        """The chunks from number `start` on; the same ones each time."""
+        """Yield the chunks from number `start` on. Every call yields the same chunks."""
         ...
 
-    def parse(self, chunk: Chunk) -> Iterator[Item]:
-        """What a chunk holds: images after their article, in the same chunk: an article is known again by all of it.
+    def parse(self, chunk: Chunk) -> Iterator[Record]:
+        """Yield the records of a chunk; content that cannot be used is yielded as `Skipped`.
 
-        What cannot be used is Skipped with its reason.
+        Images follow their article within the same chunk, because an article is compared with its earlier version by
+        text and images together.
         """
         ...

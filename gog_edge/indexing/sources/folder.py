@@ -1,8 +1,8 @@
-"""A folder of pictures: a collection of one's own, each picture an article.
+"""Reads a folder of pictures, for example a museum's own collection; each picture becomes an article.
 
-What is said of a picture stands in a table (any .csv or .tsv in the folder itself with a column `file`, besides it any
-of title, caption, text, licence, attribution), else in a file beside it of the same name (`vase.jpg`, `vase.txt` or
-`vase.md`: its first line the title, the rest paragraphs), else its name is its title. Folders within are sections.
+Titles, captions, texts, licences and attributions come from a table (a .csv or .tsv in the folder itself with a column
+`file`), else from a text file of the same name (`vase.jpg`, `vase.txt` or `vase.md`: the first line is the title), else
+the file name is the title. Subfolders become sections.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path, PurePosixPath
 
 from gog_edge.errors import SourceError
 from gog_edge.files import sha256_of
-from gog_edge.indexing.sources.base import UNKNOWN, ArticleDraft, Chunk, ImageDraft, Item, Skipped
-from gog_edge.indexing.sources.files import Reopened, changed_on, load_thumbnail
-from gog_edge.indexing.sources.images import RULES, ThumbnailRules
-from gog_edge.indexing.sources.text import one_line, split_paragraphs
+from gog_edge.indexing.sources.base import UNKNOWN_LICENCE, ArticleRecord, Chunk, ImageRecord, Record, Skipped
+from gog_edge.indexing.sources.files import PickleFieldsMixin, modified_date
+from gog_edge.indexing.sources.images import DEFAULT_THUMBNAILS, ThumbnailOptions, load_thumbnail
+from gog_edge.indexing.sources.text import clean_line, split_paragraphs
 from gog_edge.retrieval.manifest import Snapshot
 
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg"))
@@ -29,67 +29,68 @@ CHUNK_FILES = 64
 MAX_TEXT_BYTES = 4 * 2**20
 _DELIMITERS = ",;\t|"
 _COLUMNS = ("file", "title", "caption", "text", "licence", "attribution")
-Row = Mapping[str, str]  # by column
+Row = Mapping[str, str]  # cell by column name
 
 
 @dataclass(frozen=True)
-class FolderSource(Reopened):
-    """Pictures below a folder. `licence` holds where a table names none."""
+class FolderSource(PickleFieldsMixin):
+    """The pictures below a folder. `licence` is used where the table does not state one."""
 
     path: Path
-    rules: ThumbnailRules = RULES
-    licence: str = UNKNOWN
+    thumbnails: ThumbnailOptions = DEFAULT_THUMBNAILS
+    licence: str = UNKNOWN_LICENCE
 
     def snapshot(self) -> Snapshot:
-        """Raises SourceError when there is no picture, or a table that cannot be read.
+        """Describe the folder; the hash covers the names and contents of all its files.
 
-        The hash is over the names and contents of all files.
+        Raises:
+            SourceError: there is no picture, or a table cannot be read.
         """
         if not self._files:
-            raise SourceError(f"there is no picture in '{self.path}' ({', '.join(sorted(PICTURES))}); is it the right "
-                              "folder?")
+            raise SourceError(f"'{self.path}' contains no picture ({', '.join(sorted(PICTURES))}); check the path of "
+                              "the folder")
         digest = sha256()
         for name in (*self._files, *self._texts):
             digest.update(f"{name}\0{sha256_of(self.path / name)}\n".encode("utf-8", "surrogateescape"))
-        newest = max(changed_on(self.path / name) for name in self._files)
+        newest = max(modified_date(self.path / name) for name in self._files)
         return Snapshot(self.path.resolve().name, newest, "", digest.hexdigest(), self.licence)
 
     def prepare(self, work: Path) -> None:
-        """Nothing is to be sorted."""
+        """Do nothing: the files are listed in order."""
 
     @property
     def size(self) -> int:
-        """Files that are pictures, or that a table calls so."""
+        """Return the number of pictures, missing files of the table included."""
         return len(self._names)
 
     def chunks(self, start: int = 0) -> Iterator[Chunk]:
-        """Names of pictures, each with its row of the table."""
+        """Yield names of pictures, each with its row of the table."""
         for number in range(start, -(-self.size // CHUNK_FILES)):
             names = self._names[number * CHUNK_FILES : (number + 1) * CHUNK_FILES]
             yield Chunk(number, len(names), tuple((name, self._rows.get(name)) for name in names))
 
-    def parse(self, chunk: Chunk) -> Iterator[Item]:
-        """An article and an image to a picture."""
-        rules = replace(self.rules, shortest=1)  # who puts a small picture there wants it
+    def parse(self, chunk: Chunk) -> Iterator[Record]:
+        """Yield an article and an image for each picture."""
+        thumbnails = replace(self.thumbnails, min_side=1)  # small pictures of a collection are not icons
         for name, row in chunk.content:
-            key = name.encode("utf-8", "replace").decode()  # names of files may be in any encoding
+            key = name.encode("utf-8", "replace").decode()  # file names may be in any encoding
             if not (self.path / name).is_file():
                 yield Skipped("file in the table is missing", key)
                 continue
-            image = load_thumbnail(self.path / name, key, rules)
+            image = load_thumbnail(self.path / name, key, thumbnails)
             if isinstance(image, Skipped):
                 yield image
             else:
-                yield from self._items(key, row if row is not None else self._sidecar(name), image)
+                yield from self._records(key, row if row is not None else self._sidecar(name), image)
 
-    def _items(self, key: str, row: Row, image: bytes) -> Iterator[Item]:
-        title = one_line(row.get("title", "")) or _spoken(key)
-        caption = one_line(row.get("caption", "")) or title
-        licence = one_line(row.get("licence", "")) or self.licence
-        section = " / ".join(one_line(part) for part in PurePosixPath(key).parent.parts)
-        text = row.get("text", "").strip() or caption  # a picture without a text can be cited by its caption
-        yield ArticleDraft(title, tuple(split_paragraphs(section, text)), licence, key=key)
-        yield ImageDraft(image, caption, licence, one_line(row.get("attribution", "")), (key,), True)
+    def _records(self, key: str, row: Row, image: bytes) -> Iterator[Record]:
+        title = clean_line(row.get("title", "")) or _title_from_name(key)
+        caption = clean_line(row.get("caption", "")) or title
+        licence = clean_line(row.get("licence", "")) or self.licence
+        section = " / ".join(clean_line(part) for part in PurePosixPath(key).parent.parts)
+        text = row.get("text", "").strip() or caption  # a picture without a text is cited by its caption
+        yield ArticleRecord(title, tuple(split_paragraphs(section, text)), licence, key=key)
+        yield ImageRecord(image, caption, licence, clean_line(row.get("attribution", "")), (key,), True)
 
     def _sidecar(self, name: str) -> Row:
         for suffix in SIDECARS:
@@ -101,7 +102,7 @@ class FolderSource(Reopened):
 
     @cached_property
     def _all(self) -> list[str]:
-        """Every file, by its path below the folder, in an order that is the same on every machine."""
+        """All files by their path below the folder, in the same order on every machine."""
         return sorted(
             PurePosixPath(os.path.relpath(Path(folder) / name, self.path)).as_posix()
             for folder, _, names in os.walk(self.path)
@@ -119,7 +120,7 @@ class FolderSource(Reopened):
 
     @cached_property
     def _names(self) -> list[str]:
-        """Pictures that are there, then those that a table alone knows."""
+        """Pictures that exist, then those that appear in the table only."""
         return list(dict.fromkeys((*self._files, *self._rows)))
 
     @cached_property
@@ -129,9 +130,12 @@ class FolderSource(Reopened):
 
 
 def read_table(path: Path) -> Iterator[tuple[str, Row]]:
-    """(file, its row) of a table whose first line names its columns; nothing where none of them is `file`.
+    """Yield (file, row) of a table with a header line; nothing if no column is named `file`.
 
-    Names of columns may be in any case; the delimiter is the one of `, ; tab |` that brings out a column `file`.
+    Column names are case-insensitive. The delimiter is the one of `, ; tab |` that yields a column `file`.
+
+    Raises:
+        SourceError: the table is malformed.
     """
     try:
         lines = _read_text(path, limit=None).splitlines(keepends=True)
@@ -139,13 +143,14 @@ def read_table(path: Path) -> Iterator[tuple[str, Row]]:
             rows = csv.reader(lines, delimiter=delimiter)
             header = [name.strip().lower().replace("license", "licence") for name in next(rows, [])]
             if "file" in header:
-                yield from _named(header, rows)
+                yield from _rows_by_file(header, rows)
                 return
     except csv.Error as exc:
-        raise SourceError(f"'{path}' is no table that can be read ({exc}); save it as CSV in UTF-8") from exc
+        raise SourceError(f"the table '{path}' cannot be read ({exc}); save it as CSV in UTF-8") from exc
 
 
-def _named(header: list[str], rows: Iterator[list[str]]) -> Iterator[tuple[str, Row]]:
+def _rows_by_file(header: list[str], rows: Iterator[list[str]]) -> Iterator[tuple[str, Row]]:
+    """Yield (file, row); rows whose file lies outside of the folder are ignored."""
     for cells in rows:
         row = {name: cell for name, cell in zip(header, cells, strict=False) if name in _COLUMNS}
         name = row.get("file", "").strip().replace("\\", "/")
@@ -154,7 +159,7 @@ def _named(header: list[str], rows: Iterator[list[str]]) -> Iterator[tuple[str, 
 
 
 def _read_text(path: Path, limit: int | None = MAX_TEXT_BYTES) -> str:
-    """A text file as people save them: UTF-8, UTF-16 with its mark, else Windows' Latin."""
+    """Decode a text file: UTF-8, UTF-16 with a byte order mark, else Windows-1252."""
     with path.open("rb") as stream:
         data = stream.read(-1 if limit is None else limit)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -165,6 +170,6 @@ def _read_text(path: Path, limit: int | None = MAX_TEXT_BYTES) -> str:
         return data.decode("cp1252", "replace")
 
 
-def _spoken(name: str) -> str:
-    """A title from a file's name: `blue_vase-2.jpg` -> `blue vase-2`."""
-    return one_line(PurePosixPath(name).stem.replace("_", " ")) or name
+def _title_from_name(name: str) -> str:
+    """Return a title for a file name: `blue_vase-2.jpg` -> `blue vase-2`."""
+    return clean_line(PurePosixPath(name).stem.replace("_", " ")) or name

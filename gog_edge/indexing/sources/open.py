@@ -1,4 +1,4 @@
-"""What kind of snapshot a path is, by its name and its first bytes."""
+"""Detects the format of a snapshot from its name and first bytes, and opens its reader."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from gog_edge.errors import SourceError
-from gog_edge.indexing.sources.base import UNKNOWN, Source, wikipedia_text
+from gog_edge.indexing.sources.base import UNKNOWN_LICENCE, Source, wikipedia_text_licence
 from gog_edge.indexing.sources.encyclopedic_vqa import LICENCE as EVQA_LICENCE
 from gog_edge.indexing.sources.encyclopedic_vqa import EncyclopedicVqaSource
-from gog_edge.indexing.sources.files import ImageFolder, PackedFile
+from gog_edge.indexing.sources.files import CompressedFile
 from gog_edge.indexing.sources.folder import FolderSource
-from gog_edge.indexing.sources.images import RULES, ThumbnailRules
+from gog_edge.indexing.sources.images import DEFAULT_THUMBNAILS, ImageFolder, ThumbnailOptions
 from gog_edge.indexing.sources.mediawiki import MediaWikiSource
-from gog_edge.indexing.sources.wiki6m import TAKEN, Wiki6mSource, is_wiki6m
+from gog_edge.indexing.sources.wiki6m import WIKIPEDIA_DATE, Wiki6mSource, is_wiki6m
 from gog_edge.indexing.sources.wit import LICENCE as WIT_LICENCE
 from gog_edge.indexing.sources.wit import WitSource, is_wit
 from gog_edge.indexing.sources.zim import ZimSource
@@ -39,43 +39,48 @@ def open_source(
     images: Path | None = None,
     language: str = "en",
     licence: str | None = None,
-    rules: ThumbnailRules = RULES,
+    thumbnails: ThumbnailOptions = DEFAULT_THUMBNAILS,
 ) -> Source:
-    """The reader of a snapshot; nothing of it is read yet but its first bytes.
+    """Return the reader of a snapshot. Only the first bytes of the file are read here.
 
     Args:
         path: a file or folder of one of KINDS.
-        kind: which of them it is; told by its name and its first bytes where left out.
-        images: the folder of images, for those that hold addresses alone; see `image_folder` for their names.
-        language: of WIT's rows; empty for all.
-        licence: of texts, and of a folder's pictures, where the snapshot names none.
-        rules: for thumbnails.
+        kind: its format; detected from name and content by default.
+        images: the folder of images, for formats that contain image addresses only; `ImageFolder` lists the accepted
+            file names.
+        language: language code of the WIT rows to read; empty for all languages.
+        licence: licence of texts, and of a folder's pictures, where the snapshot does not state one.
+        thumbnails: how images are resized and encoded.
 
     Raises:
-        SourceError: there is nothing there, or nothing that is read.
+        SourceError: the path does not exist, or its format is not supported.
     """
-    folder = ImageFolder(images, rules)
-    makers: dict[Kind, Callable[[], Source]] = {
-        "zim": lambda: ZimSource(path, rules, licence),
+    folder = ImageFolder(images, thumbnails)
+    readers: dict[Kind, Callable[[], Source]] = {
+        "zim": lambda: ZimSource(path, thumbnails, licence),
         "wit": lambda: WitSource(path, folder, language, licence or WIT_LICENCE),
         "encyclopedic-vqa": lambda: EncyclopedicVqaSource(path, folder, licence or EVQA_LICENCE),
-        "wiki6m": lambda: Wiki6mSource(path, folder, licence or wikipedia_text(TAKEN)),
+        "wiki6m": lambda: Wiki6mSource(path, folder, licence or wikipedia_text_licence(WIKIPEDIA_DATE)),
         "mediawiki": lambda: MediaWikiSource(path, licence),
-        "folder": lambda: FolderSource(path, rules, licence or UNKNOWN),
+        "folder": lambda: FolderSource(path, thumbnails, licence or UNKNOWN_LICENCE),
     }
     if kind is not None and kind not in get_args(Kind):
-        raise SourceError(f"there is no kind of snapshot '{kind}'; choose one of {', '.join(KINDS)}")
-    return makers[kind or kind_of(path)]()
+        raise SourceError(f"the kind of a snapshot must be one of {', '.join(KINDS)}, got '{kind}'")
+    return readers[kind or detect_kind(path)]()
 
 
-def kind_of(path: Path) -> Kind:
-    """The kind of what lies at a path; SourceError when it is none."""
+def detect_kind(path: Path) -> Kind:
+    """Return the format of a snapshot.
+
+    Raises:
+        SourceError: the path does not exist, or its format is not supported.
+    """
     if not path.exists():
-        raise SourceError(f"there is nothing at '{path}'; is this the right path?")
+        raise SourceError(f"'{path}' does not exist; check the path of the snapshot")
     found = _kind_of_folder(path) if path.is_dir() else _kind_of_file(path)
     if found is None:
-        known = "".join(f"\n  {kind}: {what}" for kind, what in KINDS.items())
-        raise SourceError(f"'{path}' is no snapshot that is read; those are:{known}")
+        supported = "".join(f"\n  {kind}: {what}" for kind, what in KINDS.items())
+        raise SourceError(f"the format of '{path}' is not supported; supported are:{supported}")
     return found
 
 
@@ -87,7 +92,7 @@ def _kind_of_folder(path: Path) -> Kind | None:
 
 
 def _kind_of_file(path: Path) -> Kind | None:
-    with PackedFile(path) as file:
+    with CompressedFile(path) as file:
         head = file.read(_HEAD_BYTES)
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if head.startswith(_ZIM_MAGIC):

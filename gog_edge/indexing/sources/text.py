@@ -1,20 +1,29 @@
-"""Texts as they are stored and cited: clean, and in paragraphs of a length that a citation can point at."""
+"""Cleans texts and splits them into paragraphs short enough to be cited."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-MAX_CHARACTERS = 1200
-MAX_TITLE = 200  # characters: of a section's title, which stands beside each of its paragraphs
+MAX_CHARACTERS = 1200  # of a paragraph
+MAX_TITLE = 200  # characters of a section title, which is stored with each of its paragraphs
 
-# Where a text may be cut, the best places first: between lines, after a sentence, after a clause, between words, and in
-# scripts without spaces anywhere between two of their characters.
+# English titles of sections without citable text. HTML sections in other languages become empty by the selectors of
+# `html`.
+SKIPPED_SECTIONS = frozenset(
+    (
+        "references", "external links", "see also", "notes", "bibliography", "further reading", "footnotes",
+        "citations", "sources", "notes and references", "references and notes", "notes and citations", "works cited",
+        "explanatory notes", "general references", "external link", "reference", "related pages", "other websites",
+    )
+)  # fmt: skip
+# Where a text may be split, in order of preference: between lines, after a sentence, after a clause, between words, and
+# in scripts without spaces between any two characters.
 _BREAKS = tuple(
     re.compile(pattern)
     for pattern in (
         r"\n",
-        # Three letters before the stop, for initials and short abbreviations end no sentence.
+        # At least three letters before the full stop: initials and short abbreviations do not end a sentence.
         r"(?<=\w{3}[.!?…؟۔।])[\"'”’»)\]]*\s+(?=[\"'“‘«(\[]?[^\Wa-z_])|(?<=[)\]”\"»][.!?…])\s+|(?<=[。！？])",
         r"(?<=[,;:،؛、，；：])\s+|(?<=[、，；：])",
         r"\s+",
@@ -24,32 +33,36 @@ _BREAKS = tuple(
 _SPACE = re.compile(r"\s")
 
 
-def one_line(text: str) -> str:
-    """White space made single spaces; soft hyphens, NUL and halves of surrogate pairs, which no store takes, gone."""
+def clean_line(text: str) -> str:
+    """Collapse white space to single spaces and remove what SQLite cannot store or display.
+
+    Removed are soft hyphens, NUL characters and unpaired surrogates.
+    """
     text = " ".join(text.replace("\xad", "").replace("\0", "").split())
     return text if text.isascii() else text.encode("utf-8", "ignore").decode("utf-8")
 
 
 def clean_lines(text: str) -> str:
-    """Every line by `one_line`, empty ones left out."""
-    return "\n".join(line for raw in text.splitlines() if (line := one_line(raw)))
+    """Apply `clean_line` to every line and remove empty lines."""
+    return "\n".join(line for raw in text.splitlines() if (line := clean_line(raw)))
 
 
 def split_text(text: str, limit: int = MAX_CHARACTERS) -> Iterator[str]:
-    """Pieces of at most `limit` characters, cut at the best place there is; a longer word stays whole."""
+    """Yield pieces of at most `limit` characters, split at the most suitable place. Words are never split."""
     start = 0
     while len(text) - start > limit:
-        cut = _cut(text, start, start + limit)
+        cut = _split_position(text, start, start + limit)
         yield text[start:cut].strip()
         start = cut
     if rest := text[start:].strip():
         yield rest
 
 
-def _cut(text: str, start: int, stop: int) -> int:
-    for least in (start + (stop - start) // 4, start):  # rather a worse place than a very short piece
+def _split_position(text: str, start: int, stop: int) -> int:
+    # A less suitable place is better than a very short piece: the first quarter is considered last.
+    for minimum in (start + (stop - start) // 4, start):
         for breaks in _BREAKS:
-            ends = [found.end() for found in breaks.finditer(text, start, stop + 1) if least < found.start() <= stop]
+            ends = [match.end() for match in breaks.finditer(text, start, stop + 1) if minimum < match.start() <= stop]
             if ends:
                 return ends[-1]
     after = _SPACE.search(text, stop)
@@ -57,7 +70,7 @@ def _cut(text: str, start: int, stop: int) -> int:
 
 
 def split_paragraphs(section: str, text: str) -> Iterator[tuple[str, str]]:
-    """(section, paragraph) of each paragraph of a text whose lines are its paragraphs."""
+    """Yield (section, paragraph) for each line of a text, long lines in several pieces."""
     for line in text.splitlines():
-        if cleaned := one_line(line):
+        if cleaned := clean_line(line):
             yield from ((section, piece) for piece in split_text(cleaned))

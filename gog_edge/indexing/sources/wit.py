@@ -1,7 +1,7 @@
-"""Google's WIT: .tsv.gz files of image-text rows of Wikipedia's pages in 108 languages, with the images' addresses.
+"""Reads Google's WIT: .tsv.gz files of image-text rows from Wikipedia in 108 languages, with the images' addresses.
 
-Columns as in https://github.com/google-research-datasets/wit/blob/main/DATA.md, told by the header line. The rows of a
-page stand apart, so that `prepare` brings those of one language into a SQLite file with an index over pages.
+Columns: https://github.com/google-research-datasets/wit/blob/main/DATA.md. The rows of a page are not adjacent, so
+`prepare` copies the rows of one language into a SQLite file with an index over pages.
 """
 
 from __future__ import annotations
@@ -17,99 +17,106 @@ from urllib.parse import quote
 
 from gog_edge.errors import SourceError
 from gog_edge.files import sha256_of
-from gog_edge.indexing.sources.base import UNKNOWN, ArticleDraft, Chunk, ImageDraft, Item, Skipped
-from gog_edge.indexing.sources.files import ImageFolder, PackedFile, Reopened
-from gog_edge.indexing.sources.text import one_line, split_paragraphs
+from gog_edge.indexing.sources.base import UNKNOWN_LICENCE, ArticleRecord, Chunk, ImageRecord, Record, Skipped
+from gog_edge.indexing.sources.files import CompressedFile, PickleFieldsMixin
+from gog_edge.indexing.sources.images import ImageFolder
+from gog_edge.indexing.sources.text import clean_line, split_paragraphs
 from gog_edge.retrieval.manifest import Snapshot
 
-LICENCE = "CC BY-SA 3.0"  # of the texts, as the dataset says
-TAKEN = "2021"  # the year it came out; the day of Wikipedia in it is not told
-NEEDED = ("language", "page_url", "image_url", "page_title")
-KEPT = (*NEEDED, "hierarchical_section_title", "caption_reference_description", "caption_attribution_description",
-        "caption_alt_text_description", "is_main_image", "attribution_passes_lang_id", "context_page_description",
-        "context_section_description")  # fmt: skip
+LICENCE = "CC BY-SA 3.0"  # of the texts, as stated by the data set
+RELEASE_YEAR = "2021"  # the data set does not state the date of its Wikipedia dump
+REQUIRED_COLUMNS = ("language", "page_url", "image_url", "page_title")
+COLUMNS = (*REQUIRED_COLUMNS, "hierarchical_section_title", "caption_reference_description",
+           "caption_attribution_description", "caption_alt_text_description", "is_main_image",
+           "attribution_passes_lang_id", "context_page_description", "context_section_description")  # fmt: skip
 CHUNK_ROWS = 512
-_BATCH = 20_000  # rows written at once
-_READY = 1  # PRAGMA user_version of a file with all rows
+_BATCH = 20_000  # rows of a transaction
+_COMPLETE = 1  # PRAGMA user_version of a spool that contains all rows
 _PATTERNS = ("*.tsv.gz", "*.tsv")
 _TABLES = f"""
 CREATE TABLE IF NOT EXISTS done (file TEXT PRIMARY KEY, lines INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS rows (id INTEGER PRIMARY KEY, {", ".join(f"{name} TEXT NOT NULL" for name in KEPT)});
+CREATE TABLE IF NOT EXISTS rows (id INTEGER PRIMARY KEY, {", ".join(f"{name} TEXT NOT NULL" for name in COLUMNS)});
 """
-_INSERT = f"INSERT INTO rows ({', '.join(KEPT)}) VALUES ({', '.join('?' * len(KEPT))})"
+_INSERT = f"INSERT INTO rows ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 
 
 @dataclass
-class WitSource(Reopened):
-    """Articles of one language, or of all where `language` is empty, with their images where the folder has them."""
+class WitSource(PickleFieldsMixin):
+    """The articles of one language, or of all if `language` is empty, with their images if the folder has them."""
 
-    path: Path  # a file, or a folder of them
+    path: Path  # a file, or a folder of files
     images: ImageFolder
     language: str = "en"
     licence: str = LICENCE
-    spool: Path | None = None  # the sorted rows, once `prepare` has told where they are
+    spool: Path | None = None  # the SQLite file that `prepare` writes
 
     def snapshot(self) -> Snapshot:
-        """Raises SourceError when a file lacks a column, or there is none."""
+        """Describe the data set.
+
+        Raises:
+            SourceError: there is no file, or a file lacks a required column.
+        """
         self.images.check()
         files = wit_files(self.path)
         digest = sha256()
         for path in files:
-            with PackedFile(path) as file:
-                _columns(path, next(_rows(file), []))
+            with CompressedFile(path) as file:
+                _column_positions(path, next(_rows(file), []))
             digest.update(sha256_of(path).encode())
         name = f"wit-{self.language or 'all'}"
-        return Snapshot(name, TAKEN, "", digest.hexdigest(), self.licence)
+        return Snapshot(name, RELEASE_YEAR, "", digest.hexdigest(), self.licence)
 
     def prepare(self, work: Path) -> None:
-        """Write `work`/wit-LANGUAGE.sqlite; killed, it goes on after the last rows that were committed."""
+        """Write `work`/wit-LANGUAGE.sqlite; a repeated call continues after the last committed rows."""
         spool = work / f"wit-{self.language or 'all'}.sqlite"
         work.mkdir(parents=True, exist_ok=True)
-        self.spool = spool  # which the copies in other processes get too
+        self.spool = spool  # pickled copies of this source need it
         try:
-            with closing(sqlite3.connect(spool)) as base:
-                self._fill(base)
+            with closing(sqlite3.connect(spool)) as connection:
+                self._fill(connection)
         except sqlite3.Error as exc:
-            raise SourceError(f"'{spool}' cannot be written ({exc}); make room, or remove it and begin again") from exc
+            raise SourceError(f"'{spool}' cannot be written ({exc}); make room on the disk, or delete the file, and "
+                              "run the same command again") from exc
 
-    def _fill(self, base: sqlite3.Connection) -> None:
-        if base.execute("PRAGMA user_version").fetchone()[0] == _READY:
+    def _fill(self, connection: sqlite3.Connection) -> None:
+        if connection.execute("PRAGMA user_version").fetchone()[0] == _COMPLETE:
             return
-        base.executescript(_TABLES)
+        connection.executescript(_TABLES)
         for path in wit_files(self.path):
-            self._copy(base, path)
-        base.execute("CREATE INDEX IF NOT EXISTS by_page ON rows (page_url)")
-        base.execute(f"PRAGMA user_version = {_READY}")
-        base.commit()
+            self._copy_rows(connection, path)
+        connection.execute("CREATE INDEX IF NOT EXISTS by_page ON rows (page_url)")
+        connection.execute(f"PRAGMA user_version = {_COMPLETE}")
+        connection.commit()
 
-    def _copy(self, base: sqlite3.Connection, path: Path) -> None:
-        """Rows of a file from where it was left, each batch and the place where it ends in one transaction."""
-        found = base.execute("SELECT lines FROM done WHERE file = ?", (path.name,)).fetchone()
-        begun = found[0] if found else 0
+    def _copy_rows(self, connection: sqlite3.Connection, path: Path) -> None:
+        """Copy the rows of a file from the last position on; each batch is committed together with its position."""
+        found = connection.execute("SELECT lines FROM done WHERE file = ?", (path.name,)).fetchone()
+        done = found[0] if found else 0
         batch: list[list[str]] = []
         number = 0
-        with PackedFile(path) as file:
+        with CompressedFile(path) as file:
             rows = _rows(file)
-            columns = _columns(path, next(rows, []))
-            width = max(columns) + 1
+            positions = _column_positions(path, next(rows, []))
+            width = max(positions) + 1
             for number, row in enumerate(rows, 1):
-                if number > begun and len(row) >= width and self.language in ("", row[columns[0]]):
-                    batch.append([row[column] if column >= 0 else "" for column in columns])
-                if number % _BATCH == 0 and number > begun:
-                    _commit(base, path, number, batch)
-        _commit(base, path, number, batch)
+                if number > done and len(row) >= width and self.language in ("", row[positions[0]]):
+                    batch.append([row[position] if position >= 0 else "" for position in positions])
+                if number % _BATCH == 0 and number > done:
+                    _commit(connection, path, number, batch)
+        _commit(connection, path, number, batch)
 
     @property
     def size(self) -> int:
-        """Rows of the language; known once prepared."""
-        with closing(self._open()) as base:
-            return int(base.execute("SELECT count(*) FROM rows").fetchone()[0])
+        """Return the number of rows of the language. `prepare` must have been called."""
+        with closing(self._open()) as connection:
+            return int(connection.execute("SELECT count(*) FROM rows").fetchone()[0])
 
     def chunks(self, start: int = 0) -> Iterator[Chunk]:
-        """Ranges of pages, of CHUNK_ROWS rows or somewhat more."""
+        """Yield ranges of pages with at least CHUNK_ROWS rows."""
         number, rows, first = 0, 0, ""
-        with closing(self._open()) as base:
-            for page, count in base.execute("SELECT page_url, count(*) FROM rows GROUP BY page_url ORDER BY page_url"):
+        pages = "SELECT page_url, count(*) FROM rows GROUP BY page_url ORDER BY page_url"
+        with closing(self._open()) as connection:
+            for page, count in connection.execute(pages):
                 first, rows = (page, count) if rows == 0 else (first, rows + count)
                 if rows >= CHUNK_ROWS:
                     if number >= start:
@@ -118,23 +125,23 @@ class WitSource(Reopened):
         if rows and number >= start:
             yield Chunk(number, rows, (first, page))
 
-    def parse(self, chunk: Chunk) -> Iterator[Item]:
-        """A page's rows make an article, and an image each."""
-        names = ", ".join(KEPT)
-        query = f"SELECT {names} FROM rows WHERE page_url BETWEEN ? AND ? ORDER BY page_url, id"
-        with closing(self._open()) as base:
-            base.row_factory = sqlite3.Row
-            for address, rows in groupby(base.execute(query, chunk.content), key=lambda row: str(row["page_url"])):
-                yield from self._page(address, [dict(row) for row in rows])
+    def parse(self, chunk: Chunk) -> Iterator[Record]:
+        """Yield an article for each page, and an image for each of its rows."""
+        query = f"SELECT {', '.join(COLUMNS)} FROM rows WHERE page_url BETWEEN ? AND ? ORDER BY page_url, id"
+        with closing(self._open()) as connection:
+            connection.row_factory = sqlite3.Row
+            rows = connection.execute(query, chunk.content)
+            for address, page in groupby(rows, key=lambda row: str(row["page_url"])):
+                yield from self._records(address, [dict(row) for row in page])
 
-    def _page(self, address: str, rows: Sequence[Mapping[str, str]]) -> Iterator[Item]:
-        title = one_line(rows[0]["page_title"]) or address
+    def _records(self, address: str, rows: Sequence[Mapping[str, str]]) -> Iterator[Record]:
+        title = clean_line(rows[0]["page_title"]) or address
         texts = dict.fromkeys([("", rows[0]["context_page_description"]), *(_section(row) for row in rows)])
         paragraphs = tuple(dict.fromkeys(paragraph for text in texts for paragraph in split_paragraphs(*text)))
         if not paragraphs:
             yield Skipped("article has no text", address)
             return
-        yield ArticleDraft(title, paragraphs, self.licence, key=address)
+        yield ArticleRecord(title, paragraphs, self.licence, key=address)
         for row in rows:
             source = row["image_url"]
             image = self.images.thumbnail(source)
@@ -142,7 +149,7 @@ class WitSource(Reopened):
             if isinstance(image, Skipped):
                 yield image
             else:
-                yield ImageDraft(image, _caption(row), UNKNOWN, source, (address,), lead)
+                yield ImageRecord(image, _caption(row), UNKNOWN_LICENCE, source, (address,), lead)
 
     def _open(self) -> sqlite3.Connection:
         if self.spool is None or not self.spool.is_file():
@@ -151,49 +158,53 @@ class WitSource(Reopened):
 
 
 def wit_files(path: Path) -> list[Path]:
-    """The files of a dataset in their order; SourceError when there is none."""
+    """Return the files of the data set, sorted by name.
+
+    Raises:
+        SourceError: there is none.
+    """
     files = [path] if path.is_file() else sorted(found for pattern in _PATTERNS for found in path.glob(pattern))
     if not files:
-        raise SourceError(f"there is no .tsv or .tsv.gz file at '{path}'; name a file of WIT, or a folder of them")
+        raise SourceError(f"'{path}' contains no .tsv or .tsv.gz file; give a file of WIT, or a folder of them")
     return files
 
 
 def is_wit(header: str) -> bool:
-    """Whether a first line names the columns of WIT."""
-    return set(NEEDED) <= set(header.rstrip("\r\n").split("\t"))
+    """Return whether a header line contains the required columns of WIT."""
+    return set(REQUIRED_COLUMNS) <= set(header.rstrip("\r\n").split("\t"))
 
 
-def _rows(file: PackedFile) -> Iterator[list[str]]:
-    # Quotes are as any other character there: a line is a row, whatever is in it.
+def _rows(file: CompressedFile) -> Iterator[list[str]]:
+    # WIT does not quote: a line is a row, and quotation marks are plain characters.
     for line in file.lines():
         yield line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
 
 
-def _columns(path: Path, header: Sequence[str]) -> list[int]:
-    """Where the columns that are kept stand, -1 for those that are not there."""
-    if missing := [name for name in NEEDED if name not in header]:
-        raise SourceError(f"'{path}' has no column '{missing[0]}' in its first line; is it a file of WIT?")
-    return [header.index(name) if name in header else -1 for name in KEPT]
+def _column_positions(path: Path, header: Sequence[str]) -> list[int]:
+    """Return the position of each of COLUMNS in the header, -1 for optional columns that are missing."""
+    if missing := [name for name in REQUIRED_COLUMNS if name not in header]:
+        raise SourceError(f"the first line of '{path}' lacks the column '{missing[0]}'; give a file of WIT")
+    return [header.index(name) if name in header else -1 for name in COLUMNS]
 
 
-def _commit(base: sqlite3.Connection, path: Path, lines: int, batch: list[list[str]]) -> None:
-    with base:
-        base.executemany(_INSERT, batch)
-        base.execute("INSERT OR REPLACE INTO done VALUES (?, ?)", (path.name, lines))
+def _commit(connection: sqlite3.Connection, path: Path, lines: int, batch: list[list[str]]) -> None:
+    with connection:
+        connection.executemany(_INSERT, batch)
+        connection.execute("INSERT OR REPLACE INTO done VALUES (?, ?)", (path.name, lines))
     batch.clear()
 
 
 def _section(row: Mapping[str, str]) -> tuple[str, str]:
-    """(section, text) of a row; the path of a section begins with the page's title, which alone means the lead."""
-    path = [part for raw in row["hierarchical_section_title"].split(" / ") if (part := one_line(raw))]
-    if path and path[0] == one_line(row["page_title"]):
+    """Return (section, text) of a row. The section path begins with the page's title, which alone means the lead."""
+    path = [part for raw in row["hierarchical_section_title"].split(" / ") if (part := clean_line(raw))]
+    if path and path[0] == clean_line(row["page_title"]):
         path = path[1:]
     return " / ".join(path), row["context_section_description"]
 
 
 def _caption(row: Mapping[str, str]) -> str:
-    """What the page says of an image, else what stands in for it, else what its own page says in this language."""
+    """Return the caption in the page, else the alt text, else the description of the image in this language."""
     for name in ("caption_reference_description", "caption_alt_text_description"):
-        if caption := one_line(row[name]):
+        if caption := clean_line(row[name]):
             return caption
-    return one_line(row["caption_attribution_description"]) if row["attribution_passes_lang_id"] == "true" else ""
+    return clean_line(row["caption_attribution_description"]) if row["attribution_passes_lang_id"] == "true" else ""

@@ -1,1 +1,1 @@
-"""Dialects: how the text of a policy maps to actions, and how observations are written for it."""
+"""Dialects: the formats in which checkpoint families write actions and read observations."""

@@ -1,11 +1,11 @@
-"""Load dialect files (TOML): the ones that ship with the package, and those of a user."""
+"""Read dialect files (TOML), both those of the package and those of users, and copy them into policy folders."""
 
 from __future__ import annotations
 
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -13,52 +13,41 @@ from typing import Any
 
 from gog_edge.errors import DialectError
 from gog_edge.files import write_atomic
-from gog_edge.policy.dialect.actions import (
-    IN_WORDS,
-    BoxFrame,
-    Syntax,
-    Tags,
-    ToolCalls,
-)
+from gog_edge.policy.dialect.actions import FRAME_DESCRIPTIONS, BoxFrame, TagSyntax
 from gog_edge.policy.dialect.dialect import (
-    GIVE_UP,
-    Allowance,
     CropRules,
     Dialect,
-    ObservationTexts,
-    Thinking,
+    ObservationFormat,
+    SearchLimits,
+    Syntax,
+    ThinkingRules,
     TurnRules,
 )
-from gog_edge.policy.manifest import DIALECT
+from gog_edge.policy.dialect.tool_calls import ToolCallSyntax
 from gog_edge.tables import build
 
 SCHEMA = 1
-NOTICES = ("malformed", "box_refused", "action_refused")
-MAX_BYTES = 256 * 2**10  # of a dialect, of a prompt
+DIALECT_FILE = "dialect.toml"  # in a policy folder
+MAX_BYTES = 256 * 2**10  # of a dialect file or a prompt file
 PROMPT_SUFFIXES = (".txt", ".md")
-
-
-# --- dialect files ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """What stands above the first table."""
-
-    schema: int
-    name: str
-    assumed: bool
-    box_frame: BoxFrame
 
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """Our own wording, or files beside the dialect: the authors' wording that a user has."""
+    """The prompts, or the names of files next to the dialect: users may have the authors' own wording."""
 
-    system: str = ""  # {tools}: the tools' schemas, one a line
+    system: str = ""  # {tools} stands for the schemas of the tools, one per line
     question: str = ""
     system_file: str = ""
     question_file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Notices:
+    malformed: str
+    box_refused: str
+    action_refused: str
+    give_up: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,141 +55,147 @@ class _Answer:
     not_found: str
 
 
-_PARTS: Mapping[str, type[Any]] = {
-    "crop": CropRules,
-    "turn": TurnRules,
-    "thinking": Thinking,
-    "budget": Allowance,
-}
-_HEAD = tuple(field.name for field in fields(_Head))
-_TABLES = ("prompt", "tags", "tool_calls", "observation", "notice", "answer", *_PARTS)
+@dataclass(frozen=True, slots=True)
+class _DialectFile:
+    """The keys and tables of a dialect file; exactly one of `tags` and `tool_calls` is present."""
+
+    schema: int
+    name: str
+    assumed: bool
+    box_frame: BoxFrame
+    prompt: _Prompt
+    observation: ObservationFormat
+    notice: _Notices
+    answer: _Answer
+    tags: TagSyntax | None = None
+    tool_calls: ToolCallSyntax | None = None
+    crop: CropRules = CropRules()
+    turn: TurnRules = TurnRules()
+    thinking: ThinkingRules = ThinkingRules()
+    budget: SearchLimits = SearchLimits()
 
 
 def shipped() -> tuple[str, ...]:
-    """The names of the dialects that come with the package."""
-    names = (file.name for file in _folder().iterdir())
+    """Return the names of the dialects in the package, sorted."""
+    names = (file.name for file in _package_folder().iterdir())
     return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
 
 
 def load_dialect(source: str | Path) -> Dialect:
-    """Read a dialect: a path to a TOML file, or the name of one that ships with the package.
+    """Read a dialect from the path of a TOML file, or by the name of a dialect in the package.
 
     Raises:
-        DialectError: there is none of that name, or a field is missing, unknown or of a wrong kind.
+        DialectError: the name is unknown, or a key is missing, unknown or has a wrong value.
     """
-    file = _file(source)
+    file = _locate(source)
     try:
-        raw = tomllib.loads(_text(file))
-        return _build(raw, file)
+        return _to_dialect(tomllib.loads(_read_text(file)), file)
     except tomllib.TOMLDecodeError as exc:
-        raise DialectError(f"dialect {source}: not TOML ({exc})") from exc
+        raise DialectError(f"dialect {source}: not valid TOML ({exc})") from exc
     except DialectError as exc:
         raise DialectError(f"dialect {source}: {exc}") from exc
 
 
 def copy_dialect(source: str | Path, folder: Path, box_frame: BoxFrame | None = None
                  ) -> tuple[Dialect, tuple[str, ...]]:
-    """Write a dialect, and the prompt files it names, into a folder; returns it and the names of what was written.
+    """Copy a dialect and its prompt files to a folder; return the dialect and the names of the files written.
 
-    `box_frame` replaces the file's own. Raises DialectError.
+    `box_frame` replaces that of the file.
+
+    Raises:
+        DialectError: the dialect cannot be read, or its box frame cannot be replaced.
     """
-    dialect, file = load_dialect(source), _file(source)
-    frame, text = box_frame or dialect.box_frame, _text(file)
+    dialect, file = load_dialect(source), _locate(source)
+    frame, text = box_frame or dialect.box_frame, _read_text(file)
     text = text.replace(f'box_frame = "{dialect.box_frame}"', f'box_frame = "{frame}"', 1)
     raw = tomllib.loads(text)
     if raw["box_frame"] != frame:
-        raise DialectError(f'dialect {source}: write its frame as box_frame = "..." to have it replaced')
+        raise DialectError(f'dialect {source}: its box frame cannot be replaced; write it as box_frame = "..."')
     prompt = build(_Prompt, raw["prompt"], "prompt")
     prompts = tuple(name for name in (prompt.system_file, prompt.question_file) if name)
     for name in prompts:
-        write_atomic(folder / name, _text(_beside(file, name)).encode())
-    write_atomic(folder / DIALECT, text.encode())
-    return load_dialect(folder / DIALECT), (DIALECT, *prompts)
+        write_atomic(folder / name, _read_text(_prompt_file(file, name)).encode())
+    write_atomic(folder / DIALECT_FILE, text.encode())
+    return load_dialect(folder / DIALECT_FILE), (DIALECT_FILE, *prompts)
 
 
-def _build(raw: Mapping[str, Any], file: Traversable) -> Dialect:
-    unknown = [key for key in raw if key not in _TABLES and key not in _HEAD]
-    if unknown:
-        raise DialectError(f"unknown key '{unknown[0]}'; known are {', '.join((*_HEAD, *_TABLES))}")
-    head = build(_Head, {key: value for key, value in raw.items() if key in _HEAD}, "the head")
-    if head.schema != SCHEMA:
-        raise DialectError(f"schema {head.schema} is not {SCHEMA}; use a newer gog_edge")
-    syntax = _syntax(raw)
-    system, question = _prompts(build(_Prompt, raw.get("prompt"), "prompt"), file)
-    if isinstance(syntax, ToolCalls):
+def _to_dialect(raw: Mapping[str, Any], file: Traversable) -> Dialect:
+    if raw.get("schema", SCHEMA) != SCHEMA:
+        raise DialectError(f"'schema' must be {SCHEMA}, got {raw['schema']!r}; use a newer version of gog_edge")
+    tables = build(_DialectFile, raw, "")
+    syntax = _syntax(tables)
+    system, question = _prompts(tables.prompt, file)
+    if isinstance(syntax, ToolCallSyntax):
         system = system.replace("{tools}", "\n".join(json.dumps(tool.schema()) for tool in syntax.tools))
-    parts = {name: build(kind, raw.get(name, {}), name) for name, kind in _PARTS.items()}
-    if parts["thinking"] != Thinking() and not syntax.skip_until:
-        raise DialectError("[thinking] is given and skip_until is empty, so that no thought would ever end")
+    if tables.thinking != ThinkingRules() and not syntax.skip_until:
+        raise DialectError("[thinking] requires 'skip_until', the tag that ends the thinking")
     return Dialect(
-        name=head.name,
-        assumed=head.assumed,
-        box_frame=head.box_frame,
-        system_prompt=system.strip().replace("{frame}", IN_WORDS[head.box_frame]),
+        name=tables.name,
+        assumed=tables.assumed,
+        box_frame=tables.box_frame,
+        system_prompt=system.strip().replace("{frame}", FRAME_DESCRIPTIONS[tables.box_frame]),
         question=question,
         syntax=syntax,
-        observation=build(ObservationTexts, raw.get("observation"), "observation"),
-        notices=_notices(raw.get("notice")),
-        not_found=build(_Answer, raw.get("answer"), "answer").not_found,
-        **parts,
+        observation=tables.observation,
+        notices={name: text for name, text in asdict(tables.notice).items() if text is not None},
+        not_found=tables.answer.not_found,
+        crop=tables.crop,
+        turn=tables.turn,
+        thinking=tables.thinking,
+        budget=tables.budget,
     )
 
 
-def _syntax(raw: Mapping[str, Any]) -> Syntax:
-    if ("tags" in raw) == ("tool_calls" in raw):
-        raise DialectError("it has both [tags] and [tool_calls], or neither; a policy speaks in one of them")
-    return build(Tags, raw["tags"], "tags") if "tags" in raw else build(ToolCalls, raw["tool_calls"], "tool_calls")
+def _syntax(tables: _DialectFile) -> Syntax:
+    match tables.tags, tables.tool_calls:
+        case TagSyntax() as tags, None:
+            return tags
+        case None, ToolCallSyntax() as calls:
+            return calls
+    raise DialectError("the file must have either the table [tags] or the table [tool_calls]")
 
 
 def _prompts(prompt: _Prompt, file: Traversable) -> tuple[str, str]:
     texts = []
-    for name, own, named in (
+    for name, text, text_file in (
         ("system", prompt.system, prompt.system_file),
         ("question", prompt.question, prompt.question_file),
     ):
-        if (own == "") == (named == ""):
-            raise DialectError(f"[prompt] needs one of '{name}' and '{name}_file'")
-        texts.append(own or _text(_beside(file, named)))
+        if (text == "") == (text_file == ""):
+            raise DialectError(f"[prompt] must have exactly one of '{name}' and '{name}_file'")
+        texts.append(text or _read_text(_prompt_file(file, text_file)))
     system, question = texts
     if "{question}" not in question:
-        raise DialectError("[prompt] question does not hold {question}, so that nothing would be asked")
+        raise DialectError(f"[prompt] 'question' must contain {{question}}, got {question!r}")
     return system, question
 
 
-def _notices(table: Any) -> Mapping[str, str]:
-    if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
-        raise DialectError(f"notices is {table!r}, which is no table of texts")
-    missing = [key for key in NOTICES if key not in table]
-    unknown = [key for key in table if key not in (*NOTICES, GIVE_UP)]
-    if missing or unknown:
-        raise DialectError(f"[notice] lacks {missing} and has {unknown}; it takes {', '.join((*NOTICES, GIVE_UP))}")
-    return dict(table)
-
-
-def _folder() -> Traversable:
+def _package_folder() -> Traversable:
     return resources.files("gog_edge.policy.dialect")
 
 
-def _file(source: str | Path) -> Traversable:
+def _locate(source: str | Path) -> Traversable:
     if isinstance(source, Path):
         return source
     if source not in shipped():
-        raise DialectError(f"no dialect is named '{source}'; there are {', '.join(shipped())}, or give a file's path")
-    return _folder() / f"{source}.toml"
+        raise DialectError(f"unknown dialect '{source}'; use one of {', '.join(shipped())}, or the path of a TOML file")
+    return _package_folder() / f"{source}.toml"
 
 
-def _beside(file: Traversable, name: str) -> Traversable:
-    """A prompt file: it lies in the dialect's own folder, and its name can be no other part's of a policy."""
+def _prompt_file(file: Traversable, name: str) -> Traversable:
+    """Return a prompt file next to the dialect; its suffix keeps it from replacing another file of a policy folder."""
     if Path(name).name != name or not name.endswith(PROMPT_SUFFIXES):
-        raise DialectError(f"the prompt file '{name}' must lie beside the dialect and end in {PROMPT_SUFFIXES}")
-    return file.parent / name if isinstance(file, Path) else _folder() / name
+        raise DialectError(
+            f"the prompt file '{name}' must be in the folder of the dialect and end in {' or '.join(PROMPT_SUFFIXES)}"
+        )
+    return file.parent / name if isinstance(file, Path) else _package_folder() / name
 
 
-def _text(file: Traversable) -> str:
+def _read_text(file: Traversable) -> str:
     try:
         data = file.read_bytes()
         if len(data) > MAX_BYTES:
-            raise DialectError(f"'{file}' has {len(data)} bytes, more than {MAX_BYTES}; no prompt is that long")
+            raise DialectError(f"'{file}' has {len(data)} bytes, the limit for a dialect or prompt is {MAX_BYTES}")
         return data.decode()
     except (OSError, UnicodeDecodeError) as exc:
         raise DialectError(f"'{file}' cannot be read: {exc}") from exc

@@ -1,4 +1,4 @@
-"""One SQLite file of a pack, with FTS5: read-only, usable from several threads. `indexing.store_writer` writes it."""
+"""Read one segment of a pack's store: an SQLite file with an FTS5 index, which `indexing.store_writer` writes."""
 
 from __future__ import annotations
 
@@ -17,49 +17,48 @@ from numpy.typing import NDArray
 
 from gog_edge.errors import PackError
 from gog_edge.retrieval.manifest import Counts
-from gog_edge.retrieval.text.words import match_all, match_any
+from gog_edge.retrieval.text.tokens import fts5_all, fts5_any
 
-NEXT_NAMES = 64  # that are looked at for one that is another name
-SECTION = 1  # column of the word index
-STORE_SCHEMA = 2  # PRAGMA user_version of a finished store; 0 while it is written
-
-# All are opened at once: later the file may have lost its name, when newer generations have taken the place of its own.
+STORE_SCHEMA = 2  # PRAGMA user_version of a finished store; 0 while it is being written
+SECTION_COLUMN = 1  # of the FTS5 table `words`, whose columns are title, section and text
+MAX_NAMES_SCANNED = 64  # by `redirects_from`
+# All connections are opened at once: the file may be deleted later, when newer generations have replaced this one.
 CONNECTIONS = 4
-CACHE_KIB = 16_384  # of a connection; SQLite's own 2 MB lose the inner pages of a store of millions of rows
+CACHE_KIB = 16_384  # per connection; SQLite's default of 2 MB does not hold the inner pages of millions of rows
 _RANK = (
     "SELECT f.rowid, p.article, -f.rank "
     "FROM (SELECT rowid, rank FROM words WHERE words MATCH ? ORDER BY rank LIMIT ?) f "
     "JOIN paragraphs p ON p.id = f.rowid ORDER BY f.rank, f.rowid"
 )
-
-# An article's paragraphs have successive ids, which FTS5 can range over.
-_WITHIN = "AND rowid BETWEEN (SELECT first FROM articles WHERE id = ?) AND (SELECT last FROM articles WHERE id = ?)"
-
-# Without bm25(), which counts a word's paragraphs over the whole segment each time.
-_PLACES = f"SELECT rowid, highlight(words, {SECTION}, '', char(1)) FROM words WHERE words MATCH ? {_WITHIN}"
+# The paragraphs of an article have consecutive ids, so that FTS5 can restrict a search to a range of rows.
+_IN_ARTICLE = "AND rowid BETWEEN (SELECT first FROM articles WHERE id = ?) AND (SELECT last FROM articles WHERE id = ?)"
+# highlight() marks each occurrence; bm25() would count the term over the whole segment on every call.
+_SECTION_COUNTS = (
+    f"SELECT rowid, highlight(words, {SECTION_COLUMN}, '', char(1)) FROM words WHERE words MATCH ? {_IN_ARTICLE}"
+)
 _UNRANKED = (
     "SELECT f.rowid, p.article, 0.0 FROM (SELECT rowid FROM words WHERE words MATCH ? LIMIT ?) f "
     "JOIN paragraphs p ON p.id = f.rowid"
 )
-_SCORES = "SELECT rowid, -rank FROM words WHERE words MATCH ?"
-_HOLDS = f"SELECT 1 FROM words WHERE words MATCH ? {_WITHIN} LIMIT 1"
+_TERM_SCORES = "SELECT rowid, -rank FROM words WHERE words MATCH ?"
+_CONTAINS = f"SELECT 1 FROM words WHERE words MATCH ? {_IN_ARTICLE} LIMIT 1"
 _FREQUENCY = "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ?)"
-_GIVEN = "IN (SELECT value FROM json_each(?))"
+_IN_JSON = "IN (SELECT value FROM json_each(?))"  # a list of any length as one parameter
 
 
 @dataclass(frozen=True, slots=True)
-class NameHit:
-    """An article that bears a name."""
+class NameMatch:
+    """An article that has a title or redirect."""
 
     key: str
     name: str  # as written
     article: int
-    redirect: bool  # another name of the article, not its title
+    redirect: bool  # False: the title
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
-    """A paragraph that matches some words."""
+class ParagraphMatch:
+    """A paragraph that matches a query."""
 
     paragraph: int
     article: int
@@ -68,19 +67,19 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class ParagraphRow:
-    """A paragraph with what its citation needs."""
+    """A paragraph with the fields of a citation."""
 
     id: int
     title: str
     section: str
     text: str
     licence: str
-    start: int  # where it begins in the article's text: all paragraphs with an empty line between, in characters
+    start: int  # offset in the article's text (its paragraphs joined by an empty line), in characters
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
-    """An image in an article; position 0 is the article that is most the image's own."""
+class ImageLink:
+    """An image in an article; position 0 is the image's main article."""
 
     image: int
     article: int
@@ -89,8 +88,8 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureRow:
-    """An image without its pixels and without its articles."""
+class ImageLicence:
+    """Licence and attribution of an image."""
 
     id: int
     licence: str
@@ -98,17 +97,17 @@ class PictureRow:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredPicture:
-    """The file of an image, as it is served."""
+class ImageFile:
+    """The encoded file of an image."""
 
     data: bytes
     media_type: str
 
 
 class SegmentReader:
-    """Reads one segment, also when its file is removed meanwhile. Each call borrows one of a few connections.
+    """A read-only segment with a few connections; may be used from several threads, also after its file is deleted.
 
-    Every call raises PackError where it comes upon damaged pages.
+    Every method raises PackError if it reads a damaged page.
     """
 
     def __init__(self, path: Path) -> None:
@@ -121,7 +120,7 @@ class SegmentReader:
         """Open a store file.
 
         Raises:
-            PackError: not such a file, or written for another schema.
+            PackError: The file is not an SQLite database or has another schema.
         """
         reader = cls(path)
         try:
@@ -129,186 +128,195 @@ class SegmentReader:
             version = reader._connections[0].execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.Error as exc:
             reader.close()
-            raise PackError(f"pack: '{path}' is no SQLite store ({exc}); copy or build the pack again") from exc
+            raise PackError(f"pack: '{path}' is not an SQLite database ({exc}); copy or build the pack again") from exc
         if version != STORE_SCHEMA:
             reader.close()
-            raise PackError(f"pack: '{path}' has store schema {version}, wanted {STORE_SCHEMA}; build it again")
+            raise PackError(f"pack: '{path}' must have store schema {STORE_SCHEMA}, got {version}; build it again")
         return reader
 
     def close(self) -> None:
-        """Close all connections; nobody may be reading."""
+        """Close all connections. No read may be running."""
         for connection in self._connections:
             connection.close()
 
-    def check(self) -> None:
-        """Let SQLite look at every page; PackError with what it finds."""
-        said = self._value("PRAGMA integrity_check(1)")
-        if said != "ok":
-            raise PackError(f"pack: '{self._path}' is damaged ({said}); copy or build the pack again")
+    def check_integrity(self) -> None:
+        """Run SQLite's integrity check over every page. Raises PackError with the first problem."""
+        problem = self._value("PRAGMA integrity_check(1)")
+        if problem != "ok":
+            raise PackError(f"pack: '{self._path}' is damaged ({problem}); copy or build the pack again")
 
-    # --- what there is ------------------------------------------------------------------------
+    # --- rows ---------------------------------------------------------------------------------
 
     def counts(self) -> Counts:
-        """Rows, as they were counted when the segment was finished."""
+        """Return the row counts stored when the segment was finished."""
         rows = self._rows("SELECT articles, paragraphs, images FROM counted")
         if len(rows) != 1:
-            raise PackError(f"pack: '{self._path}' does not say how many rows it has; copy or build the pack again")
+            raise PackError(f"pack: '{self._path}' stores no row counts; copy or build the pack again")
         return Counts(*rows[0])
 
     def is_empty(self) -> bool:
-        """Whether it brings nothing: no article, image or name."""
+        """Return whether the segment has no article, image or name."""
         tables = ("articles", "images", "names")
         return not any(self._value(f"SELECT EXISTS (SELECT 1 FROM {table})") for table in tables)
 
-    def recount(self) -> Counts:
-        """Rows, counted now."""
+    def count_rows(self) -> Counts:
+        """Count the rows."""
         return Counts(*(self._value(f"SELECT count(*) FROM {table}") for table in ("articles", "paragraphs", "images")))
 
     def image_ids(self) -> NDArray[np.int64]:
-        """Ids of all images, sorted: [n] int64."""
+        """Return the ids of all images, sorted: [n] int64."""
         return self._ids("SELECT id FROM images ORDER BY id")
 
     def article_ids(self) -> NDArray[np.int64]:
-        """Ids of all articles, sorted: [n] int64."""
+        """Return the ids of all articles, sorted: [n] int64."""
         return self._ids("SELECT id FROM articles ORDER BY id")
 
+    def paragraph_ids(self) -> NDArray[np.int64]:
+        """Return the ids of all paragraphs, sorted: [n] int64."""
+        return self._ids("SELECT id FROM paragraphs ORDER BY id")
+
     def lead_images(self, first: int, last: int) -> NDArray[np.int64]:
-        """Ids within a range of images that show what their article is about, sorted: [n] int64."""
+        """Return the ids of lead images from `first` to `last`, sorted: [n] int64."""
         return self._ids("SELECT id FROM images WHERE lead AND id BETWEEN ? AND ? ORDER BY id", first, last)
 
-    def picture(self, image: int) -> StoredPicture | None:
-        """The stored file of an image, or None where there is no such image."""
+    def image_file(self, image: int) -> ImageFile | None:
+        """Return the stored file of an image, or None if the id is unknown."""
         rows = self._rows("SELECT data, media_type FROM pixels JOIN images ON id = image WHERE image = ?", image)
-        return StoredPicture(*rows[0]) if rows else None
+        return ImageFile(*rows[0]) if rows else None
 
-    def pictures(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
-        """Ids and files of a range of images, in order, one at a time."""
+    def image_files(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
+        """Yield ids and encoded files of the images from `first` to `last`, in order."""
         with self._connection() as connection:
             sql = "SELECT image, data FROM pixels WHERE image BETWEEN ? AND ? ORDER BY image"
             yield from connection.execute(sql, (first, last))
 
-    def picture_rows(self, ids: Iterable[int]) -> list[PictureRow]:
-        """Images that are here, of those asked for."""
+    def image_licences(self, ids: Iterable[int]) -> list[ImageLicence]:
+        """Return licence and attribution of images; ids of other segments are skipped."""
         sql = ("SELECT images.id, licences.name, attribution FROM images JOIN licences ON licences.id = licence "
-               f"WHERE images.id {_GIVEN}")
-        return [PictureRow(*row) for row in self._rows(sql, _json(ids))]
+               f"WHERE images.id {_IN_JSON}")
+        return [ImageLicence(*row) for row in self._rows(sql, _json(ids))]
 
-    def links_of(self, images: Iterable[int]) -> list[Link]:
-        """What this segment says of the articles that images stand in; the images may be another segment's."""
-        sql = f"SELECT image, article, position, caption FROM links WHERE image {_GIVEN} ORDER BY image, position"
-        return [Link(*row) for row in self._rows(sql, _json(images))]
+    def links_of_images(self, images: Iterable[int]) -> list[ImageLink]:
+        """Return this segment's links of images, which may be stored in other segments."""
+        sql = f"SELECT image, article, position, caption FROM links WHERE image {_IN_JSON} ORDER BY image, position"
+        return [ImageLink(*row) for row in self._rows(sql, _json(images))]
 
-    def links_in(self, articles: Iterable[int]) -> list[Link]:
-        """The images that this segment gives to articles, those that are most an article's own first."""
-        sql = f"SELECT image, article, position, caption FROM links WHERE article {_GIVEN} ORDER BY position, image"
-        return [Link(*row) for row in self._rows(sql, _json(articles))]
+    def links_of_articles(self, articles: Iterable[int]) -> list[ImageLink]:
+        """Return this segment's links of articles, by position."""
+        sql = f"SELECT image, article, position, caption FROM links WHERE article {_IN_JSON} ORDER BY position, image"
+        return [ImageLink(*row) for row in self._rows(sql, _json(articles))]
 
-    def captions(self, after: tuple[int, int], count: int) -> list[Link]:
-        """The next links behind (image, article), in that order, less those whose caption was embedded before."""
+    def captions(self, after: tuple[int, int], count: int) -> list[ImageLink]:
+        """Return the next `count` links after (image, article) whose captions are not embedded yet, in that order."""
         sql = ("SELECT image, article, position, caption FROM links WHERE (image, article) > (?, ?) AND NOT known "
                "ORDER BY image, article LIMIT ?")
-        return [Link(*row) for row in self._rows(sql, *after, count)]
+        return [ImageLink(*row) for row in self._rows(sql, *after, count)]
 
     def titles(self, articles: Iterable[int]) -> dict[int, str]:
-        """Titles by id, of the articles that are here."""
-        return dict(self._rows(f"SELECT id, title FROM articles WHERE id {_GIVEN}", _json(articles)))
+        """Return titles by article id; articles of other segments are skipped."""
+        return dict(self._rows(f"SELECT id, title FROM articles WHERE id {_IN_JSON}", _json(articles)))
 
     def paragraphs(self, ids: Iterable[int]) -> dict[int, ParagraphRow]:
-        """Paragraphs by id, of those that are here."""
+        """Return paragraphs by id; paragraphs of other segments are skipped."""
         rows = self._rows(
             "SELECT p.id, a.title, s.title, p.text, l.name, p.start FROM paragraphs p "
             "JOIN articles a ON a.id = p.article JOIN sections s ON s.id = p.section "
-            f"JOIN licences l ON l.id = a.licence WHERE p.id {_GIVEN}",
+            f"JOIN licences l ON l.id = a.licence WHERE p.id {_IN_JSON}",
             _json(ids),
         )
         return {row[0]: ParagraphRow(*row) for row in rows}
 
     def articles_of(self, paragraphs: Iterable[int]) -> dict[int, int]:
-        """The article of each paragraph that is here."""
-        return dict(self._rows(f"SELECT id, article FROM paragraphs WHERE id {_GIVEN}", _json(paragraphs)))
+        """Return the article of each paragraph: paragraph id -> article id."""
+        return dict(self._rows(f"SELECT id, article FROM paragraphs WHERE id {_IN_JSON}", _json(paragraphs)))
 
-    def leads(self, articles: Iterable[int]) -> dict[int, int]:
-        """The first paragraph of each article that is here and has one."""
-        return dict(self._rows(f"SELECT id, first FROM articles WHERE id {_GIVEN} AND first <= last", _json(articles)))
+    def lead_paragraphs(self, articles: Iterable[int]) -> dict[int, int]:
+        """Return the first paragraph of each article that has one: article id -> paragraph id."""
+        sql = f"SELECT id, first FROM articles WHERE id {_IN_JSON} AND first <= last"
+        return dict(self._rows(sql, _json(articles)))
 
-    def known(self, keys: Iterable[str]) -> dict[str, tuple[int, bytes]]:
-        """Id and digest by key, of the articles that are here."""
-        rows = self._rows(f"SELECT key, id, digest FROM articles WHERE key {_GIVEN}", _json(keys))
+    def paragraph_ranges(self, articles: Iterable[int]) -> list[tuple[int, int]]:
+        """Return the first and last paragraph of each article that has any; articles of other segments are skipped."""
+        return self._rows(f"SELECT first, last FROM articles WHERE id {_IN_JSON} AND first <= last", _json(articles))
+
+    def articles_by_key(self, keys: Iterable[str]) -> dict[str, tuple[int, bytes]]:
+        """Return id and content digest of articles by key."""
+        rows = self._rows(f"SELECT key, id, digest FROM articles WHERE key {_IN_JSON}", _json(keys))
         return {key: (article, digest) for key, article, digest in rows}
 
-    def keys(self, batch: int) -> Iterator[dict[str, int]]:
-        """Ids by key of all articles, a batch at a time."""
+    def key_batches(self, batch: int) -> Iterator[dict[str, int]]:
+        """Yield the ids of all articles by key, `batch` at a time."""
         with self._connection() as connection:
             cursor = connection.execute("SELECT key, id FROM articles ORDER BY id")
             while rows := cursor.fetchmany(batch):
                 yield dict(rows)
 
-    def keys_of(self, articles: Iterable[int]) -> dict[int, str]:
-        """Keys by id, of the articles that are here."""
-        return dict(self._rows(f"SELECT id, key FROM articles WHERE id {_GIVEN}", _json(articles)))
+    def article_keys(self, articles: Iterable[int]) -> dict[int, str]:
+        """Return keys by article id."""
+        return dict(self._rows(f"SELECT id, key FROM articles WHERE id {_IN_JSON}", _json(articles)))
 
-    def kept(self) -> frozenset[int]:
-        """Articles of earlier segments that the source of this one holds unchanged."""
+    def unchanged_articles(self) -> frozenset[int]:
+        """Return the articles of earlier segments that are unchanged in this segment's source."""
         return frozenset(row[0] for row in self._rows("SELECT article FROM kept"))
 
     def paragraph_count(self, articles: Iterable[int]) -> int:
-        """How many paragraphs some articles have together, of those that are here."""
-        return int(self._value(f"SELECT coalesce(sum(last - first + 1), 0) FROM articles WHERE id {_GIVEN}",
+        """Return the total number of paragraphs of some articles."""
+        return int(self._value(f"SELECT coalesce(sum(last - first + 1), 0) FROM articles WHERE id {_IN_JSON}",
                                _json(articles)))
 
     def skipped(self) -> list[tuple[str, int, list[str]]]:
-        """What was left out when this segment was written: reason, how many, some of them; the most first."""
+        """Return what the build skipped: (reason, count, examples), the most frequent reason first."""
         rows = self._rows("SELECT reason, count, examples FROM skipped ORDER BY count DESC, reason")
         return [(reason, count, json.loads(examples)) for reason, count, examples in rows]
 
-    def image_with(self, digest: bytes) -> int | None:
-        """The image whose file has this sha256."""
+    def image_by_digest(self, digest: bytes) -> int | None:
+        """Return the id of the image whose file has this sha256, or None."""
         rows = self._rows("SELECT id FROM images WHERE sha256 = ?", digest)
         return int(rows[0][0]) if rows else None
 
     # --- search -------------------------------------------------------------------------------
 
-    def named(self, keys: Iterable[str]) -> list[NameHit]:
-        """Articles whose title or redirect has one of these keys (see `name_key`), titles before redirects."""
-        sql = f"SELECT key, name, article, redirect FROM names WHERE key {_GIVEN} ORDER BY redirect, article"
-        return [NameHit(key, name, article, bool(redirect)) for key, name, article, redirect in
+    def find_names(self, keys: Iterable[str]) -> list[NameMatch]:
+        """Return articles with a title or redirect of one of these keys (see `name_key`), titles first."""
+        sql = f"SELECT key, name, article, redirect FROM names WHERE key {_IN_JSON} ORDER BY redirect, article"
+        return [NameMatch(key, name, article, bool(redirect)) for key, name, article, redirect in
                 self._rows(sql, _json(keys))]
 
-    def names_from(self, start: str, limit: int) -> list[str]:
-        """Titles whose key (see `name_key`) begins with `start`, as written; at most `limit`."""
+    def titles_with_prefix(self, start: str, limit: int) -> list[str]:
+        """Return up to `limit` titles, as written, whose key (see `name_key`) begins with `start`."""
         sql = "SELECT name FROM names WHERE key >= ? AND key < ? AND NOT redirect ORDER BY key LIMIT ?"
         return [row[0] for row in self._rows(sql, start, start + "\U0010ffff", limit)]
 
-    def redirects(self, key: str, count: int) -> list[str]:
-        """Other names of articles, as written, from a key (see `name_key`) on: those among the next few names."""
-        near = f"SELECT name, redirect FROM names WHERE key >= ? ORDER BY key LIMIT {NEXT_NAMES}"
+    def redirects_from(self, key: str, count: int) -> list[str]:
+        """Return up to `count` redirects, as written, among the next MAX_NAMES_SCANNED names from a `name_key` on."""
+        near = f"SELECT name, redirect FROM names WHERE key >= ? ORDER BY key LIMIT {MAX_NAMES_SCANNED}"
         return [row[0] for row in self._rows(f"SELECT name FROM ({near}) WHERE redirect LIMIT ?", key, count)]
 
-    def rank(self, terms: Sequence[str], limit: int) -> list[Match]:
-        """Paragraphs that hold any of `terms` (as `search_terms` gives them) by BM25: the more, the longer."""
-        return [Match(*row) for row in self._rows(_RANK, match_any(terms), limit)]
+    def rank(self, terms: Sequence[str], limit: int) -> list[ParagraphMatch]:
+        """Return up to `limit` paragraphs with any of `terms` (see `search_terms`), best BM25 score first."""
+        return [ParagraphMatch(*row) for row in self._rows(_RANK, fts5_any(terms), limit)]
 
-    def scores(self, term: str) -> list[tuple[int, float]]:
-        """Every paragraph that holds a term, and its BM25, in no order."""
-        return self._rows(_SCORES, match_any([term]))
+    def term_scores(self, term: str) -> list[tuple[int, float]]:
+        """Return (paragraph, BM25 score) of every paragraph with a term, in no order."""
+        return self._rows(_TERM_SCORES, fts5_any([term]))
 
-    def first_holding(self, terms: Sequence[str], limit: int) -> list[Match]:
-        """The first paragraphs that hold all of `terms`, without a score."""
-        return [Match(*row) for row in self._rows(_UNRANKED, match_all(terms), limit)]
+    def first_with_all(self, terms: Sequence[str], limit: int) -> list[ParagraphMatch]:
+        """Return the first `limit` paragraphs with all of `terms`, with score 0."""
+        return [ParagraphMatch(*row) for row in self._rows(_UNRANKED, fts5_all(terms), limit)]
 
-    def places(self, article: int, term: str) -> dict[int, int]:
-        """The paragraphs of an article that hold a term, and how often it stands in their section's title."""
-        rows = self._rows(_PLACES, match_any([term]), article, article)
+    def section_counts(self, article: int, term: str) -> dict[int, int]:
+        """Return the paragraphs of an article with a term: paragraph id -> occurrences in its section's title."""
+        rows = self._rows(_SECTION_COUNTS, fts5_any([term]), article, article)
         return {paragraph: section.count("\x01") for paragraph, section in rows}
 
     def frequency(self, term: str) -> int:
-        """How many paragraphs hold a term."""
+        """Return the number of paragraphs with a term."""
         rows = self._rows("SELECT paragraphs FROM common WHERE term = ?", term)
-        return int(rows[0][0]) if rows else int(self._value(_FREQUENCY, match_any([term])))
+        return int(rows[0][0]) if rows else int(self._value(_FREQUENCY, fts5_any([term])))
 
-    def holds(self, article: int, term: str) -> bool:
-        """Whether an article (title and sections included) holds a term."""
-        return bool(self._rows(_HOLDS, match_any([term]), article, article))
+    def contains(self, article: int, term: str) -> bool:
+        """Return whether an article, its title or a section title contains a term."""
+        return bool(self._rows(_CONTAINS, fts5_any([term]), article, article))
 
     # --- connections --------------------------------------------------------------------------
 
@@ -324,7 +332,7 @@ class SegmentReader:
         return self._rows(sql, *values)[0][0]
 
     def _connect(self) -> None:
-        # immutable: a pack's files never change, so SQLite may skip locks and works on read-only media.
+        # immutable: a pack's files never change; SQLite then takes no locks and works on read-only media.
         source = f"file:{quote(str(self._path.resolve()))}?mode=ro&immutable=1"
         for _ in range(CONNECTIONS):
             connection = sqlite3.connect(source, uri=True, check_same_thread=False)
@@ -339,10 +347,10 @@ class SegmentReader:
         try:
             yield connection
         except sqlite3.ProgrammingError:
-            raise  # a fault of ours
+            raise  # a programming error, not damage
         except sqlite3.DatabaseError as exc:
-            raise PackError(f"pack: '{self._path}' is damaged ({exc}); verify the pack, and copy or build it again "
-                            "if it is") from exc
+            raise PackError(f"pack: '{self._path}' is damaged ({exc}); check it with `gog-edge pack verify`, and copy "
+                            "or build the pack again") from exc
         finally:
             self._idle.put(connection)
 

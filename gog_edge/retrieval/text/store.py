@@ -1,4 +1,8 @@
-"""BM25 over several segments: a small segment's own word counts would value its words wrongly."""
+"""The store of a pack: its SQLite segments read as one, with BM25 over all of them.
+
+A paragraph must rank alike in whichever segment it is stored. FTS5 takes document frequencies from the segment alone;
+in a small segment they are unlike those of the pack, and scores are corrected by the ratio of the two idf values.
+"""
 
 from __future__ import annotations
 
@@ -8,62 +12,29 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from functools import partial
 from heapq import nsmallest
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gog_edge.retrieval.manifest import Counts, Segment
-from gog_edge.retrieval.text.segment import Link, Match, NameHit, ParagraphRow, SegmentReader, StoredPicture
+from gog_edge.retrieval.text.segment import (
+    ImageFile,
+    ImageLink,
+    NameMatch,
+    ParagraphMatch,
+    ParagraphRow,
+    SegmentReader,
+)
 
-K1 = 1.2  # FTS5's own
-LEAST_IDF = 1e-6  # what FTS5 takes where a word stands in half the rows or more
-
-
-def idf(rows: int, holding: int) -> float:
-    """How much a word tells that `holding` of `rows` paragraphs hold, as FTS5's bm25() reckons it.
-
-    The formula is that of https://sqlite.org/fts5.html#the_bm25_function.
-    """
-    value = math.log((rows - holding + 0.5) / (holding + 0.5))
-    return value if value > 0 else LEAST_IDF
-
-
-def rank_by(reader: SegmentReader, factors: Mapping[str, float], limit: int) -> list[Match]:
-    """A segment's best paragraphs, the part of each word in BM25 times its factor: what it is worth elsewhere.
-
-    Every paragraph that holds a word counts, whatever the segment's own order: for words that stand in few.
-    """
-    found: dict[int, float] = {}
-    for term, factor in factors.items():
-        for paragraph, score in reader.scores(term):
-            found[paragraph] = found.get(paragraph, 0.0) + factor * score
-    best = nsmallest(limit, found, key=lambda paragraph: (-found[paragraph], paragraph))
-    articles = reader.articles_of(best)
-    return [Match(paragraph, articles[paragraph], found[paragraph]) for paragraph in best]
-
-
-def rank_within(reader: SegmentReader, article: int, worths: Mapping[str, float], limit: int) -> list[Match]:
-    """An article's best paragraphs for words of given worth, in time that does not grow with the segment.
-
-    bm25() would count each word over the whole segment. Here a word counts once, and again for each time that it stands
-    in the section's title: lengths and repetitions tell little among the paragraphs of one article.
-    """
-    found: dict[int, float] = {}
-    for term, worth in worths.items():
-        for paragraph, in_section in reader.places(article, term).items():
-            count = 1 + in_section
-            found[paragraph] = found.get(paragraph, 0.0) + worth * count * (K1 + 1) / (count + K1)
-    best = sorted(found, key=lambda paragraph: (-found[paragraph], paragraph))[:limit]
-    return [Match(paragraph, article, found[paragraph]) for paragraph in best]
-
-
-REMEMBERED_TERMS = 50_000
-REMEMBERED_IMAGES = 100_000  # rows without pixels, about 50 MB
-
-# Paragraphs that one query may make BM25 look at: a word that stands everywhere tells little and costs most.
-AFFORDABLE_PARAGRAPHS = 20_000
-NEARLY_ALL = 0.95  # of the pack's paragraphs: words are worth in such a segment what they are worth in the pack
+K1 = 1.2  # of BM25, as in FTS5
+MIN_IDF = 1e-6  # FTS5's value for a term in half of the rows or more
+MAX_CACHED_TERMS = 50_000
+MAX_CACHED_IMAGES = 100_000  # rows without pixels, about 50 MB
+# Paragraphs that BM25 may score for one query. Terms that occur in more of them say little and cost the most.
+MAX_SCORED_PARAGRAPHS = 20_000
+DOMINANT_SHARE = 0.95  # a segment with this share of the pack's paragraphs has the pack's idf values, near enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,73 +50,81 @@ class ImageRow:
 
 
 class Store:
-    """Reads the segments of a pack; usable from several threads."""
+    """The segments of a pack, without deleted articles; may be read from several threads."""
 
-    def __init__(self, segments: Sequence[tuple[Segment, SegmentReader]], gone: Collection[int] = ()) -> None:
-        """`gone`: ids of articles that are no longer there."""
-        self._segments = list(segments)
-        self._gone = frozenset(gone)
-        self._images: dict[int, ImageRow] = {}
-        self._frequencies: dict[str, tuple[int, ...]] = {}  # of each segment
+    def __init__(self, segments: Sequence[tuple[Segment, SegmentReader]], deleted: Collection[int] = ()) -> None:
+        """Combine open segments, the oldest first; `deleted` are ids of articles."""
+        self._segments = [segment for segment, _ in segments]
+        self._readers = [reader for _, reader in segments]
+        self._deleted = frozenset(deleted)
+        self._paragraphs = sum(segment.counts.paragraphs for segment in self._segments)
+        # First and last id of each segment, by kind. Ids rise from segment to segment.
+        self._ranges: dict[str, tuple[list[int], list[int]]] = {}
+        for kind in ("articles", "paragraphs", "images"):
+            ranges = [getattr(segment, kind) for segment in self._segments]
+            self._ranges[kind] = [one.first for one in ranges], [one.last for one in ranges]
+        self._images: dict[int, ImageRow] = {}  # cache
+        self._frequencies: dict[str, tuple[int, ...]] = {}  # cache: per segment, by term
 
     @classmethod
-    def open(cls, folder: Path, segments: Sequence[Segment], gone: Collection[int] = ()) -> Store:
+    def open(cls, folder: Path, segments: Sequence[Segment], deleted: Collection[int] = ()) -> Store:
         """Open every segment below a pack's folder. Raises PackError as `SegmentReader.open` does."""
-        readers: list[tuple[Segment, SegmentReader]] = []
+        opened: list[tuple[Segment, SegmentReader]] = []
         try:
             for segment in segments:
-                readers.append((segment, SegmentReader.open(folder / segment.store)))
+                opened.append((segment, SegmentReader.open(folder / segment.store)))
         except BaseException:
-            for _, reader in readers:
+            for _, reader in opened:
                 reader.close()
             raise
-        return cls(readers, gone)
+        return cls(opened, deleted)
 
     @property
     def readers(self) -> list[SegmentReader]:
-        """One for each segment, the oldest first."""
-        return [reader for _, reader in self._segments]
+        """Return the readers of all segments, the oldest first."""
+        return self._readers
 
     def close(self) -> None:
-        """Close all connections; nobody may be reading."""
-        for reader in self.readers:
+        """Close all connections. No read may be running."""
+        for reader in self._readers:
             reader.close()
 
-    # --- what there is ------------------------------------------------------------------------
+    # --- rows ---------------------------------------------------------------------------------
 
     def counts(self) -> Counts:
-        """Rows of all segments, dead ones included."""
-        each = [segment.counts for segment, _ in self._segments]
+        """Return the row counts of all segments, deleted rows included."""
+        each = [segment.counts for segment in self._segments]
         return Counts(*(sum(getattr(one, name) for one in each) for name in Counts.__slots__))
 
     def image_ids(self) -> NDArray[np.int64]:
-        """Ids of all images, sorted, dead ones included: [n] int64."""
-        return np.concatenate([np.empty(0, np.int64), *(reader.image_ids() for reader in self.readers)])
+        """Return the ids of all images, deleted ones included, sorted: [n] int64."""
+        return np.concatenate([np.empty(0, np.int64), *(reader.image_ids() for reader in self._readers)])
 
-    def picture(self, image: int) -> StoredPicture | None:
-        """The stored file of an image, or None where there is no such image."""
-        reader = self._holding("images", image)
-        return reader.picture(image) if reader else None
+    def image_file(self, image: int) -> ImageFile | None:
+        """Return the stored file of an image, or None if the id is unknown."""
+        reader = self._reader_of("images", image)
+        return reader.image_file(image) if reader else None
 
     def images(self, ids: Collection[int]) -> dict[int, ImageRow]:
-        """Images by id, with their live articles. Rows are remembered: nothing changes while a pack is open."""
-        known = self._images
-        found = {image: known[image] for image in ids if image in known}
+        """Return images by id, with their live articles. Rows are cached: an open pack does not change."""
+        cache = self._images
+        found = {image: cache[image] for image in ids if image in cache}
         missing = [image for image in ids if image not in found]
         if missing:
             found |= self._read_images(missing)
-            if len(known) > REMEMBERED_IMAGES:
-                known = self._images = {}  # a new one: other threads may still read the old
-            known.update(found)
+            if len(cache) > MAX_CACHED_IMAGES:
+                cache = self._images = {}  # a new dict: other threads may still read the old one
+            cache.update(found)
         return found
 
     def _read_images(self, ids: Sequence[int]) -> dict[int, ImageRow]:
-        rows = [row for reader, own in self._split("images", ids) for row in reader.picture_rows(own)]
-        links: dict[int, list[Link]] = {row.id: [] for row in rows}
-        for link in self._live(link for reader in self.readers for link in reader.links_of(links)):
-            links[link.image].append(link)
+        rows = [row for reader, own in self._split("images", ids) for row in reader.image_licences(own)]
+        links: dict[int, list[ImageLink]] = {row.id: [] for row in rows}
+        for link in (link for reader in self._readers for link in reader.links_of_images(links)):
+            if link.article not in self._deleted:
+                links[link.image].append(link)
         for own in links.values():
-            own.sort(key=lambda link: link.position)  # of all segments: the same when they are one
+            own.sort(key=lambda link: link.position)  # merges segments; a stable sort keeps the order within each
         titles = self.titles({link.article for own in links.values() for link in own})
         return {
             row.id: ImageRow(
@@ -160,148 +139,199 @@ class Store:
         }
 
     def main_images(self, articles: Iterable[int], without: Collection[int] = ()) -> dict[int, int]:
-        """The image of each article that is most its own: article id -> image id; never one of `without`."""
+        """Return the main image of each article, skipping images in `without`: article id -> image id."""
         wanted = list(articles)
-        found: dict[int, Link] = {}
-        for link in (link for reader in self.readers for link in reader.links_in(wanted)):
+        found: dict[int, ImageLink] = {}
+        for link in (link for reader in self._readers for link in reader.links_of_articles(wanted)):
             best = found.get(link.article)
             if link.image not in without and (best is None or link.position < best.position):
                 found[link.article] = link
         return {article: link.image for article, link in found.items()}
 
-    def article(self, key: str) -> int | None:
-        """The live article of a key, or None where there is none."""
-        found = (reader.known([key]).get(key) for reader in reversed(self.readers))
-        return next((one[0] for one in found if one is not None and one[0] not in self._gone), None)
+    def article_by_key(self, key: str) -> int | None:
+        """Return the id of the live article with a key, or None."""
+        found = (reader.articles_by_key([key]).get(key) for reader in reversed(self._readers))
+        return next((one[0] for one in found if one is not None and one[0] not in self._deleted), None)
 
     def titles(self, articles: Iterable[int]) -> dict[int, str]:
-        """Titles by article id."""
+        """Return titles by article id."""
         found: dict[int, str] = {}
         for reader, own in self._split("articles", articles):
             found |= reader.titles(own)
         return found
 
     def paragraphs(self, ids: Iterable[int]) -> dict[int, ParagraphRow]:
-        """Paragraphs by id."""
+        """Return paragraphs by id."""
         found: dict[int, ParagraphRow] = {}
         for reader, own in self._split("paragraphs", ids):
             found |= reader.paragraphs(own)
         return found
 
-    def leads(self, articles: Iterable[int]) -> dict[int, int]:
-        """The first paragraph of each article that has one."""
+    def paragraph_ids(self) -> NDArray[np.int64]:
+        """Return the ids of all paragraphs, deleted ones included, sorted: [n] int64."""
+        return np.concatenate([np.empty(0, np.int64), *(reader.paragraph_ids() for reader in self._readers)])
+
+    def deleted_paragraphs(self) -> NDArray[np.int64]:
+        """Return the sorted ids of the paragraphs of deleted articles."""
+        return paragraphs_of(self._readers, self._deleted)
+
+    def articles_of(self, paragraphs: Iterable[int]) -> dict[int, int]:
+        """Return the article of each paragraph: paragraph id -> article id."""
+        found: dict[int, int] = {}
+        for reader, own in self._split("paragraphs", paragraphs):
+            found |= reader.articles_of(own)
+        return found
+
+    def lead_paragraphs(self, articles: Iterable[int]) -> dict[int, int]:
+        """Return the first paragraph of each article that has one: article id -> paragraph id."""
         found: dict[int, int] = {}
         for reader, own in self._split("articles", articles):
-            found |= reader.leads(own)
+            found |= reader.lead_paragraphs(own)
         return found
 
     # --- search -------------------------------------------------------------------------------
 
-    def named(self, keys: Collection[str]) -> list[NameHit]:
-        """Live articles whose title or redirect has one of these keys (see `name_key`), titles before redirects."""
-        hits = [hit for reader in self.readers for hit in reader.named(keys) if hit.article not in self._gone]
-        return sorted(hits, key=lambda hit: (hit.redirect, hit.article))
+    def find_names(self, keys: Collection[str]) -> list[NameMatch]:
+        """Return live articles with a title or redirect of one of these keys (see `name_key`), titles first."""
+        found = [name for reader in self._readers for name in reader.find_names(keys)]
+        return sorted((name for name in found if name.article not in self._deleted),
+                      key=lambda name: (name.redirect, name.article))
 
-    def rank(self, terms: Sequence[str], limit: int, article: int | None = None) -> list[Match]:
-        """Paragraphs that hold any of `terms` (as `search_terms` gives them) by BM25, of one article or of all.
+    def rank(self, terms: Sequence[str], limit: int) -> list[ParagraphMatch]:
+        """Return up to `limit` paragraphs with any of `terms` (see `search_terms`), best BM25 score first.
 
-        Over all articles, the commonest of many terms are left out where they would make the search slow. Where all are
-        that common, paragraphs that hold all of them come, or else the rarest, in no order.
+        The most frequent terms are ignored if scoring them would visit more than MAX_SCORED_PARAGRAPHS. If all terms
+        are that frequent, paragraphs with all of them are returned, or else with the rarest one, in no order.
         """
-        if not terms:
+        scored = self._scorable(terms)
+        if not scored:
+            return self._first_with_all(terms, limit)
+        each = (self._rank_segment(segment, scored, limit) for segment in range(len(self._segments)))
+        return sorted(chain.from_iterable(each), key=lambda match: (-match.score, match.paragraph))[:limit]
+
+    def rank_within(self, article: int, terms: Sequence[str], limit: int) -> list[ParagraphMatch]:
+        """Return up to `limit` paragraphs of one article with any of `terms`, best first.
+
+        The score is BM25 with b = 0 and a term frequency of one, plus one for each occurrence in the section's title:
+        length and repetition say little among the paragraphs of one article. FTS5's bm25() would count each term over
+        the whole segment.
+        """
+        reader = self._reader_of("articles", article)
+        if reader is None:
             return []
-        if article is not None:
-            reader = self._holding("articles", article)
-            return rank_within(reader, article, self._worths(terms), limit) if reader else []
-        affordable = self._affordable(terms)
-        if not affordable:
-            return self._first_holding(terms, limit)
-        found = [match for place in range(len(self._segments)) for match in self._rank_live(place, affordable, limit)]
-        return sorted(found, key=lambda match: (-match.score, match.paragraph))[:limit]
-
-    def _affordable(self, terms: Sequence[str]) -> list[str]:
-        """The rarest terms whose paragraphs can be looked at; none where even the rarest stands in too many."""
-        kept: list[str] = []
-        spent = 0
-        for term in sorted(terms, key=self.frequency):
-            spent += self.frequency(term)
-            if spent > AFFORDABLE_PARAGRAPHS:
-                break
-            kept.append(term)
-        return kept if any(self.frequency(term) for term in kept) else []
-
-    def _first_holding(self, terms: Sequence[str], limit: int) -> list[Match]:
-        worths = self._worths(terms)
-        for wanted in (list(worths), sorted(worths, key=self.frequency)[:1]):
-            score = sum(worths[term] for term in wanted)
-            readers = self.readers if wanted else []
-            found = [match for reader in readers
-                     for match in self._live_matches(partial(reader.first_holding, wanted), limit)]
-            live = [replace(match, score=score) for match in found]
-            if live:
-                return live[:limit]
-        return []
-
-    def _worths(self, terms: Sequence[str]) -> dict[str, float]:
-        """The idf of each term that the pack holds."""
-        rows = self.counts().paragraphs
-        return {term: idf(rows, self.frequency(term)) for term in terms if self.frequency(term)}
-
-    def _rank_live(self, place: int, terms: Sequence[str], limit: int) -> list[Match]:
-        reader = self.readers[place]
-        rows, own = self.counts().paragraphs, self._segments[place][0].counts.paragraphs
-        if own >= NEARLY_ALL * rows:  # it values words as the whole pack does, and ranks them quickest
-            return self._live_matches(partial(reader.rank, terms), limit)
-        held = [(term, self._frequencies_of(term)[place]) for term in terms]
-        factors = {term: idf(rows, self.frequency(term)) / idf(own, count) for term, count in held if count}
-        return self._live_matches(partial(rank_by, reader, factors), limit)
-
-    def _live_matches(self, find: Callable[[int], list[Match]], limit: int) -> list[Match]:
-        """The first that are still there, of what `find` gives when it is asked for so many."""
-        asked = limit
-        while True:
-            matches = find(asked)
-            live = [match for match in matches if match.article not in self._gone]
-            if len(live) >= limit or len(matches) < asked:
-                return live[:limit]
-            asked *= 2
+        scores: dict[int, float] = {}
+        for term, weight in self._idfs(terms).items():
+            for paragraph, in_title in reader.section_counts(article, term).items():
+                count = 1 + in_title
+                scores[paragraph] = scores.get(paragraph, 0.0) + weight * count * (K1 + 1) / (count + K1)
+        best = sorted(scores, key=lambda paragraph: (-scores[paragraph], paragraph))[:limit]
+        return [ParagraphMatch(paragraph, article, scores[paragraph]) for paragraph in best]
 
     def frequency(self, term: str) -> int:
-        """How many paragraphs hold a term, dead ones included; counts are remembered."""
-        return sum(self._frequencies_of(term))
+        """Return the number of paragraphs that contain a term, deleted ones included. Results are cached."""
+        return sum(self._segment_frequencies(term))
 
-    def _frequencies_of(self, term: str) -> tuple[int, ...]:
+    def contains(self, article: int, term: str) -> bool:
+        """Return whether an article, its title or a section title contains a term."""
+        reader = self._reader_of("articles", article)
+        return reader.contains(article, term) if reader else False
+
+    def _scorable(self, terms: Sequence[str]) -> list[str]:
+        """Return the rarest terms that BM25 can score; none if even the rarest occurs in too many paragraphs."""
+        scored: list[str] = []
+        visited = 0
+        for term in sorted(terms, key=self.frequency):
+            visited += self.frequency(term)
+            if visited > MAX_SCORED_PARAGRAPHS:
+                break
+            scored.append(term)
+        return scored if any(self.frequency(term) for term in scored) else []
+
+    def _rank_segment(self, segment: int, terms: Sequence[str], limit: int) -> list[ParagraphMatch]:
+        """Rank the live paragraphs of one segment with the idf values of the whole pack."""
+        reader, own = self._readers[segment], self._segments[segment].counts.paragraphs
+        if own >= DOMINANT_SHARE * self._paragraphs:  # the fast path: FTS5 ranks by itself
+            return self._live(partial(reader.rank, terms), limit)
+        in_segment = {term: self._segment_frequencies(term)[segment] for term in terms}
+        factors = {term: idf(self._paragraphs, self.frequency(term)) / idf(own, count)
+                   for term, count in in_segment.items() if count}
+        return self._live(partial(_rank_scaled, reader, factors), limit)
+
+    def _first_with_all(self, terms: Sequence[str], limit: int) -> list[ParagraphMatch]:
+        weights = self._idfs(terms)
+        for wanted in (list(weights), sorted(weights, key=self.frequency)[:1]):
+            score = sum(weights[term] for term in wanted)
+            readers = self._readers if wanted else []
+            found = [match for reader in readers for match in self._live(partial(reader.first_with_all, wanted), limit)]
+            if found:
+                return [replace(match, score=score) for match in found[:limit]]
+        return []
+
+    def _live(self, fetch: Callable[[int], list[ParagraphMatch]], limit: int) -> list[ParagraphMatch]:
+        """Return the first `limit` matches of live articles; `fetch` returns as many matches as it is asked for."""
+        count = limit
+        while True:
+            matches = fetch(count)
+            live = [match for match in matches if match.article not in self._deleted]
+            if len(live) >= limit or len(matches) < count:
+                return live[:limit]
+            count *= 2
+
+    def _idfs(self, terms: Sequence[str]) -> dict[str, float]:
+        """Return the idf of each term that occurs in the pack."""
+        return {term: idf(self._paragraphs, self.frequency(term)) for term in terms if self.frequency(term)}
+
+    def _segment_frequencies(self, term: str) -> tuple[int, ...]:
         counts = self._frequencies.get(term)
         if counts is None:
-            counts = tuple(reader.frequency(term) for reader in self.readers)
-            if len(self._frequencies) > REMEMBERED_TERMS:
+            counts = tuple(reader.frequency(term) for reader in self._readers)
+            if len(self._frequencies) > MAX_CACHED_TERMS:
                 self._frequencies = {}
             self._frequencies[term] = counts
         return counts
 
-    def holds(self, article: int, term: str) -> bool:
-        """Whether an article (title and sections included) holds a term."""
-        reader = self._holding("articles", article)
-        return reader.holds(article, term) if reader else False
+    # --- segments by id -----------------------------------------------------------------------
 
-    # --- segments -----------------------------------------------------------------------------
-
-    def _live(self, links: Iterable[Link]) -> Iterator[Link]:
-        return (link for link in links if link.article not in self._gone)
-
-    def _holding(self, kind: str, number: int) -> SegmentReader | None:
-        """The segment whose span of `kind` has this id: spans rise from segment to segment."""
-        place = bisect_right(self._segments, number, key=lambda pair: int(getattr(pair[0], kind).first)) - 1
-        if place < 0:
-            return None
-        segment, reader = self._segments[place]
-        return reader if number in getattr(segment, kind) else None
+    def _reader_of(self, kind: str, number: int) -> SegmentReader | None:
+        """Return the reader of the segment whose id range of `kind` includes an id, or None."""
+        first, last = self._ranges[kind]
+        segment = bisect_right(first, number) - 1
+        return self._readers[segment] if segment >= 0 and number <= last[segment] else None
 
     def _split(self, kind: str, ids: Iterable[int]) -> Iterator[tuple[SegmentReader, list[int]]]:
-        """Ids by the segment that holds them; others are left out."""
+        """Group ids by the segment that has them; unknown ids are dropped."""
         groups: dict[int, tuple[SegmentReader, list[int]]] = {}
         for number in ids:
-            reader = self._holding(kind, number)
+            reader = self._reader_of(kind, number)
             if reader is not None:
                 groups.setdefault(id(reader), (reader, []))[1].append(number)
         yield from groups.values()
+
+
+def paragraphs_of(readers: Iterable[SegmentReader], articles: Collection[int]) -> NDArray[np.int64]:
+    """Return the sorted ids of the paragraphs of some articles: [n] int64."""
+    ranges = sorted(each for reader in readers for each in reader.paragraph_ranges(articles)) if articles else []
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(first, last + 1) for first, last in ranges)])
+
+
+def idf(rows: int, containing: int) -> float:
+    """Return the inverse document frequency of a term in `containing` of `rows` paragraphs, as FTS5's bm25() does.
+
+    The formula is given at https://sqlite.org/fts5.html#the_bm25_function, the minimum in FTS5's source (fts5_aux.c).
+    """
+    value = math.log((rows - containing + 0.5) / (containing + 0.5))
+    return value if value > 0 else MIN_IDF
+
+
+def _rank_scaled(reader: SegmentReader, factors: Mapping[str, float], limit: int) -> list[ParagraphMatch]:
+    """Return a segment's best paragraphs, with each term's part of the BM25 score multiplied by its factor.
+
+    Every paragraph with a term is visited, in contrast to `SegmentReader.rank`: the segment's own order may differ.
+    """
+    scores: dict[int, float] = {}
+    for term, factor in factors.items():
+        for paragraph, score in reader.term_scores(term):
+            scores[paragraph] = scores.get(paragraph, 0.0) + factor * score
+    best = nsmallest(limit, scores, key=lambda paragraph: (-scores[paragraph], paragraph))
+    articles = reader.articles_of(best)
+    return [ParagraphMatch(paragraph, articles[paragraph], scores[paragraph]) for paragraph in best]

@@ -1,8 +1,8 @@
-"""The vectors of one space of a pack: append-only shards on disk, numbered by row over all of them.
+"""Read the vectors of a space: append-only shards on disk, with rows numbered over all of them.
 
 A shard is two NumPy files (format 1.0 or 2.0, C order): vectors [n, dim] of float16 or float32, and ids [n] of int64.
-Rows are read from the file when they are wanted, not through a mapping: the kernel maps a whole run of pages around
-each page that is touched, so that a few hundred random rows of a mapped gigabyte make all of it resident.
+Rows are read with preadv, not through a mapping: the kernel maps a run of pages around each page that is touched, so
+that a few hundred random rows of a mapped file of a gigabyte make all of it resident.
 """
 
 from __future__ import annotations
@@ -23,56 +23,58 @@ from gog_edge.errors import PackError
 from gog_edge.files import allow_open_files
 from gog_edge.types import Vectors
 
-Ids = NDArray[np.int64]  # [n] int64, ids of images
-Rows = NDArray[np.int64]  # [n] int64, numbers of rows
+Ids = NDArray[np.int64]  # [n] int64, image ids
+Rows = NDArray[np.int64]  # [n] int64, row numbers
 BLOCK_ROWS = 65_536
-_READ_BYTES = 2**30  # Linux reads no more than 2 GiB at once
-_MANY = 128  # ids that are more than one of so many rows are found quicker by a look at every row
-_NO_ARRAY = (OSError, ValueError, EOFError, MemoryError, OverflowError)  # what NumPy raises at damaged or lying files
+_READ_BYTES = 2**30  # per call; Linux reads at most 2 GiB at once
+_SCAN_RATIO = 128  # for more ids than one in so many rows, a scan of all rows is faster than binary searches
+_INVALID_ARRAY = (OSError, ValueError, EOFError, MemoryError, OverflowError)  # raised by NumPy for damaged files
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _VectorFile:
     """An open file of vectors."""
 
     path: Path
-    handle: int
-    offset: int  # bytes before the first row
+    descriptor: int
+    offset: int  # of the first row, in bytes
     rows: int
     dtype: np.dtype[Any]
 
 
 class VectorShards:
-    """Row r is the r-th vector over the shards in their order; several rows may have one id. Reading is thread-safe."""
+    """The vectors of some shards. Several rows may have the same id. May be read from several threads."""
 
-    def __init__(self, parts: Sequence[_Part], ids: Sequence[Ids], dim: int) -> None:
-        """`parts` and their `ids`, in the order in which they were written; all of one type."""
-        self._parts, self._dim = parts, dim
-        self._dtype = parts[0].dtype if parts else np.dtype(np.float16)
-        self._starts = np.cumsum([0] + [part.rows for part in parts])
-        # Held, not mapped: eight bytes a row, and every hit of every search looks here.
+    def __init__(self, files: Sequence[_VectorFile], ids: Sequence[Ids], dim: int) -> None:
+        """Combine open files and their ids, in the order of their rows; all files have the same dtype."""
+        self._files, self._dim = files, dim
+        self._dtype = files[0].dtype if files else np.dtype(np.float16)
+        self._starts = np.cumsum([0] + [file.rows for file in files])
+        # In memory, not mapped: eight bytes per row, and every search reads them.
         self._ids: Ids = np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)
 
     @classmethod
     def open(cls, shards: Sequence[tuple[Path, Path]], dim: int) -> VectorShards:
-        """Open (vectors, ids) files; ids are read, vectors are not.
+        """Open pairs of (vectors, ids) files. The ids are read into memory, the vectors are not.
 
         Raises:
-            PackError: a file is missing, truncated, or of another shape or type; or the shards are of both types.
+            PackError: A file is missing or truncated, has another shape or dtype, or vectors have both dtypes.
         """
         allow_open_files(len(shards))
-        parts: list[_Part] = []
+        files: list[_VectorFile] = []
         try:
             for vectors, _ in shards:
-                parts.append(_open_vectors(vectors, dim))
-            for part in parts:
-                if part.dtype != parts[0].dtype:
-                    raise PackError(f"pack: '{part.path}' holds {part.dtype}, shards before it {parts[0].dtype}")
-            opened = cls(parts, [_ids_of_part(path, part) for (_, path), part in zip(shards, parts, strict=True)], dim)
+                files.append(_open_vectors(vectors, dim))
+            for file in files:
+                if file.dtype != files[0].dtype:
+                    raise PackError(f"pack: '{file.path}' must have dtype {files[0].dtype} as the shards before it, "
+                                    f"got {file.dtype}; build the pack again")
+            ids = [_ids_of_file(path, file) for (_, path), file in zip(shards, files, strict=True)]
+            opened = cls(files, ids, dim)
         except BaseException:
-            _close([part.handle for part in parts])
+            _close([file.descriptor for file in files])
             raise
-        weakref.finalize(opened, _close, [part.handle for part in parts])
+        weakref.finalize(opened, _close, [file.descriptor for file in files])
         return opened
 
     def __len__(self) -> int:
@@ -80,48 +82,50 @@ class VectorShards:
 
     @property
     def dim(self) -> int:
-        """Length of a vector."""
+        """Return the length of a vector."""
         return self._dim
 
     @property
     def ids(self) -> Ids:
-        """The id of each row; not to be written to."""
+        """Return the id of each row; the array must not be modified."""
         return self._ids
 
     @property
-    def half(self) -> bool:
-        """Whether vectors are stored as float16."""
+    def is_float16(self) -> bool:
+        """Return whether vectors are stored as float16."""
         return bool(self._dtype == np.float16)
 
     @cached_property
-    def distinct(self) -> int:
-        """How many ids there are."""
+    def id_count(self) -> int:
+        """Return the number of distinct ids."""
         ids = self._sorted
         return int(np.count_nonzero(ids[1:] != ids[:-1])) + bool(len(ids))
 
     @property
-    def repeats(self) -> bool:
-        """Whether some id has several rows."""
-        return self.distinct < len(self)
+    def has_repeated_ids(self) -> bool:
+        """Return whether an id has several rows."""
+        return self.id_count < len(self)
 
     def ids_of(self, rows: Rows) -> Ids:
-        """Ids of rows, of any shape; -1 stays -1."""
+        """Return the ids of rows, in an array of any shape; -1 for row -1."""
         if not len(self._ids):
             return np.full(rows.shape, -1, dtype=np.int64)
         return np.where(rows < 0, -1, self._ids[rows])
 
     def first_rows(self, ids: ArrayLike) -> Rows:
-        """The first row [n] of each id; -1 for ids that have none."""
+        """Return the first row of each id, [n]; -1 for an id without rows."""
         wanted = np.asarray(ids, dtype=np.int64)
-        rows, places = self._spread(np.searchsorted(self._sorted, wanted, side="left"), wanted)
+        places = np.searchsorted(self._sorted, wanted, side="left")
+        present = np.flatnonzero(places < len(self._ids))
+        present = present[self._sorted[places[present]] == wanted[present]]
         found = np.full(len(wanted), -1, dtype=np.int64)
-        found[places] = rows
+        found[present] = places[present] if self._order is None else self._order[places[present]]
         return found
 
     def rows_of(self, ids: ArrayLike) -> Rows:
-        """All rows of some ids, in no order."""
+        """Return all rows of some ids, in no order."""
         wanted = np.asarray(ids, dtype=np.int64)
-        if len(wanted) * _MANY > len(self):
+        if len(wanted) * _SCAN_RATIO > len(self):
             return np.flatnonzero(np.isin(self._ids, wanted))
         wanted = np.unique(wanted)
         left, right = (np.searchsorted(self._sorted, wanted, side=side) for side in ("left", "right"))
@@ -130,33 +134,33 @@ class VectorShards:
         return places if self._order is None else self._order[places]
 
     def take(self, rows: ArrayLike) -> Vectors:
-        """Vectors [n, dim] float32 of rows that are there, in their order; quickest when they ascend.
+        """Return the vectors [n, dim] float32 of existing rows, in the given order; fastest for ascending rows.
 
         Raises:
-            PackError: a file became shorter since it was opened.
+            PackError: A file was truncated after it was opened.
         """
         wanted = np.asarray(rows, dtype=np.int64)
-        part = np.searchsorted(self._starts, wanted, side="right") - 1
+        file = np.searchsorted(self._starts, wanted, side="right") - 1
         raw = np.empty((len(wanted), self._dim), dtype=self._dtype)
         buffer = raw.data.cast("B") if raw.size else memoryview(b"")
         width = self._dim * self._dtype.itemsize
-        # Neighbours on disk are read in one piece.
-        ends = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(part) != 0)) + 1
+        # Consecutive rows of a file are read at once.
+        ends = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(file) != 0)) + 1
         starts = np.concatenate([[0], ends]) if len(wanted) else np.empty(0, dtype=np.int64)
-        at = (wanted - self._starts[part])[starts].tolist()
+        first = (wanted - self._starts[file])[starts].tolist()
         bounds = [*(starts * width).tolist(), len(buffer)]
-        for index, (which, row) in enumerate(zip(part[starts].tolist(), at, strict=True)):
-            _read_into(self._parts[which], row * width, buffer[bounds[index] : bounds[index + 1]])
-        return _widened(raw)
+        for run, (number, row) in enumerate(zip(file[starts].tolist(), first, strict=True)):
+            _read_into(self._files[number], row * width, buffer[bounds[run] : bounds[run + 1]])
+        return _to_float32(raw)
 
     def blocks(self, start: int = 0, rows: int = BLOCK_ROWS) -> Iterator[Vectors]:
-        """All vectors from row `start`, in order, `rows` at a time: float32 [at most rows, dim]."""
+        """Yield all vectors from row `start` on, in order, in blocks of up to `rows`: [n, dim] float32."""
         for first in range(start, len(self), rows):
             yield self.take(np.arange(first, min(first + rows, len(self))))
 
     @cached_property
     def _order(self) -> Rows | None:
-        """Rows sorted by id; None where they stand so, as they do unless packs were joined by hand."""
+        """Return the rows sorted by id; None if they are stored that way, as they are in packs that we build."""
         if bool((self._ids[1:] >= self._ids[:-1]).all()):
             return None
         return np.argsort(self._ids, kind="stable")
@@ -165,78 +169,75 @@ class VectorShards:
     def _sorted(self) -> Ids:
         return self._ids if self._order is None else self._ids[self._order]
 
-    def _spread(self, places: Rows, wanted: Ids) -> tuple[Rows, Rows]:
-        """Rows at sorted places that hold the wanted ids, and which of `wanted` these are."""
-        held = np.flatnonzero(places < len(self._ids))
-        held = held[self._sorted[places[held]] == wanted[held]]
-        rows = places[held]
-        return (rows if self._order is None else self._order[rows]), held
 
-
-def _open_vectors(path: Path, dim: int) -> _Part:
+def _open_vectors(path: Path, dim: int) -> _VectorFile:
     try:
         with path.open("rb") as stream:
             read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
             shape, columns_first, dtype = read(stream)
             offset, size = stream.tell(), path.stat().st_size
-    except _NO_ARRAY as exc:
-        raise PackError(f"pack: '{path}' is no array ({exc}); copy or build it again") from exc
+    except _INVALID_ARRAY as exc:
+        raise PackError(f"pack: '{path}' is not a NumPy array file ({exc}); copy or build the pack again") from exc
     if dtype not in (np.float16, np.float32) or columns_first or len(shape) != 2 or shape[1] != dim:
-        raise PackError(f"pack: '{path}' holds {dtype} {shape}, wanted float16 or float32 [n, {dim}] in rows")
-    wanted = offset + shape[0] * dim * dtype.itemsize
-    if size != wanted:
-        raise PackError(f"pack: '{path}' has {size} bytes, its header says {wanted}; copy or build it again")
-    return _Part(path, os.open(path, os.O_RDONLY), offset, shape[0], dtype)
+        order = "Fortran" if columns_first else "C"
+        raise PackError(f"pack: '{path}' must contain float16 or float32 [n, {dim}] in C order, got {dtype} "
+                        f"{list(shape)} in {order} order; build the pack again")
+    expected = offset + shape[0] * dim * dtype.itemsize
+    if size != expected:
+        raise PackError(f"pack: '{path}' must have {expected} bytes by its header, got {size}; copy or build the pack "
+                        "again")
+    return _VectorFile(path, os.open(path, os.O_RDONLY), offset, shape[0], dtype)
 
 
 def read_ids(path: Path) -> Ids:
     """Read a NumPy file of ids: [n] int64.
 
     Raises:
-        PackError: it is missing, truncated, no such file, or of another shape or type.
+        PackError: The file is missing or truncated, is not an array file, or has another shape or dtype.
     """
     try:
-        with path.open("rb") as stream:  # not np.load, which takes archives and pickles for arrays too
+        with path.open("rb") as stream:  # not np.load, which also accepts archives and pickles
             ids = npy.read_array(stream, allow_pickle=False)
-    except _NO_ARRAY as exc:
-        raise PackError(f"pack: '{path}' is no array ({exc}); copy or build it again") from exc
+    except _INVALID_ARRAY as exc:
+        raise PackError(f"pack: '{path}' is not a NumPy array file ({exc}); copy or build the pack again") from exc
     if ids.dtype != np.int64 or ids.ndim != 1:
-        raise PackError(f"pack: '{path}' holds {ids.dtype} {ids.shape}, wanted int64 [n]; copy or build it again")
+        raise PackError(f"pack: '{path}' must contain int64 [n], got {ids.dtype} {list(ids.shape)}; copy or build the "
+                        "pack again")
     return np.asarray(ids)
 
 
-def _ids_of_part(path: Path, part: _Part) -> Ids:
+def _ids_of_file(path: Path, file: _VectorFile) -> Ids:
     ids = read_ids(path)
-    if len(ids) != part.rows:
-        raise PackError(f"pack: '{path}' holds {len(ids)} ids, wanted {part.rows}; copy or build it again")
+    if len(ids) != file.rows:
+        raise PackError(f"pack: '{path}' must contain {file.rows} ids, got {len(ids)}; copy or build the pack again")
     return ids
 
 
-def _read_into(part: _Part, start: int, buffer: memoryview) -> None:
-    """Fill `buffer` from the bytes `start` of a part's vectors."""
+def _read_into(file: _VectorFile, start: int, buffer: memoryview) -> None:
+    """Fill `buffer` from byte `start` of a file's vectors on."""
     done = 0
     while done < len(buffer):
-        count = os.preadv(part.handle, [buffer[done : done + _READ_BYTES]], part.offset + start + done)
+        count = os.preadv(file.descriptor, [buffer[done : done + _READ_BYTES]], file.offset + start + done)
         if not count:
-            raise PackError(f"pack: '{part.path}' became shorter while it was open; copy or build it again")
+            raise PackError(f"pack: '{file.path}' was truncated while it was open; copy or build the pack again")
         done += count
 
 
-def _widened(raw: NDArray[Any]) -> Vectors:
-    """Float32 of float16 rows, three times as fast as NumPy's cast: exponents are moved, then corrected by 2^112.
+def _to_float32(raw: NDArray[Any]) -> Vectors:
+    """Convert float16 rows three times as fast as NumPy's cast: move the exponent's bits and multiply by 2^112.
 
-    Exact for all finite values; components of unit vectors are.
+    The result is exact for all finite values; components of unit vectors are finite.
     """
     if raw.dtype == np.float32:
         return raw
-    bits = raw.view(np.int16).astype(np.int32)  # the sign goes to the top
+    bits = raw.view(np.int16).astype(np.int32)  # extends the sign to the upper half
     np.left_shift(bits, 13, out=bits)
-    np.bitwise_and(bits, np.int32(-0x70002000), out=bits)  # 0x8fffe000: the sign, exponent and fraction of a half
-    wide: Vectors = bits.view(np.float32)
-    np.multiply(wide, np.float32(2.0**112), out=wide)
-    return wide
+    np.bitwise_and(bits, np.int32(-0x70002000), out=bits)  # 0x8fffe000: sign, exponent and fraction of the float16
+    values: Vectors = bits.view(np.float32)
+    np.multiply(values, np.float32(2.0**112), out=values)  # the difference of the exponent biases, 127 - 15
+    return values
 
 
-def _close(handles: Sequence[int]) -> None:
-    for handle in handles:
-        os.close(handle)
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

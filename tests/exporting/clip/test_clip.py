@@ -1,4 +1,4 @@
-"""open_clip models, tiny and random, through the export and back through the runtime."""
+"""Tiny random open_clip models, exported and run by the runtime's encoder."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ PREPROCESS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": 
 
 
 def write_checkpoint(folder, vision, text=TEXT, seed=0, **more):
-    """A folder as open_clip writes it, with random weights."""
+    """Write a checkpoint folder of open_clip with random weights."""
     import_torchvision()
     from open_clip.model import CLIP
 
@@ -37,7 +37,7 @@ def write_checkpoint(folder, vision, text=TEXT, seed=0, **more):
     config = {"model_cfg": model_cfg, "preprocess_cfg": PREPROCESS} | more
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     model = CLIP(**model_cfg).eval()
-    for module in model.modules():  # statistics as after training, so that a wrong mode shows
+    for module in model.modules():  # statistics as after training, to detect a wrong mode
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-0.5, 0.5)
             module.running_var.uniform_(0.5, 2)
@@ -48,7 +48,7 @@ def write_checkpoint(folder, vision, text=TEXT, seed=0, **more):
 
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory):
-    """(the model, its folder as exported by the command, the manifest, what the command printed)."""
+    """The model, its exported folder, the manifest, and the output of the command."""
     from export.export_clip import main
 
     root = tmp_path_factory.mktemp("resnet")
@@ -71,9 +71,9 @@ def test_the_runtime_embeds_pictures_as_open_clip_does(resnet):
         32, is_train=False, mean=tuple(PREPROCESS["mean"]), std=tuple(PREPROCESS["std"]), resize_mode="squash"
     )
     with torch.inference_mode():
-        wanted = model.encode_image(torch.stack([transform(Image.fromarray(p)) for p in pictures()]), normalize=True)
-    given = Encoder.open(folder, threads=1).embed_images(pictures())
-    np.testing.assert_allclose(given, wanted.numpy(), atol=1e-4)
+        expected = model.encode_image(torch.stack([transform(Image.fromarray(p)) for p in pictures()]), normalize=True)
+    vectors = Encoder.open(folder, threads=1).embed_images(pictures())
+    np.testing.assert_allclose(vectors, expected.numpy(), atol=1e-4)
 
 
 def test_the_runtime_embeds_texts_as_open_clip_does(resnet):
@@ -82,14 +82,14 @@ def test_the_runtime_embeds_texts_as_open_clip_does(resnet):
     model, folder, *_ = resnet
     texts = ["the flag of France", "", "Ünïcode & <b>tags</b>", "long " * 50]
     with torch.inference_mode():
-        wanted = model.encode_text(open_clip.SimpleTokenizer(context_length=16)(texts), normalize=True).numpy()
+        expected = model.encode_text(open_clip.SimpleTokenizer(context_length=16)(texts), normalize=True).numpy()
     encoder = Encoder.open(folder, threads=1)
-    np.testing.assert_allclose(encoder.embed_texts(texts), wanted, atol=1e-4)
+    np.testing.assert_allclose(encoder.embed_texts(texts), expected, atol=1e-4)
     for row, text in enumerate(texts):
-        np.testing.assert_allclose(encoder.embed_texts([text])[0], wanted[row], atol=1e-4)
+        np.testing.assert_allclose(encoder.embed_texts([text])[0], expected[row], atol=1e-4)
 
 
-def test_the_manifest_tells_what_the_folder_holds(resnet):
+def test_the_manifest_describes_the_folder(resnet):
     model, folder, manifest, _ = resnet
     assert (manifest["name"], manifest["kind"], manifest["dim"]) == ("tiny", "encoder", 24)
     assert manifest["image"]["mean"] == PREPROCESS["mean"]
@@ -113,8 +113,9 @@ def test_a_vision_transformer_with_its_own_tokenizer(tmp_path):
     tokens = tokenize(checkpoint.tokenizer, ["A  flag", "a flag"], 16, 0)
     assert (tokens[0] == tokens[1]).all()  # open_clip collapses white space before its tokenizers
     with torch.inference_mode():
-        wanted = model.encode_text(torch.from_numpy(tokens), normalize=True).numpy()
-    np.testing.assert_allclose(Encoder.open(tmp_path / "out", threads=1).embed_texts(["A flag"]), wanted[:1], atol=1e-4)
+        expected = model.encode_text(torch.from_numpy(tokens), normalize=True).numpy()
+    encoder = Encoder.open(tmp_path / "out", threads=1)
+    np.testing.assert_allclose(encoder.embed_texts(["A flag"]), expected[:1], atol=1e-4)
 
 
 def little_tokenizer():
@@ -145,8 +146,8 @@ def test_unknown_models_are_refused_with_what_exists(tmp_path):
 def test_nothing_is_downloaded(tmp_path):
     with pytest.raises(CheckpointError, match="--weights"):
         load_clip("ViT-B-32")
-    with pytest.raises(CheckpointError, match="no weights file"):
-        load_clip("ViT-B-32", weights=tmp_path / "gone.safetensors")
+    with pytest.raises(CheckpointError, match="the weights file .* does not exist"):
+        load_clip("ViT-B-32", weights=tmp_path / "missing.safetensors")
     with pytest.raises(CheckpointError, match="tokenizer.json"):
         load_clip("ViT-B-16-SigLIP", weights=_some_file(tmp_path))
     with pytest.raises(CheckpointError, match="downloaded"):
@@ -158,7 +159,7 @@ def test_an_unknown_tag_is_refused_with_those_that_exist(tmp_path):
         load_clip("ViT-B-32", weights=_some_file(tmp_path), tag="best")
 
 
-def test_a_tag_brings_activation_and_preprocessing():
+def test_a_tag_selects_activation_and_preprocessing():
     import_torchvision()
     config = clip_checkpoint._named_config("ViT-B-32", "openai")
     assert config["model_cfg"]["quick_gelu"] is True
@@ -171,7 +172,7 @@ def _some_file(folder):
     return path
 
 
-def test_folders_without_what_is_needed_are_refused(tmp_path):
+def test_incomplete_folders_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="open_clip_config.json"):
         load_clip(str(tmp_path))
     (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 8}}')
@@ -190,7 +191,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
         load_clip(str(tmp_path / "a"), weights=_some_file(tmp_path))
 
 
-def test_a_graph_that_differs_is_no_encoder(tmp_path, monkeypatch, resnet):
+def test_a_graph_that_differs_from_pytorch_is_refused(tmp_path, monkeypatch, resnet):
     write_checkpoint(tmp_path / "model", RESNET, seed=1)
     monkeypatch.setattr(
         clip, "_export_tower", lambda tower, example, name, path: shutil.copy(resnet[1] / path.name, path)

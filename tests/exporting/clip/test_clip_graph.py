@@ -1,27 +1,24 @@
-"""Towers written from their blocks: every kind that open_clip has, in fp32 and in whole numbers."""
+"""Towers written from their blocks: every variant of open_clip's transformers, in fp32 and int8."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from little_world import flag, write_little_pack
-from PIL import Image
 from tiny_clip import TEXT, VISION, write_tiny_clip
 
-from export.export_clip import main
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.clip.checkpoint import load_clip
 from gog_edge.exporting.clip.export import export_clip
 from gog_edge.files import verify_files
-from gog_edge.retrieval.encoder import INTERCHANGEABLE_COSINE, Encoder
+from gog_edge.retrieval.encoder import MIN_COMPATIBLE_COSINE, Encoder
 from gog_edge.retrieval.pack import Pack
 
 IMAGE_TOWERS = {
     "plain": {},
     "mean of oblong pictures": {"pool_type": "avg", "image_size": [32, 48], "patch_size": [8, 16]},
-    "one layer, scaled, normed after pooling": {"layers": 1, "ls_init_value": 0.3, "final_ln_after_pool": True},
+    "one layer, scaled, normalized after pooling": {"layers": 1, "ls_init_value": 0.3, "final_ln_after_pool": True},
     "other norms and activation": {
         "no_ln_pre": True, "act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}, "patch_dropout": 0.5
     },
@@ -43,7 +40,7 @@ TEXTS = ["the flag of France", "", "Ünïcode & <b>tags</b>", "long " * 50]
 
 
 def check(model, folder):
-    """The runtime gives the model's vectors, however many pictures and texts there are at once."""
+    """Compare the runtime's vectors with the model's, for several batch sizes."""
     encoder = Encoder.open(folder, threads=1)
     size = encoder.spec.size
     pixels = torch.randn(3, 3, size.height, size.width, generator=torch.Generator().manual_seed(1))
@@ -76,7 +73,7 @@ def test_text_towers(tmp_path, kind):
 
 
 @pytest.mark.parametrize("reason", OTHERS)
-def test_other_towers_have_no_whole_numbers(tmp_path, reason):
+def test_other_towers_are_refused_in_int8(tmp_path, reason):
     write_tiny_clip(tmp_path / "model", OTHERS[reason])
     with pytest.raises(CheckpointError, match=f"{reason}.*export it in fp32"):
         export_clip(load_clip(str(tmp_path / "model")), tmp_path / "out", precision="int8")
@@ -87,11 +84,11 @@ def test_other_towers_are_written_by_torch(tmp_path):
     model = write_tiny_clip(tmp_path / "model", OTHERS["pools by attention"])
     manifest = export_clip(load_clip(str(tmp_path / "model")), tmp_path / "out")
     assert manifest["lowering"] == {"image": "torch.onnx", "text": "blocks"}
-    assert b"site-packages" not in (tmp_path / "out" / "image.onnx").read_bytes()  # of this machine
+    assert b"site-packages" not in (tmp_path / "out" / "image.onnx").read_bytes()  # paths of this machine
     check(model, tmp_path / "out")
 
 
-def test_what_torch_cannot_export_is_refused(tmp_path):
+def test_models_that_torch_cannot_export_are_refused(tmp_path):
     narrow = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "linear", "image_size": 64}
     write_tiny_clip(tmp_path / "model", narrow, custom=True)
     with pytest.raises(CheckpointError, match=r"image.onnx: torch.onnx failed \(Input height \(64\) doesn't match"):
@@ -99,7 +96,7 @@ def test_what_torch_cannot_export_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_text_towers_have_no_whole_numbers(tmp_path):
+def test_other_text_towers_are_refused_in_int8(tmp_path):
     write_tiny_clip(tmp_path / "model", text=TEXT | {"embed_cls": True}, custom=True)
     with pytest.raises(CheckpointError, match="its text tower has a class token"):
         export_clip(load_clip(str(tmp_path / "model")), tmp_path / "out", precision="int8")
@@ -107,7 +104,7 @@ def test_other_text_towers_have_no_whole_numbers(tmp_path):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """One model in both precisions: folders by precision, and their manifests."""
+    """A model exported in both precisions: the folder of both, and their manifests by precision."""
     root = tmp_path_factory.mktemp("both")
     write_tiny_clip(root / "model", VISION | {"width": 128, "head_width": 32}, TEXT | {"width": 64})
     checkpoint = load_clip(str(root / "model"))
@@ -115,15 +112,15 @@ def both(tmp_path_factory):
     return root, manifests
 
 
-def test_whole_numbers_take_a_quarter_and_keep_the_vectors(both):
+def test_int8_encoders_are_small_and_their_vectors_compatible(both):
     root, manifests = both
     sizes = {name: (root / name / "image.onnx").stat().st_size for name in manifests}
-    assert sizes["int8"] < 0.45 * sizes["fp32"]  # of so small a tower, the graph itself is a good part
+    assert sizes["int8"] < 0.45 * sizes["fp32"]  # in so small a tower, the graph is a large part
     for tower in ("image", "text"):
         parity = manifests["int8"]["parity"][tower]
-        assert INTERCHANGEABLE_COSINE <= parity["min_cosine"] < 1 and parity["tried"] >= 6
+        assert MIN_COMPATIBLE_COSINE <= parity["min_cosine"] < 1 and parity["tried"] >= 6
         assert manifests["fp32"]["parity"][tower]["max_abs"] < 1e-5
-    assert manifests["int8"]["parity"]["limits"] == {"min_cosine": INTERCHANGEABLE_COSINE}
+    assert manifests["int8"]["parity"]["limits"] == {"min_cosine": MIN_COMPATIBLE_COSINE}
     assert manifests["int8"]["parity"]["image"]["tried"] > 70  # noise, and seven pictures with nine crops each
     verify_files(root / "int8", manifests["int8"]["files"], what="encoder", full=True)
 
@@ -148,40 +145,28 @@ def test_a_pack_built_in_one_precision_is_searched_in_the_other(both, tmp_path, 
     pack.close()
 
 
-def test_vectors_that_whole_numbers_spoil_are_refused_and_an_older_export_is_kept(tmp_path, both):
+def test_inaccurate_int8_vectors_are_refused_and_the_previous_export_is_kept(tmp_path, both):
     def outlier(model):
         for block in model.visual.transformer.resblocks:
-            block.ln_1.weight.data[3] = 3000.0  # beside it, a row's other values are nothing in 8 bits
+            block.ln_1.weight.data[3] = 3000.0  # in 8 bits, a row's other values become zero
             block.attn.in_proj_weight.data[:, 3] *= 1e-3
 
     write_tiny_clip(tmp_path / "model", change=outlier)
     checkpoint = load_clip(str(tmp_path / "model"))
     export_clip(checkpoint, tmp_path / "out")
     before = (tmp_path / "out" / "manifest.json").read_bytes()
-    with pytest.raises(CheckpointError, match=r"cosine of only 0\.\d+ to PyTorch's, less than 0\.99.*in fp32"):
+    with pytest.raises(CheckpointError, match=r"smallest cosine of \d+ .* is 0\.\d+, less than 0\.99.*fp32"):
         export_clip(checkpoint, tmp_path / "out", precision="int8")
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before
     Encoder.open(tmp_path / "out", threads=1)
 
 
-def test_the_command_takes_a_precision_and_pictures(tmp_path, both, capsys):
-    (tmp_path / "own").mkdir()
-    command = [str(both[0] / "model"), str(tmp_path / "out"), "--precision", "int8", "--pictures"]
-    command.append(str(tmp_path / "own"))
-    assert main(command) == 1
-    assert "holds no pictures" in capsys.readouterr().err
-    Image.fromarray(flag("Spain")).save(tmp_path / "own" / "one.PNG")
-    assert main(command) == 0
-    line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert line["precision"] == "int8" and line["parity"]["image"]["tried"] == 16
-
-
-def test_only_an_encoder_is_written_over(tmp_path, both):
+def test_only_encoders_are_replaced(tmp_path, both):
     checkpoint = load_clip(str(both[0] / "model"))
     (tmp_path / "letters.txt").write_text("dear")
-    for place in (tmp_path, tmp_path / "letters.txt"):
-        with pytest.raises(CheckpointError, match="is no folder of kind 'encoder'"):
-            export_clip(checkpoint, place)
+    for path in (tmp_path, tmp_path / "letters.txt"):
+        with pytest.raises(CheckpointError, match="is not a folder of kind 'encoder'"):
+            export_clip(checkpoint, path)
     assert (tmp_path / "letters.txt").read_text() == "dear"
-    with pytest.raises(CheckpointError, match="there are fp32, int8"):
+    with pytest.raises(CheckpointError, match="unknown precision 'int4' of an encoder; available: fp32, int8"):
         export_clip(checkpoint, tmp_path / "out", precision="int4")

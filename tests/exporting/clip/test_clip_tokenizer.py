@@ -1,4 +1,4 @@
-"""open_clip's own tokenizer and its conversion give the same ids, whatever the text."""
+"""open_clip's tokenizer and its conversion give the same ids for any text."""
 
 import numpy as np
 import pytest
@@ -21,15 +21,15 @@ def converted(original):
     return convert_simple_tokenizer(original)
 
 
-def test_hostile_samples_are_equal(original, converted):
+def test_difficult_samples_have_equal_ids(original, converted):
     check_tokenizer(converted, original, 77, SAMPLES)
 
 
-def test_cut_texts_keep_their_end_mark(original, converted):
+def test_truncated_texts_keep_their_end_token(original, converted):
     check_tokenizer(converted, original, 8, ["word " * 40, "one", "x" * 99])
 
 
-def test_random_bytes_are_equal(original, converted):
+def test_random_texts_have_equal_ids(original, converted):
     rng = np.random.default_rng(3)
     alphabet = list("abcXYZ019 .,'!?-_/\\\n\t@#$%^*(){}[]|~`+=:;éßøя日ع🙂\u0301\u200d")
     texts = ["".join(rng.choice(alphabet, size=int(rng.integers(0, 60)))) for _ in range(300)]
@@ -37,7 +37,7 @@ def test_random_bytes_are_equal(original, converted):
 
 
 @pytest.mark.parametrize("clean", ["whitespace", "canonicalize"])
-def test_other_ways_of_cleaning_are_equal(clean):
+def test_other_cleaning_modes_have_equal_ids(clean):
     import open_clip
 
     tokenizer = open_clip.SimpleTokenizer(context_length=32, clean=clean)

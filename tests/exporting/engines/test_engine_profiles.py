@@ -5,18 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gog_edge.engines.tensorrt.shapes import choose_profile
+from gog_edge.engines.tensorrt.plan import choose_profile
 from gog_edge.errors import CheckpointError, PictureError
 from gog_edge.exporting.engines.profiles import (
     check_context,
     decoder_profiles,
     image_profiles,
-    most_tokens,
+    max_image_tokens,
     vision_profiles,
 )
-from gog_edge.policy.manifest import TextSpec, VisionSpec
-from gog_edge.policy.session import CHUNK
-from gog_edge.policy.vision import Grid, grid_feeds, smart_resize
+from gog_edge.policy.decoding import PREFILL_CHUNK
+from gog_edge.policy.manifest import TextSpec
+from gog_edge.policy.vision import Grid, VisionSpec, grid_feeds, smart_resize
 from gog_edge.types import Size
 
 QWEN25 = VisionSpec(
@@ -47,7 +47,7 @@ def fits(shapes, profile):
 @pytest.mark.parametrize("spec", [QWEN25, QWEN3], ids=["windows", "positions"])
 @settings(max_examples=150, deadline=None)
 @given(width=st.integers(1, 6000), height=st.integers(1, 6000), crop=st.booleans(), budget=st.integers(3136, 10**6))
-def test_every_picture_fits_one_profile(spec, width, height, crop, budget):
+def test_every_picture_fits_exactly_one_profile(spec, width, height, crop, budget):
     spec = replace(spec, max_pixels=max(spec.min_pixels, budget))
     try:
         size = smart_resize(Size(width, height), spec, min(budget, spec.crop_max_pixels) if crop else None)
@@ -60,19 +60,19 @@ def test_every_picture_fits_one_profile(spec, width, height, crop, budget):
 
 @pytest.mark.parametrize("long", [1, 8, 27, 64, 200])
 @pytest.mark.parametrize("short", [1, 13, 28, 300])
-def test_thin_pictures_that_pass_the_pixel_budget_fit_too(long, short):
-    """Their short side cannot get thinner than a token."""
+def test_thin_pictures_that_exceed_the_pixel_budget_fit_too(long, short):
+    """Their short side cannot become shorter than a token."""
     spec = replace(QWEN25, max_pixels=51_744, crop_max_pixels=12_544)
     size = smart_resize(Size(short * long, short), spec)
     assert sum(fits(shapes_of(size, spec), profile) for profile in vision_profiles(spec)) == 1
-    assert smart_resize(Size(60_000, 300), spec).width // 28 > 51_744 // 28**2  # the case that is meant
+    assert smart_resize(Size(60_000, 300), spec).width // 28 > 51_744 // 28**2  # such a picture does exceed the budget
 
 
 def test_windows_of_a_bucket_are_counted_exactly():
-    """Of all grids that a picture of aspect 200 or less can come to, however it was rounded."""
-    most = most_tokens(QWEN25)
+    """Compare with all grids that pictures of aspect 200 or less can have after rounding."""
+    maximum = max_image_tokens(QWEN25)
     profiles = vision_profiles(QWEN25)
-    assert [profile["patch_places"][2][0] // 4 for profile in profiles] == [64, 256, 1024, most]
+    assert [profile["patch_places"][2][0] // 4 for profile in profiles] == [64, 256, 1024, maximum]
     for first, profile in zip((1, 65, 257), profiles, strict=False):
         last = profile["patch_places"][2][0] // 4
         counts = [-(-rows // 4) * -(-columns // 4) for rows, columns in product(range(1, last + 1), repeat=2)
@@ -81,7 +81,7 @@ def test_windows_of_a_bucket_are_counted_exactly():
         assert [shape[0] for shape in profile["window_slots"]][::2] == [min(counts), max(counts)]
 
 
-def test_usual_shapes_lie_between_the_others():
+def test_optimal_shapes_are_within_the_bounds():
     for spec in (QWEN25, QWEN3, replace(QWEN25, max_pixels=257 * 784, crop_max_pixels=3136)):
         for profile in vision_profiles(spec):
             assert fits({name: shapes[1] for name, shapes in profile.items()}, profile)
@@ -92,14 +92,14 @@ def decoder_shapes(tokens):
             "cos": (1, tokens, 16), "sin": (1, tokens, 16)}  # fmt: skip
 
 
-def test_a_decoder_has_three_profiles_of_the_sessions_steps():
+def test_a_decoder_has_profiles_for_decode_append_and_prefill():
     decode, append, prefill = decoder_profiles(TEXT, 4096)
     assert [profile["inputs_embeds"] for profile in (decode, append, prefill)] == [
-        ((1, 1, 64), (1, 1, 64), (1, 128, 64)), ((1, 1, 64), (1, 64, 64), (1, CHUNK, 64)),
-        ((1, 1, 64), (1, CHUNK, 64), (1, CHUNK, 64)),
+        ((1, 1, 64), (1, 1, 64), (1, 128, 64)), ((1, 1, 64), (1, 64, 64), (1, PREFILL_CHUNK, 64)),
+        ((1, 1, 64), (1, PREFILL_CHUNK, 64), (1, PREFILL_CHUNK, 64)),
     ]  # fmt: skip
     assert decode["rows"] == ((1,), (1,), (128,)) and decode["deepstack"][2] == (2, 128, 64)
-    assert append["cos"] == append["sin"] == ((1, 1, 16), (1, 64, 16), (1, CHUNK, 16))
+    assert append["cos"] == append["sin"] == ((1, 1, 16), (1, 64, 16), (1, PREFILL_CHUNK, 16))
     chosen = [choose_profile((decode, append, prefill), decoder_shapes(tokens)) for tokens in (1, 5, 64, 300, 512)]
     assert chosen == [0, 0, 1, 2, 2]
     assert "deepstack" not in decoder_profiles(replace(TEXT, deepstack=0), 4096)[0]
@@ -107,12 +107,12 @@ def test_a_decoder_has_three_profiles_of_the_sessions_steps():
 
 def test_no_step_is_longer_than_the_cache():
     assert [profile["inputs_embeds"][2][1] for profile in decoder_profiles(TEXT, 200)] == [128, 200, 200]
-    with pytest.raises(CheckpointError, match="cache of 127 tokens is too small; give --context at least 128"):
+    with pytest.raises(CheckpointError, match="context of 127 tokens is too small; give --context at least 128"):
         check_context(127, profiles=True)
     check_context(127, profiles=False)
-    with pytest.raises(CheckpointError, match="cache of 0 tokens is too small; give --context at least 1"):
+    with pytest.raises(CheckpointError, match="context of 0 tokens is too small; give --context at least 1"):
         check_context(0, profiles=False)
 
 
-def test_an_encoder_takes_as_many_as_it_runs_at_once():
+def test_image_profiles_take_a_whole_batch():
     assert image_profiles(96, 64) == ({"pixels": ((1, 3, 64, 96), (1, 3, 64, 96), (16, 3, 64, 96))},)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from export import random_checkpoint as command
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.policy.checkpoint import Checkpoint
 from gog_edge.exporting.policy.export import export_policy
@@ -23,13 +22,13 @@ FAMILIES = ("qwen2.5-vl-7b", "qwen3-vl-2b")
 
 
 def shrunk(name):
-    """A released shape with little in it: same names, same special tokens."""
+    """A released shape made small, with the same tensor names and special tokens."""
     shape = shape_of(name)
     text, vision = shape.config.text_config, shape.config.vision_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = 64, 80, 2
     text.num_attention_heads, text.num_key_value_heads, text.head_dim = 4, 2, 16
     text.rope_parameters = text.rope_parameters | {"mrope_section": [2, 3, 3]}
-    text.layer_types = ["full_attention"] * 2  # made for the true depth
+    text.layer_types = ["full_attention"] * 2  # transformers set it for the true depth
     vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 2, 64, 96, 4
     vision.out_hidden_size = 64
     if name.startswith("qwen2.5"):
@@ -54,14 +53,14 @@ def test_a_shape_has_the_published_size(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_finds_every_weight(written, name):
-    model, told = shape_of(name).architecture.from_pretrained(written / name, output_loading_info=True)
-    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    model, loading = shape_of(name).architecture.from_pretrained(written / name, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
     assert model.config.image_token_id == SPECIAL["<|image_pad|>"]
     weight = model.model.language_model.layers[1].mlp.up_proj.weight
     assert weight.dtype == torch.bfloat16 and 0.018 < weight.float().std() < 0.022
 
 
-def test_weights_lie_in_shards_of_the_size_asked_for(written):
+def test_shards_have_the_requested_size(written):
     folder = written / "qwen2.5-vl-7b"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
@@ -75,7 +74,7 @@ def test_weights_lie_in_shards_of_the_size_asked_for(written):
 
 
 @pytest.mark.parametrize("name, tied", [("qwen2.5-vl-7b", False), ("qwen3-vl-2b", True)])
-def test_the_exporter_takes_it_as_it_takes_a_release(written, tmp_path, name, tied):
+def test_random_checkpoints_can_be_exported(written, tmp_path, name, tied):
     manifest = export_policy(written / name, tmp_path / "policy", context=4096)
     assert manifest.parity["passed"] and manifest.parity["graphs"]["greedy_differ"] == 0
     assert manifest.text.tied is tied
@@ -97,7 +96,7 @@ def test_a_seed_fixes_the_weights(written, tmp_path):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-def test_nothing_half_written_is_left(tmp_path):
+def test_an_incomplete_checkpoint_is_deleted(tmp_path):
     def broken(items):
         yield next(iter(items))
         raise OSError(28, "No space left on device")
@@ -107,15 +106,8 @@ def test_nothing_half_written_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 10**6))
-    with pytest.raises(CheckpointError, match=r"0\.0 GB free, the checkpoint takes 16\.6 GB"):
+    with pytest.raises(CheckpointError, match=r"0\.0 GB free, the checkpoint takes about 16\.6 GB"):
         write_random_checkpoint(shape_of("qwen2.5-vl-7b"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_command_refuses_in_one_line(tmp_path, capsys):
-    assert command.main(["--like", "qwen9", str(tmp_path / "out")]) == 1
-    assert command.main(["--like", "qwen3-vl-2b", str(tmp_path)]) == 1
-    first, second = capsys.readouterr().err.splitlines()
-    assert "qwen9" in first and "qwen3-vl-8b" in first and "exists" in second

@@ -1,4 +1,4 @@
-"""Encyclopedic VQA's knowledge base: one object of many pages."""
+"""The knowledge base of Encyclopedic VQA: one JSON object with a key per page."""
 
 import json
 import zipfile
@@ -8,8 +8,9 @@ from reading import Read, check_contract
 from zim_world import picture
 
 from gog_edge.errors import SourceError
+from gog_edge.indexing.sources.base import ArticleRecord
 from gog_edge.indexing.sources.encyclopedic_vqa import EncyclopedicVqaSource
-from gog_edge.indexing.sources.files import MISSING, ImageFolder
+from gog_edge.indexing.sources.images import IMAGE_MISSING, ImageFolder
 
 
 def page(number, **fields):
@@ -23,7 +24,7 @@ def page(number, **fields):
 
 
 def write_pages(path, pages):
-    # By hand, for a key may stand there twice.
+    # Not with json.dump, because a key may occur twice.
     text = "{" + ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in pages) + "}"
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -53,20 +54,21 @@ def test_a_page_is_an_article_with_its_images(tmp_path, images, suffix):
     assert article.paragraphs == (("", "Bird 8 is a bird."), ("", "It flies."), ("Habitat", "It lives in woods."))
     shown = read.images_of(article.key)
     assert [(image.caption, image.lead) for image in shown] == [("In a tree", False), ("", True)]
-    assert read.skipped == {MISSING: 600}
+    assert read.skipped == {IMAGE_MISSING: 600}
 
 
-def test_pages_of_another_shape_are_counted(tmp_path):
+def test_malformed_pages_are_skipped(tmp_path):
     pages = [page(1), page(1, title="Again"), ("x", 5), ("y", {"title": "No sections"}),
              page(2, section_texts=["", ""]), page(3, image_urls=None, image_section_indices=None),
              page(4, section_titles=[])]
     read = Read(EncyclopedicVqaSource(write_pages(tmp_path / "a.json", pages), ImageFolder(None)))
     assert sorted(article.title for article in read.articles.values()) == ["Again", "Bird 3", "Bird 4"]
-    assert read.skipped["entry is no page"] == 2 and read.skipped["article has no text"] == 1
-    assert [item.title for item in read.items if getattr(item, "key", "").endswith("Bird_1")] == ["Bird 1", "Again"]
+    assert read.skipped["entry is not a page"] == 2 and read.skipped["article has no text"] == 1
+    same_key = [article for article in read.of(ArticleRecord) if article.key.endswith("Bird_1")]
+    assert [article.title for article in same_key] == ["Bird 1", "Again"]
 
 
-def test_a_truncated_file_is_told_after_the_pages_before(tmp_path):
+def test_a_truncated_file_yields_its_pages_before_the_error(tmp_path):
     path = write_pages(tmp_path / "a.json", [page(number) for number in range(2000)])
     path.write_bytes(path.read_bytes()[:-300_000])
     source = EncyclopedicVqaSource(path, ImageFolder(None))

@@ -1,4 +1,4 @@
-"""Packed files, read in order, and the images of a folder, found by address."""
+"""Compressed files that are read in order, and images that are found in a folder by their address."""
 
 import bz2
 import gzip
@@ -11,17 +11,18 @@ from zim_world import picture
 
 from gog_edge.errors import SourceError
 from gog_edge.indexing.sources import files
-from gog_edge.indexing.sources.base import Skipped, wikipedia_text
-from gog_edge.indexing.sources.files import MISSING, NOT_GIVEN, ImageFolder, PackedFile, date_of, file_snapshot, group
+from gog_edge.indexing.sources.base import Skipped, wikipedia_text_licence
+from gog_edge.indexing.sources.files import CompressedFile, group_into_chunks, snapshot_date, snapshot_of_file
+from gog_edge.indexing.sources.images import IMAGE_MISSING, NO_IMAGE_FOLDER, ImageFolder
 
 LINES = b"".join(b"line %d of a file\n" % number for number in range(50_000))
 
 
-def packed(path, data=LINES):
-    """The same bytes, packed as the suffix says."""
+def compressed(path, data=LINES):
+    """Write a file that is compressed as its suffix says."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("readme.txt", "less than the other")
+            archive.writestr("readme.txt", "smaller than the other member")
             archive.writestr("data", data)
         return path
     pack = {".gz": gzip.compress, ".bz2": bz2.compress}.get(path.suffix, bytes)
@@ -30,8 +31,8 @@ def packed(path, data=LINES):
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".gz", ".bz2", ".zip"])
-def test_every_packing_holds_the_same_lines(tmp_path, suffix):
-    with PackedFile(packed(tmp_path / f"a{suffix}")) as file:
+def test_every_compression_yields_the_same_lines(tmp_path, suffix):
+    with CompressedFile(compressed(tmp_path / f"a{suffix}")) as file:
         assert b"".join(file.lines()) == LINES
         assert 0 < file.position <= file.size
 
@@ -40,70 +41,71 @@ def test_every_packing_holds_the_same_lines(tmp_path, suffix):
 def test_archives_of_several_streams_are_read_to_the_end(tmp_path, pack):
     path = tmp_path / "a"
     path.write_bytes(pack(b"one\n") + pack(b"two\n"))
-    with PackedFile(path) as file:
+    with CompressedFile(path) as file:
         assert list(file.lines()) == [b"one\n", b"two\n"]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zip"])
-def test_damage_is_told_with_its_place_after_what_lies_before_it(tmp_path, suffix):
-    path = packed(tmp_path / f"a{suffix}", os.urandom(4 * 2**20).hex().encode())
+def test_damage_is_reported_with_its_position_after_the_data_before_it(tmp_path, suffix):
+    path = compressed(tmp_path / f"a{suffix}", os.urandom(4 * 2**20).hex().encode())
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
     data[middle : middle + 5000] = bytes(5000)
     path.write_bytes(data)
     read = 0
-    with PackedFile(path) as file, pytest.raises(SourceError, match=r"a\.\w+' is .* damaged before byte \d+ of \d+"):
+    damaged = pytest.raises(SourceError, match=r"a\.\w+' is .* damaged before byte \d+ of \d+")
+    with CompressedFile(path) as file, damaged:
         while block := file.read(2**16):
             read += len(block)
     assert read > 2**20
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2"])
-def test_a_truncated_archive_keeps_the_chunks_before_its_end(tmp_path, suffix):
-    whole = packed(tmp_path / f"whole{suffix}", os.urandom(2**21).hex(" ", 32).replace(" ", "\n").encode())
+def test_a_truncated_archive_yields_the_chunks_before_its_end(tmp_path, suffix):
+    whole = compressed(tmp_path / f"whole{suffix}", os.urandom(2**21).hex(" ", 32).replace(" ", "\n").encode())
     part = tmp_path / f"part{suffix}"
     part.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
-    with PackedFile(whole) as file:
-        expected = [chunk.content for chunk in group(file.lines(), file, 0, len)]
+    with CompressedFile(whole) as file:
+        expected = [chunk.content for chunk in group_into_chunks(file.lines(), file, 0, len)]
     found = []
-    with PackedFile(part) as file, pytest.raises(SourceError, match="truncated"):
-        found.extend(chunk.content for chunk in group(file.lines(), file, 0, len))
+    with CompressedFile(part) as file, pytest.raises(SourceError, match="truncated"):
+        found.extend(chunk.content for chunk in group_into_chunks(file.lines(), file, 0, len))
     assert len(found) > len(expected) // 3 and found == expected[: len(found)]
 
 
-def test_a_line_without_end_is_cut(tmp_path, monkeypatch):
+def test_long_lines_are_truncated(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_PIECE_BYTES", 100)
-    path = packed(tmp_path / "a", b"one\n" + b"x" * 950 + b"\ntwo\n" + b"y" * 100 + b"\nthree")
-    with PackedFile(path) as file:
+    path = compressed(tmp_path / "a", b"one\n" + b"x" * 950 + b"\ntwo\n" + b"y" * 100 + b"\nthree")
+    with CompressedFile(path) as file:
         assert list(file.lines()) == [b"one\n", b"x" * 100, b"two\n", b"y" * 100, b"three"]
 
 
 def test_chunks_are_bounded_by_pieces_and_by_bytes(tmp_path):
-    with PackedFile(packed(tmp_path / "a")) as file:
-        chunks = list(group(file.lines(), file, 0, len))
+    with CompressedFile(compressed(tmp_path / "a")) as file:
+        chunks = list(group_into_chunks(file.lines(), file, 0, len))
     assert {len(chunk.content) for chunk in chunks[:-1]} == {files.CHUNK_PIECES}
     assert sum(chunk.size for chunk in chunks) == len(LINES)
-    with PackedFile(tmp_path / "a") as file:
-        large = list(group((b"x" * 2**20 for _ in range(9)), file, 0, len))
+    with CompressedFile(tmp_path / "a") as file:
+        large = list(group_into_chunks((b"x" * 2**20 for _ in range(9)), file, 0, len))
     assert [len(chunk.content) for chunk in large] == [4, 4, 1]
 
 
-def test_a_file_tells_its_date_and_hash(tmp_path):
-    path = packed(tmp_path / "enwiki-20240901-pages-articles.xml.bz2")
-    snapshot = file_snapshot(path, "L")
+def test_a_snapshot_has_the_date_and_hash_of_its_file(tmp_path):
+    path = compressed(tmp_path / "enwiki-20240901-pages-articles.xml.bz2")
+    snapshot = snapshot_of_file(path, "L")
     assert (snapshot.name, snapshot.date, snapshot.licence) == (path.name, "2024-09-01", "L")
     assert snapshot.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     named = tmp_path / "wikipedia_en_all_maxi_2026-08.zim"
-    assert date_of(named) == "2026-08"
-    plain = packed(tmp_path / "kb12345678901.json")
+    assert snapshot_date(named) == "2026-08"
+    plain = compressed(tmp_path / "kb12345678901.json")
     os.utime(plain, (0, 86_400 * 365))
-    assert date_of(plain) == "1971-01-01"
-    with pytest.raises(SourceError, match="there is no file"):
-        file_snapshot(tmp_path / "none", "L")
+    assert snapshot_date(plain) == "1971-01-01"
+    with pytest.raises(SourceError, match="does not exist"):
+        snapshot_of_file(tmp_path / "none", "L")
 
 
-def test_wikipedia_changed_its_licence():
-    assert [wikipedia_text(date) for date in ("2023-06-06", "2023-06-07", "2024", "2026-08")] == [
+def test_the_licence_of_wikipedia_depends_on_the_date():
+    assert [wikipedia_text_licence(date) for date in ("2023-06-06", "2023-06-07", "2024", "2026-08")] == [
         "CC BY-SA 3.0", "CC BY-SA 4.0", "CC BY-SA 4.0", "CC BY-SA 4.0"]
 
 
@@ -116,7 +118,7 @@ NAMES = ["Café_de_Flore.jpg", "Caf%C3%A9_de_Flore.jpg", "{0}/{1}/Café_de_Flore
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_images_are_found_by_every_name(tmp_path, name):
+def test_images_are_found_under_every_supported_name(tmp_path, name):
     digits = hashlib.md5("Café_de_Flore.jpg".encode()).hexdigest()
     path = tmp_path / name.format(digits[0], digits[:2])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,18 +126,18 @@ def test_images_are_found_by_every_name(tmp_path, name):
     assert ImageFolder(tmp_path).thumbnail(ADDRESS) == picture(1)
 
 
-def test_images_that_are_not_there_are_told(tmp_path):
-    assert ImageFolder(tmp_path).thumbnail(ADDRESS) == Skipped(MISSING, ADDRESS)
-    assert ImageFolder(None).thumbnail(ADDRESS) == Skipped(NOT_GIVEN, ADDRESS)
-    with pytest.raises(SourceError, match="no folder of images"):
+def test_missing_images_are_skipped(tmp_path):
+    assert ImageFolder(tmp_path).thumbnail(ADDRESS) == Skipped(IMAGE_MISSING, ADDRESS)
+    assert ImageFolder(None).thumbnail(ADDRESS) == Skipped(NO_IMAGE_FOLDER, ADDRESS)
+    with pytest.raises(SourceError, match="folder of images .* does not exist"):
         ImageFolder(tmp_path / "none").check()
 
 
 @pytest.mark.parametrize(
     "address", ["", "/", "x/..", "x/%2e%2e%2fsecret.png", "a\0b", "http://[", "n" * 5000, "\ud800", "x/%ff"]
 )
-def test_no_address_leads_out_of_the_folder_or_breaks_it(tmp_path, address):
+def test_no_address_leads_out_of_the_folder(tmp_path, address):
     inside = tmp_path / "images"
     inside.mkdir()
     (tmp_path / "secret.png").write_bytes(picture(1))
-    assert ImageFolder(inside).thumbnail(address).reason == MISSING
+    assert ImageFolder(inside).thumbnail(address).reason == IMAGE_MISSING

@@ -1,4 +1,4 @@
-"""A museum's own pictures: tables, files beside them, or nothing but names."""
+"""Folders of pictures with a table, with text files, or with nothing but file names."""
 
 import codecs
 import os
@@ -11,7 +11,7 @@ from gog_edge.errors import SourceError
 from gog_edge.indexing.sources.folder import CHUNK_FILES, FolderSource
 
 
-def fill(folder, names):
+def write_pictures(folder, names):
     for number, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -19,8 +19,8 @@ def fill(folder, names):
         path.write_bytes(picture(number, kind, 90, 70) if kind else drawing(number))
 
 
-def test_a_table_says_what_pictures_show(tmp_path):
-    fill(tmp_path, ["a.jpg", "Room 1/b.png"])
+def test_titles_and_captions_come_from_a_table(tmp_path):
+    write_pictures(tmp_path, ["a.jpg", "Room 1/b.png"])
     (tmp_path / "list.csv").write_text(
         'File,TITLE,Caption,text,License,Attribution\na.jpg,"Vase, blue",A vase,"It is old.\n\nIt is blue.",CC0,Ann\n'
         "Room 1\\b.png,Bowl,,,,\n", encoding="utf-8")
@@ -35,15 +35,15 @@ def test_a_table_says_what_pictures_show(tmp_path):
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
-def test_tables_are_read_as_office_programs_save_them(tmp_path, delimiter, encoding):
-    fill(tmp_path, ["a.jpg"])
+def test_tables_with_any_delimiter_and_encoding_are_read(tmp_path, delimiter, encoding):
+    write_pictures(tmp_path, ["a.jpg"])
     text = delimiter.join(("title", "file")) + "\r\n" + delimiter.join(("Café", "a.jpg")) + "\r\n"
     (tmp_path / "list.csv").write_bytes(text.encode(encoding))
     assert Read(FolderSource(tmp_path)).articles["a.jpg"].title == "Café"
 
 
-def test_a_text_beside_a_picture_is_its_article(tmp_path):
-    fill(tmp_path, ["vase.jpg", "hall/bowl.PNG"])
+def test_a_text_file_of_the_same_name_is_the_article(tmp_path):
+    write_pictures(tmp_path, ["vase.jpg", "hall/bowl.PNG"])
     (tmp_path / "vase.txt").write_bytes(codecs.BOM_UTF8 + "Ваза\nПервая строка.\n\nВторая.".encode())
     (tmp_path / "hall" / "bowl.md").write_text("# A bowl\n", encoding="utf-8")
     read = Read(FolderSource(tmp_path))
@@ -53,22 +53,22 @@ def test_a_text_beside_a_picture_is_its_article(tmp_path):
     assert [image.caption for image in read.images] == ["A bowl", "Ваза"]
 
 
-def test_a_name_is_the_last_resort(tmp_path):
-    fill(tmp_path, ["East wing/Case 2/blue_vase-1.tif", "b.svg", "c.webp"])
+def test_without_a_text_the_file_name_is_the_title(tmp_path):
+    write_pictures(tmp_path, ["East wing/Case 2/blue_vase-1.tif", "b.svg", "c.webp"])
     read = Read(FolderSource(tmp_path))
     article = read.articles["East wing/Case 2/blue_vase-1.tif"]
     assert (article.title, article.paragraphs) == ("blue vase-1", (("East wing / Case 2", "blue vase-1"),))
     assert len(read.images) == 3
 
 
-def test_large_folders_come_in_chunks(tmp_path):
-    fill(tmp_path, [f"{number % 3}/p{number:03d}.png" for number in range(CHUNK_FILES * 2 + 10)])
+def test_large_folders_are_split_into_chunks(tmp_path):
+    write_pictures(tmp_path, [f"{number % 3}/p{number:03d}.png" for number in range(CHUNK_FILES * 2 + 10)])
     read = check_contract(FolderSource(tmp_path))
     assert [chunk.size for chunk in read.chunks] == [CHUNK_FILES, CHUNK_FILES, 10]
 
 
-def test_what_cannot_be_used_is_counted(tmp_path):
-    fill(tmp_path, ["a.jpg", "small.png"])
+def test_unusable_files_are_skipped(tmp_path):
+    write_pictures(tmp_path, ["a.jpg", "small.png"])
     (tmp_path / "small.png").write_bytes(picture(1, "PNG", 12, 12))
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xffno")
     (tmp_path / ".hidden.jpg").write_bytes(b"")
@@ -76,31 +76,31 @@ def test_what_cannot_be_used_is_counted(tmp_path):
     rows = ("file\ttitle", "gone.jpg\tGone", "../a.jpg\tOut", "/etc/passwd\tOut", "\tNone", "a.jpg\tHere")
     (tmp_path / "list.tsv").write_text("\n".join(rows))
     read = Read(FolderSource(tmp_path))
-    assert set(read.articles) == {"a.jpg", "small.png"}  # who puts a small one there wants it
+    assert set(read.articles) == {"a.jpg", "small.png"}  # small pictures of a collection are not icons
     assert read.skipped == {"image does not decode": 1, "file in the table is missing": 1}
 
 
-def test_names_in_another_encoding_are_read(tmp_path):
+def test_file_names_in_another_encoding_are_read(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(picture(1, "PNG"))
     FolderSource(tmp_path).snapshot()
     (article,) = Read(FolderSource(tmp_path)).articles.values()
     assert article.key == "caf?.png" and article.title == "caf?"
 
 
-def test_the_snapshot_changes_with_what_is_said_and_shown(tmp_path):
-    fill(tmp_path, ["a.jpg"])
+def test_the_snapshot_hash_covers_texts_and_pictures(tmp_path):
+    write_pictures(tmp_path, ["a.jpg"])
     first = FolderSource(tmp_path).snapshot()
     assert first.name == tmp_path.name and first == FolderSource(tmp_path).snapshot()
     (tmp_path / "a.txt").write_text("A vase")
     second = FolderSource(tmp_path).snapshot()
-    fill(tmp_path, ["b.jpg"])
+    write_pictures(tmp_path, ["b.jpg"])
     assert len({first.sha256, second.sha256, FolderSource(tmp_path).snapshot().sha256}) == 3
 
 
-def test_folders_without_pictures_and_broken_tables_are_refused(tmp_path):
-    with pytest.raises(SourceError, match="no picture"):
+def test_folders_without_pictures_and_malformed_tables_are_refused(tmp_path):
+    with pytest.raises(SourceError, match="contains no picture"):
         FolderSource(tmp_path).snapshot()
-    fill(tmp_path, ["a.jpg"])
+    write_pictures(tmp_path, ["a.jpg"])
     (tmp_path / "list.csv").write_text("file,text\na.jpg," + "x" * 200_000 + "\n")
     with pytest.raises(SourceError, match=r"list\.csv"):
         Read(FolderSource(tmp_path))

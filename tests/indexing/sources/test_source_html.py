@@ -1,4 +1,4 @@
-"""Article HTML: what is text, what is a figure, and what is neither."""
+"""Parsing of article HTML: text, figures, and what is neither."""
 
 import time
 
@@ -6,53 +6,53 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gog_edge.indexing.sources.html import MAX_DEPTH, is_too_deep, read_page
+from gog_edge.indexing.sources.html import MAX_DEPTH, exceeds_max_depth, parse_page
 from gog_edge.indexing.sources.text import MAX_CHARACTERS
 
 
 def texts(html):
-    return [text for _, text in read_page(html).paragraphs]
+    return [text for _, text in parse_page(html).paragraphs]
 
 
-def only_figure(html):
-    (figure,) = read_page(html).figures
+def single_figure(html):
+    (figure,) = parse_page(html).figures
     return figure
 
 
 def test_sections_have_paths():
-    page = read_page("<p>a</p><h2>One</h2><p>b</p><h3>Two</h3><p>c</p><h4>Three</h4><p>d</p><h2>Four</h2><p>e</p>")
+    page = parse_page("<p>a</p><h2>One</h2><p>b</p><h3>Two</h3><p>c</p><h4>Three</h4><p>d</p><h2>Four</h2><p>e</p>")
     assert page.paragraphs == (("", "a"), ("One", "b"), ("One / Two", "c"), ("One / Two / Three", "d"), ("Four", "e"))
 
 
-def test_headings_are_found_in_whatever_holds_them():
+def test_headings_are_found_in_any_container():
     html = ('<section><div class="mw-heading"><h2>One</h2><span class="mw-editsection">[edit]</span></div><p>a</p>'
             "</section><details open><summary><h2>Two</h2></summary><p>b</p></details><h2><span>Three</span></h2>c")
-    assert read_page(html).paragraphs == (("One", "a"), ("Two", "b"), ("Three", "c"))
+    assert parse_page(html).paragraphs == (("One", "a"), ("Two", "b"), ("Three", "c"))
 
 
-def test_titles_of_sections_are_bounded():
-    ((section, text),) = read_page(f"<h2>{'long ' * 1000}</h2><p>a</p>").paragraphs
+def test_section_titles_are_truncated():
+    ((section, text),) = parse_page(f"<h2>{'long ' * 1000}</h2><p>a</p>").paragraphs
     assert len(section) <= 200 and text == "a"
 
 
-def test_inline_markup_and_entities_leave_no_gaps():
+def test_inline_markup_and_entities_are_removed():
     html = "<p>H<sub>2</sub>O &amp; <i>more</i>,\n  5&nbsp;km&sup2; <b>so</b>\u00adft.<sup class=reference>1</sup></p>"
     assert texts(html) == ["H2O & more, 5 km² soft."]
 
 
-def test_lists_are_paragraphs_of_a_line_each():
+def test_a_list_is_one_paragraph_with_a_line_per_item():
     assert texts("<ul><li>one<ol><li>two</li></ol></li><li>three</li></ul>") == ["one\ntwo\nthree"]
     assert texts("<dl><dt>Term</dt><dd>What it is</dd></dl>") == ["Term\nWhat it is"]
 
 
-def test_tables_are_paragraphs_of_a_line_to_a_row():
+def test_a_table_is_one_paragraph_with_a_line_per_row():
     html = '<table class="wikitable"><caption>Sizes</caption><tr><th>A<th>B<tr><td>1<td>2<br>3</table>'
     assert texts(html) == ["Sizes\nA | B\n1 | 2\n3"]
 
 
-def test_an_infobox_is_read_after_the_lead():
+def test_an_infobox_follows_the_lead_section():
     html = '<table class="infobox"><tr><th>Capital<td>Paris</table><p>Lead.</p><h2>More</h2><p>x</p>'
-    assert read_page(html).paragraphs == (("", "Lead."), ("", "Capital: Paris"), ("More", "x"))
+    assert parse_page(html).paragraphs == (("", "Lead."), ("", "Capital: Paris"), ("More", "x"))
 
 
 @pytest.mark.parametrize(
@@ -71,31 +71,31 @@ def test_an_infobox_is_read_after_the_lead():
         '<ul class="gallery"><li class="gallerybox"><div class="gallerytext">no</div></li></ul>',
     ],
 )  # fmt: skip
-def test_what_is_no_text_of_the_article_is_left_out(noise):
+def test_page_furniture_is_removed(noise):
     assert texts(f"<body><p>before</p>{noise}<p>after</p></body>") == ["before", "after"]
 
 
 @pytest.mark.parametrize("title", ["References", "External links", "See also", "NOTES", "Bibliography", " See  also "])
-def test_sections_of_references_are_left_out_with_all_below_them(title):
+def test_reference_sections_are_removed_with_their_subsections(title):
     html = f"<p>a</p><h2>{title}</h2><p>no</p><h3>Books</h3><ul><li>no</li></ul><h2>Legacy</h2><p>b</p>"
-    assert read_page(html).paragraphs == (("", "a"), ("Legacy", "b"))
+    assert parse_page(html).paragraphs == (("", "a"), ("Legacy", "b"))
 
 
-def test_links_outwards_are_left_out_in_any_language():
+def test_lists_of_external_links_are_removed_in_any_language():
     html = '<p>a</p><h2>Weblinks</h2><ul><li><a class="external text">Amt</a></li></ul><h2>Orte</h2><ul><li>b</ul>'
-    assert read_page(html).paragraphs == (("", "a"), ("Orte", "b"))
+    assert parse_page(html).paragraphs == (("", "a"), ("Orte", "b"))
 
 
-def test_text_outside_of_any_block_is_kept():
+def test_text_outside_of_blocks_is_kept():
     html = "<div>one <i>two</i><p>three</p>four<my-element>five</my-element></div><center><p>six</p></center>seven"
     assert texts(html) == ["one two", "three", "four", "five", "six", "seven"]
 
 
-def test_formulas_are_spelled():
+def test_formulas_become_latex():
     html = ('<p>As <span class="mwe-math-element"><span style="display: none;">'
             '<math alttext="{\\displaystyle E=mc^{2}}"><mi>E</mi></math></span>'
             '<img src="f.svg" class="mwe-math-fallback-image-inline" alt="x"></span> says.</p>')
-    page = read_page(html)
+    page = parse_page(html)
     assert page.paragraphs == (("", "As E=mc^{2} says."),)
     assert not page.figures and [skipped.reason for skipped in page.skipped] == ["image is a formula"]
 
@@ -115,28 +115,28 @@ FRAMES = {
 
 
 @pytest.mark.parametrize("frame", FRAMES)
-def test_captions_are_found_in_every_frame(frame):
-    figure = only_figure("<h2>Late</h2>" + FRAMES[frame])
+def test_captions_are_found_in_every_kind_of_frame(frame):
+    figure = single_figure("<h2>Late</h2>" + FRAMES[frame])
     assert (figure.source, figure.caption, figure.lead) == ("a.webp", "On top", frame == "infobox")
 
 
-def test_each_of_a_pair_has_its_own_caption():
+def test_images_in_a_pair_have_their_own_captions():
     single = '<div class="tsingle"><img src={0}.webp><div class="thumbcaption">{0}</div></div>'
     pair = single.format("left") + single.format("right")
     html = f'<div class="thumb tmulti"><div class="thumbinner">{pair}</div></div>'
-    assert [figure.caption for figure in read_page(html).figures] == ["left", "right"]
+    assert [figure.caption for figure in parse_page(html).figures] == ["left", "right"]
 
 
-def test_the_first_figure_before_the_first_heading_leads_where_there_is_no_infobox():
+def test_without_an_infobox_the_first_figure_before_a_heading_is_the_lead():
     image = "<figure><img src={}.webp></figure>"
-    page = read_page(f"{image.format('a')}{image.format('b')}<h2>x</h2>{image.format('c')}")
+    page = parse_page(f"{image.format('a')}{image.format('b')}<h2>x</h2>{image.format('c')}")
     assert [figure.lead for figure in page.figures] == [True, False, False]
-    page = read_page(f"{image.format('a')}<table class=infobox><tr><td><img src=b.webp></table>")
+    page = parse_page(f"{image.format('a')}<table class=infobox><tr><td><img src=b.webp></table>")
     assert [figure.lead for figure in page.figures] == [False, True]
 
 
-def test_icons_and_file_names_are_told():
-    page = read_page('<p><img src=a.png width=16 height="16"><img src=b.png width=200 alt="B.JPG"><img src=b.png>'
+def test_icons_are_skipped_and_file_names_are_not_captions():
+    page = parse_page('<p><img src=a.png width=16 height="16"><img src=b.png width=200 alt="B.JPG"><img src=b.png>'
                      '<img><img src=""><img src=c.png width="huge"></p>')
     assert [skipped.reason for skipped in page.skipped] == ["image is an icon"]
     assert [(figure.source, figure.caption) for figure in page.figures] == [("b.png", ""), ("c.png", "")]
@@ -146,17 +146,17 @@ SCRIPTS = ["Москва — столица.", "القاهرة عاصمة مصر
 
 
 @pytest.mark.parametrize("text", SCRIPTS)
-def test_every_script_passes(text):
+def test_every_script_is_kept(text):
     assert texts(f"<p>{text}</p>") == [text]
 
 
-def test_a_page_of_nothing_holds_nothing():
+def test_an_empty_page_has_no_content():
     for html in ("", "\0", "<", "<html></html>", "<!DOCTYPE html>"):
-        page = read_page(html)
+        page = parse_page(html)
         assert not page.figures and all(text for _, text in page.paragraphs)
 
 
-def test_deep_pages_are_no_trouble():
+def test_deeply_nested_pages_are_parsed():
     assert texts("<div>" * 3000 + "<p>deep</p>") == ["deep"]
     assert texts("<ul><li>" * 3000 + "deep") == ["deep"]
 
@@ -179,8 +179,8 @@ DEEP = MAX_DEPTH + 1
         "<div><!x </div><? </div></ </div>" * DEEP,
     ],
 )
-def test_what_nests_too_deep_is_told_and_tricks_hide_nothing(html):
-    assert is_too_deep(html)
+def test_excessive_depth_is_detected_despite_malformed_tags(html):
+    assert exceeds_max_depth(html)
 
 
 @pytest.mark.parametrize(
@@ -197,14 +197,14 @@ def test_what_nests_too_deep_is_told_and_tricks_hide_nothing(html):
         "<<" * DEEP + "<div",
     ],
 )
-def test_pages_of_many_tags_are_not_deep(html):
-    assert not is_too_deep(html)
+def test_many_tags_are_not_excessive_depth(html):
+    assert not exceeds_max_depth(html)
 
 
 @pytest.mark.parametrize("part", ["<a ", '<a "', "<a b='", "<!--", "<!", "</", "<a b= ", "<a/ "])
-def test_depth_is_told_in_no_time(part):
+def test_detecting_the_depth_takes_linear_time(part):
     began = time.monotonic()
-    assert not is_too_deep(part * 300_000 + "--" * 300_000) or part == "<a/ "
+    assert not exceeds_max_depth(part * 300_000 + "--" * 300_000) or part == "<a/ "
     assert time.monotonic() - began < 2
 
 
@@ -221,10 +221,10 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(PIECES | st.text(max_size=20), max_size=40))
-def test_nothing_breaks_it(pieces):
+def test_any_input_is_parsed(pieces):
     html = "".join(pieces)
-    page = read_page(html)
-    assert page == read_page(html)
+    page = parse_page(html)
+    assert page == parse_page(html)
     for section, text in page.paragraphs:
         assert text == text.strip() and text and not set("\x1e\x1f\0") & set(section + text)
         (section + text).encode()

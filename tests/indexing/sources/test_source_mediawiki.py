@@ -1,4 +1,4 @@
-"""MediaWiki's XML dumps, and the wikitext in them."""
+"""MediaWiki XML dumps, and the wikitext in them."""
 
 import bz2
 import gzip
@@ -11,7 +11,7 @@ from reading import Read, check_contract
 
 from gog_edge.errors import SourceError
 from gog_edge.indexing.sources import files
-from gog_edge.indexing.sources.mediawiki import MediaWikiSource, read_wikitext
+from gog_edge.indexing.sources.mediawiki import MediaWikiSource, parse_wikitext
 from gog_edge.indexing.sources.text import MAX_CHARACTERS
 
 SITE = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11" xml:lang="de">
@@ -52,7 +52,8 @@ def page(number, text=None, **fields):
 
 def write_dump(path, pages, site="de.wikipedia.org", end="</mediawiki>\n"):
     data = (SITE.format(site) + "".join(pages) + end).encode()
-    packed = {".bz2": bz2.compress(data, 1), ".gz": gzip.compress(data, 1)}  # in blocks of 100 kB, for truncated ones
+    # Level 1 has blocks of 100 kB, so that a truncated file yields some.
+    packed = {".bz2": bz2.compress(data, 1), ".gz": gzip.compress(data, 1)}
     path.write_bytes(packed.get(path.suffix, data))
     return path
 
@@ -76,13 +77,13 @@ def test_articles_are_read_with_their_sections(tmp_path, suffix):
     )
 
 
-def test_the_licence_of_another_wiki_is_the_one_given(tmp_path):
+def test_the_licence_of_other_wikis_is_given_by_the_user(tmp_path):
     path = write_dump(tmp_path / "a.xml", [page(1)], site="wiki.museum.example")
     assert MediaWikiSource(path, "CC0").snapshot().licence == "CC0"
     assert MediaWikiSource(path).snapshot().licence == "unknown"
 
 
-def test_pages_that_cannot_be_used_are_counted(tmp_path):
+def test_unusable_pages_are_skipped(tmp_path):
     bomb = '<!DOCTYPE page [<!ENTITY a "aaaa">]>'
     pages = [page(1), page(2, text=""), page(3, title=""), page(4, text="{{only a template}}"),
              page(5, text="x" * 5_000_000), "<page><title>x</page>\n", "<page><title>&a;</title></page>\n",
@@ -93,7 +94,7 @@ def test_pages_that_cannot_be_used_are_counted(tmp_path):
         "article has no text": 2, "page has no title": 1, "page is not XML": 3, "article is too large": 1}
 
 
-def test_a_page_without_end_is_left_out(tmp_path, monkeypatch):
+def test_a_page_without_end_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr("gog_edge.indexing.sources.mediawiki.MAX_PIECE_BYTES", 10**6)
     monkeypatch.setattr(files, "CHUNK_BYTES", 2**30)
     pages = [page(1), page(2, text="word " * 900_000), page(3)]
@@ -102,7 +103,7 @@ def test_a_page_without_end_is_left_out(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".xml", ".xml.bz2"])
-def test_a_truncated_dump_is_told_after_the_pages_before(tmp_path, suffix):
+def test_a_truncated_dump_yields_its_pages_before_the_error(tmp_path, suffix):
     path = write_dump(tmp_path / f"a{suffix}", [page(number) for number in range(1000)])
     path.write_bytes(path.read_bytes()[:-500])
     source = MediaWikiSource(path)
@@ -117,7 +118,7 @@ def test_a_truncated_dump_is_told_after_the_pages_before(tmp_path, suffix):
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "a.xml"
     path.write_text(text)
-    with pytest.raises(SourceError, match="does not begin like a MediaWiki dump"):
+    with pytest.raises(SourceError, match="does not begin with the header of a MediaWiki dump"):
         MediaWikiSource(path).snapshot()
 
 
@@ -132,8 +133,8 @@ def test_other_files_are_refused(tmp_path, text):
         ("a {{{arg|b}}} c", "a c"), ("a<!-- b -->c", "ac"),
     ],
 )  # fmt: skip
-def test_markup_becomes_what_a_reader_sees(wikitext, text):
-    assert "\n".join(shown for _, shown in read_wikitext(wikitext)) == text
+def test_markup_becomes_the_visible_text(wikitext, text):
+    assert "\n".join(shown for _, shown in parse_wikitext(wikitext)) == text
 
 
 PIECES = st.sampled_from(
@@ -146,7 +147,7 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(PIECES | st.text(max_size=15), max_size=40))
-def test_no_wikitext_breaks_it(pieces):
-    for section, text in read_wikitext("".join(pieces)):
+def test_any_wikitext_is_parsed(pieces):
+    for section, text in parse_wikitext("".join(pieces)):
         assert text and text == text.strip() and len(text) <= MAX_CHARACTERS
         (section + text).encode()

@@ -1,4 +1,4 @@
-"""Wiki6M: a page to a line."""
+"""Wiki6M: one page per line."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ from reading import Read, check_contract
 from zim_world import picture
 
 from gog_edge.errors import SourceError
-from gog_edge.indexing.sources.files import MISSING, ImageFolder
+from gog_edge.indexing.sources.images import IMAGE_MISSING, ImageFolder
 from gog_edge.indexing.sources.wiki6m import Wiki6mSource
 
 
@@ -44,20 +44,20 @@ def test_a_line_is_an_article_with_its_image(tmp_path, images, suffix):
     assert len(read.articles) == 1000 and len(read.chunks) == 4
     assert read.articles["Q9"].title == "Thing 9"
     assert read.articles["Q9"].paragraphs == (("", "Thing 9 is."), ("", "It has parts."), ("", "Many."))
-    assert len(read.images) == 750 and read.skipped == {MISSING: 250}
+    assert len(read.images) == 750 and read.skipped == {IMAGE_MISSING: 250}
     assert all(image.lead and image.caption.startswith("Thing") for image in read.images)
 
 
-def test_lines_that_are_no_pages_are_counted(tmp_path):
+def test_malformed_lines_are_skipped(tmp_path):
     lines = [line(1, wikipedia_image_url=None), "{", "[1]", "", line(2, wikipedia_title=None), "[" * 100_000,
              line(3, wikipedia_content="", wikipedia_summary=""),
              line(4, wikipedia_content=None, wikipedia_image_url="")]  # fmt: skip
     read = Read(Wiki6mSource(write_lines(tmp_path / "a.jsonl", lines), ImageFolder(None)))
     assert set(read.articles) == {"Q1", "Q4"} and read.articles["Q4"].paragraphs == (("", "Thing 4 is."),)
-    assert read.skipped == {"line is no page": 5, "article has no text": 1}
+    assert read.skipped == {"line is not a page": 5, "article has no text": 1}
 
 
-def test_halves_of_surrogate_pairs_do_not_reach_the_store(tmp_path):
+def test_unpaired_surrogates_are_removed(tmp_path):
     odd = line(1, wikipedia_title="A\ud800b", wikipedia_content="c\udfffd \u0000", wikipedia_image_url="x\ud800.jpg")
     read = Read(Wiki6mSource(write_lines(tmp_path / "a.jsonl", [odd]), ImageFolder(tmp_path)))
     (article,) = read.articles.values()
@@ -67,5 +67,5 @@ def test_halves_of_surrogate_pairs_do_not_reach_the_store(tmp_path):
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(SourceError, match="Wiki6M"):
         Wiki6mSource(write_lines(tmp_path / "a.jsonl", ['{"id": 1}']), ImageFolder(None)).snapshot()
-    with pytest.raises(SourceError, match="no folder of images"):
+    with pytest.raises(SourceError, match="folder of images .* does not exist"):
         Wiki6mSource(write_lines(tmp_path / "a.jsonl", [line(1)]), ImageFolder(tmp_path / "none")).snapshot()

@@ -1,4 +1,4 @@
-"""WIT: rows of pages that stand apart, brought together, one language of many, with images from a folder."""
+"""WIT: scattered rows are collected by page, for one language of many, with images from a folder."""
 
 import gzip
 import multiprocessing
@@ -15,7 +15,7 @@ from zim_world import picture
 
 from gog_edge.errors import SourceError
 from gog_edge.indexing.sources import wit
-from gog_edge.indexing.sources.files import MISSING, ImageFolder
+from gog_edge.indexing.sources.images import IMAGE_MISSING, ImageFolder
 from gog_edge.indexing.sources.wit import WitSource
 
 COLUMNS = (
@@ -49,7 +49,7 @@ def write_rows(path, rows):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two files over which 400 pages are strewn, three rows each, and as many of another language."""
+    """Two files with three scattered rows for each of 400 pages, and the same for another language."""
     folder = tmp_path_factory.mktemp("wit")
     rows = [row(page, f"{page % 20}_{k}", language)
             for k in range(3) for page in range(400) for language in ("en", "de")]  # fmt: skip
@@ -82,18 +82,18 @@ def test_each_page_is_one_article_with_all_its_images(folder, images, tmp_path):
     assert article.paragraphs[0] == ("", 'Page 7 is about "something".')
     assert article.paragraphs[1:] == tuple(("Uses / Early", f"Used with image 7_{k}.") for k in range(3))
     assert [image.caption for image in read.images_of(article.key)] == [f"Image 7_{k} of page 7" for k in range(2)]
-    assert read.skipped == {MISSING: 400}
+    assert read.skipped == {IMAGE_MISSING: 400}
     assert {image.attribution for image in read.images_of(article.key)} == {
         f"http://upload.wikimedia.org/wikipedia/commons/0/00/Image_7_{k}.jpg" for k in range(2)}
 
 
-def test_other_languages_come_on_demand(folder, tmp_path):
+def test_the_language_is_selectable(folder, tmp_path):
     assert len(Read(prepared(folder, tmp_path, language="de")).articles) == 400
     assert len(Read(prepared(folder, tmp_path, language="")).articles) == 800
-    assert not Read(prepared(folder, tmp_path, language="fr")).items
+    assert not Read(prepared(folder, tmp_path, language="fr")).records
 
 
-def test_what_is_sorted_is_not_sorted_again(folder, tmp_path):
+def test_a_complete_spool_is_not_written_again(folder, tmp_path):
     source = prepared(folder, tmp_path)
     before = source.spool.stat().st_mtime_ns
     again = prepared(folder, tmp_path)
@@ -111,14 +111,14 @@ def test_what_is_sorted_is_not_sorted_again(folder, tmp_path):
         ({"caption_reference_description": "Вид на реку"}, "Вид на реку"),
     ],
 )
-def test_captions_are_the_best_there_are(tmp_path, fields, caption):
+def test_the_most_specific_caption_is_used(tmp_path, fields, caption):
     (tmp_path / "Image_x.jpg").write_bytes(picture(1, "JPEG"))
     path = write_rows(tmp_path / "one.tsv.gz", [row(1, "x", **fields, is_main_image="true")])
     (image,) = Read(prepared(path, tmp_path, ImageFolder(tmp_path))).images
     assert image.caption == caption and image.lead
 
 
-def test_rows_without_text_or_columns_are_told(tmp_path):
+def test_rows_without_text_or_columns_are_skipped(tmp_path):
     empty = row(1, "x", context_page_description="", context_section_description="")
     path = write_rows(tmp_path / "one.tsv.gz", [empty, row(2, "y"), "en\tshort", row(3, "z", page_title="")])
     read = Read(prepared(path, tmp_path))
@@ -138,7 +138,7 @@ def prepare_slowly(folder, work):
     WitSource(folder, WITHOUT).prepare(work)
 
 
-def test_sorting_goes_on_after_a_kill(folder, tmp_path):
+def test_preparation_is_resumed_after_a_kill(folder, tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=prepare_slowly, args=(folder, tmp_path / "killed"))
     process.start()
     spool = tmp_path / "killed" / "wit-en.sqlite"
@@ -152,11 +152,11 @@ def test_sorting_goes_on_after_a_kill(folder, tmp_path):
                     rows = base.execute("SELECT count(*) FROM rows").fetchone()[0]
                 base.close()
             except sqlite3.Error:
-                continue  # not begun, or just being written
+                continue  # not created yet, or locked
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert 200 <= rows < 1200
-    assert Read(prepared(folder, tmp_path / "killed")).items == Read(prepared(folder, tmp_path / "whole")).items
+    assert Read(prepared(folder, tmp_path / "killed")).records == Read(prepared(folder, tmp_path / "whole")).records
 
 
 def prepare_on_a_full_disk(folder, work):
@@ -169,28 +169,28 @@ def prepare_on_a_full_disk(folder, work):
     return "prepared"
 
 
-def test_a_full_disk_is_told_and_what_was_sorted_is_kept(folder, tmp_path):
+def test_preparation_is_resumed_after_a_full_disk(folder, tmp_path):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        told = pool.submit(prepare_on_a_full_disk, folder, tmp_path / "full").result(60)
-    assert "wit-en.sqlite' cannot be written" in told and "make room" in told
-    assert Read(prepared(folder, tmp_path / "full")).items == Read(prepared(folder, tmp_path / "whole")).items
+        message = pool.submit(prepare_on_a_full_disk, folder, tmp_path / "full").result(60)
+    assert "wit-en.sqlite' cannot be written" in message and "make room" in message
+    assert Read(prepared(folder, tmp_path / "full")).records == Read(prepared(folder, tmp_path / "whole")).records
 
 
-def test_unsorted_rows_are_not_read(folder):
+def test_reading_before_preparation_is_refused(folder):
     with pytest.raises(SourceError, match="prepare"):
         next(WitSource(folder, WITHOUT).chunks())
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(SourceError, match="no .tsv"):
+    with pytest.raises(SourceError, match="contains no .tsv"):
         WitSource(tmp_path, WITHOUT).snapshot()
     other = tmp_path / "a.tsv"
     other.write_text("file\ttitle\n")
-    with pytest.raises(SourceError, match="no column 'language'"):
+    with pytest.raises(SourceError, match="lacks the column 'language'"):
         WitSource(other, WITHOUT).snapshot()
 
 
-def test_a_truncated_file_is_told_and_goes_on_when_it_is_whole(folder, tmp_path):
+def test_preparation_is_resumed_when_a_truncated_file_is_replaced(folder, tmp_path):
     whole = (folder / "wit_v1.train.all-00000-of-00002.tsv.gz").read_bytes()
     path = tmp_path / "part.tsv.gz"
     path.write_bytes(whole[: len(whole) // 2])
@@ -198,4 +198,4 @@ def test_a_truncated_file_is_told_and_goes_on_when_it_is_whole(folder, tmp_path)
         prepared(path, tmp_path)
     path.write_bytes(whole)
     expected = prepared(folder / "wit_v1.train.all-00000-of-00002.tsv.gz", tmp_path / "other")
-    assert Read(prepared(path, tmp_path)).items == Read(expected).items
+    assert Read(prepared(path, tmp_path)).records == Read(expected).records

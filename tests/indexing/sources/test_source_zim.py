@@ -1,4 +1,4 @@
-"""ZIM files: what is read of a world of 3,000 articles, and what of damaged ones."""
+"""ZIM files with 3,000 generated articles, and damaged ones."""
 
 import io
 import re
@@ -11,7 +11,7 @@ from reading import Read, check_contract
 from zim_world import ARTICLES, FOREIGN, WIKIPEDIA, articles, drawing, picture, write_world, write_zim
 
 from gog_edge.errors import BackendError, SourceError
-from gog_edge.indexing.sources.zim import ENTRIES, ZimSource
+from gog_edge.indexing.sources.zim import CHUNK_ENTRIES, ZimSource
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +28,9 @@ def small(folder):
     return write_zim(folder / "small.zim", articles(40))
 
 
-def test_all_articles_come_with_their_sections(world):
+def test_articles_are_read_with_their_sections(world):
     assert len(world.articles) == ARTICLES + len(FOREIGN) + 5
-    assert len(world.articles) / (len(world.chunks) * ENTRIES) > 0.5
+    assert len(world.articles) / (len(world.chunks) * CHUNK_ENTRIES) > 0.5
     place = world.articles["A0003"]
     assert place.title == "Place 3"
     assert list(dict.fromkeys(section for section, _ in place.paragraphs)) == [
@@ -41,44 +41,44 @@ def test_all_articles_come_with_their_sections(world):
         assert noise not in text
 
 
-def test_both_shapes_of_captions_are_read(world):
+def test_captions_of_both_figure_formats_are_read(world):
     newer, older = world.images_of("A0001"), world.images_of("A0002")
     assert [image.caption for image in newer] == ["Place 1 in winter", "The Place 1 today"]
     assert [image.caption for image in older] == ["Place 2 in winter", "The Place 2 today"]
     assert [image.lead for image in newer] == [True, False]
 
 
-def test_an_infobox_shows_what_the_article_is_about(world):
+def test_the_image_of_an_infobox_is_the_lead(world):
     first, *_ = world.images_of("A0003")
     assert first.lead and first.caption == "Place 3 seen from afar"
 
 
-def test_images_are_files_that_can_be_served(world):
+def test_images_can_be_served(world):
     for image in world.images[:50]:
         shown = Image.open(io.BytesIO(image.data))
         assert shown.format in ("WEBP", "PNG", "JPEG") and max(shown.size) <= 320
 
 
-def test_redirects_name_their_articles_and_none_names_a_picture(world):
+def test_redirects_lead_to_articles_only(world):
     assert world.redirects["Site 3"] == "A0003"
     assert len(world.redirects) == len(range(0, ARTICLES, 3))
 
 
 @pytest.mark.parametrize(("title", "caption"), FOREIGN.items())
-def test_other_scripts_pass_unharmed(world, title, caption):
+def test_other_scripts_are_kept(world, title, caption):
     assert world.articles[title].paragraphs == (("", f"{title}: {caption}。"),)
     assert [image.caption for image in world.images_of(title)] == [caption]
 
 
-def test_what_cannot_be_used_is_counted(world):
+def test_unusable_content_is_skipped(world):
     assert world.skipped == {
         "image does not decode": 1, "image is not in the snapshot": 2, "image is an icon": 1,
-        "image is smaller than an icon": 1, "article has no text": 1, "article was not fetched": 1}
+        "image is smaller than an icon": 1, "article has no text": 1, "article was not downloaded": 1}
     assert [image.caption for image in world.images_of("Odd_inline")] == ["Inside"]
     assert world.articles["Odd_gallery"].paragraphs == (("", "Only a picture"),)
 
 
-def test_the_snapshot_tells_what_it_is(path):
+def test_the_snapshot_is_described_by_the_metadata(path):
     source = ZimSource(path)
     snapshot = source.snapshot()
     assert (snapshot.name, snapshot.date, snapshot.licence) == ("wikipedia_en_made", "2026-08-15", "CC BY-SA 4.0")
@@ -96,14 +96,14 @@ def test_the_snapshot_tells_what_it_is(path):
         ({"Title": "A museum", "Date": "2026-01-01"}, None, "unknown"),
     ],
 )
-def test_the_licence_is_the_one_named(tmp_path, metadata, given, expected):
+def test_the_licence_comes_from_the_metadata_or_the_user(tmp_path, metadata, given, expected):
     entries = [("A", "Here", '<p>Text.</p><img src="i.png">', "text/html"),
                ("i.png", "", picture(1, "PNG"), "image/png")]
     source = ZimSource(write_zim(tmp_path / "a.zim", entries, metadata=metadata), licence=given)
     assert source.snapshot().licence == expected
     read = Read(source)
     assert {article.licence for article in read.articles.values()} == {expected}
-    assert [image.licence for image in read.images] == ["unknown"]  # no ZIM tells the licences of its pictures
+    assert [image.licence for image in read.images] == ["unknown"]  # ZIM files do not contain the licences of images
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
@@ -115,12 +115,12 @@ def test_a_truncated_file_is_refused(tmp_path, share):
         ZimSource(part).snapshot()
 
 
-def test_nothing_there_is_said(tmp_path):
-    with pytest.raises(SourceError, match="there is no file"):
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(SourceError, match="does not exist"):
         ZimSource(tmp_path / "none.zim").snapshot()
 
 
-def test_a_damaged_cluster_costs_its_own_entries_alone(tmp_path):
+def test_a_damaged_cluster_affects_its_own_entries_only(tmp_path):
     path = write_zim(tmp_path / "damaged.zim", articles(40), cluster=2**15)
     data = bytearray(path.read_bytes())
     frames = [found.start() for found in re.finditer(re.escape(b"\x28\xb5\x2f\xfd"), data)]  # where zstd begins
@@ -129,7 +129,7 @@ def test_a_damaged_cluster_costs_its_own_entries_alone(tmp_path):
     data[middle : middle + 64] = bytes(64)
     path.write_bytes(data)
     source = ZimSource(path)
-    source.snapshot()  # it opens: libzim looks at the structure alone
+    source.snapshot()  # libzim checks the structure only
     read = Read(source)
     assert read.skipped["entry cannot be read"] >= 1
     assert len(read.articles) > 20 and len(read.articles) + read.skipped["entry cannot be read"] == 40 + len(FOREIGN)
@@ -137,39 +137,39 @@ def test_a_damaged_cluster_costs_its_own_entries_alone(tmp_path):
         source.verify()
 
 
-def test_a_flipped_byte_is_found_by_its_checksum(tmp_path):
+def test_the_checksum_detects_a_flipped_byte(tmp_path):
     path = small(tmp_path)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(SourceError, match="corrupt"):
         ZimSource(path).verify()
-    Read(ZimSource(path))  # and is got past
+    Read(ZimSource(path))  # reading goes on after it
 
 
-def test_articles_beyond_all_measure_are_left_out(tmp_path):
+def test_oversized_articles_are_skipped(tmp_path):
     path = write_zim(tmp_path / "large.zim", [("A", "Small", "<p>x</p>", "text/html"),
                                               ("B", "Large", "<p>x</p>" * 1_200_000, "text/html")])
     read = Read(ZimSource(path))
     assert set(read.articles) == {"A"} and read.skipped == {"article is too large": 1}
 
 
-def test_articles_that_nest_without_end_are_left_out_at_once(tmp_path):
+def test_excessively_nested_articles_are_skipped_quickly(tmp_path):
     path = write_zim(tmp_path / "deep.zim", [("A", "Flat", "<div>x</div>" * 20_000, "text/html"),
                                              ("B", "Deep", "<div>" * 200_000, "text/html")])
     began = time.monotonic()
     read = Read(ZimSource(path))
-    assert set(read.articles) == {"A"} and read.skipped == {"article is nested too deep": 1}
+    assert set(read.articles) == {"A"} and read.skipped == {"article is nested too deeply": 1}
     assert time.monotonic() - began < 2
 
 
-def test_redirects_are_followed_to_their_end(tmp_path):
+def test_chains_of_redirects_are_followed(tmp_path):
     path = write_zim(tmp_path / "chain.zim", [("A", "Here", "<p>Text.</p>", "text/html")],
                      [("R1", "Once", "A"), ("R2", "Twice", "R1")])
     assert Read(ZimSource(path)).redirects == {"Once": "A", "Twice": "A"}
 
 
-def test_paths_are_resolved_as_a_browser_would(tmp_path):
+def test_image_paths_are_resolved_like_in_a_browser(tmp_path):
     shown = '<p>Text.</p><img src="../I/a%20b%3F.png?x=1" alt="One"><img data-src="./c.svg" src="" alt="Two">'
     path = write_zim(tmp_path / "paths.zim", [("deep/A", "Here", shown, "text/html"),
                                               ("I/a b?.png", "", picture(1, "PNG"), "image/png"),
@@ -178,7 +178,7 @@ def test_paths_are_resolved_as_a_browser_would(tmp_path):
     assert [image.caption for image in read.images] == ["One", "Two"] and not read.skipped
 
 
-def test_without_libzim_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_libzim_the_message_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "libzim.reader", None)
     path = tmp_path / "a.zim"
     path.write_bytes(b"ZIM\x04")

@@ -1,4 +1,4 @@
-"""Real ZIM files of made articles: libzim's Creator, pictures in four formats, both shapes of captions, redirects."""
+"""Writes ZIM files of generated articles with libzim: images in four formats, both figure formats, redirects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOREIGN = {"Москва": "Вид на реку зимой", "القاهرة": 
 
 
 class Entry(Item):
-    """An item of a ZIM."""
+    """An entry of a ZIM file."""
 
     def __init__(self, path, title, content, mimetype="text/html"):
         super().__init__()
@@ -47,7 +47,7 @@ class Entry(Item):
 
 
 def write_zim(path: Path, entries, redirects=(), metadata=WIKIPEDIA, *, packed=True, cluster=2**21) -> Path:
-    """A ZIM of (path, title, content, mimetype) and (path, title, target), in clusters of so many bytes."""
+    """Write entries (path, title, content, mimetype) and redirects (path, title, target); `cluster` is in bytes."""
     creator = Creator(path).config_indexing(False, "eng").config_clustersize(cluster)
     with creator.config_compression(Compression.zstd if packed else Compression.none):
         creator.set_mainpath("A0000")
@@ -61,7 +61,7 @@ def write_zim(path: Path, entries, redirects=(), metadata=WIKIPEDIA, *, packed=T
 
 
 def picture(seed: int, kind: str = "WEBP", width: int = 220, height: int = 160, **options) -> bytes:
-    """A picture of its own colours."""
+    """Return an image file with random colours."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     image = coarse.resize((width, height), Image.Resampling.BICUBIC)
@@ -71,19 +71,19 @@ def picture(seed: int, kind: str = "WEBP", width: int = 220, height: int = 160, 
 
 
 def drawing(seed: int) -> bytes:
-    """An SVG."""
+    """Return an SVG file."""
     red, green, x = (seed * 37) % 256, (seed * 91) % 256, seed % 60
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 120 80"><rect width="120" height="80" '
             f'fill="rgb({red},{green},90)"/><circle cx="{20 + x}" cy="40" r="18" fill="white"/></svg>').encode()
 
 
 def picture_path(number: int) -> str:
-    """Where a picture lies in the ZIM."""
+    """Return the path of a picture in the ZIM file."""
     return f"_assets_/{number % 16:x}/p{number}.{('webp', 'png', 'jpg', 'svg')[number % 4]}"
 
 
 def pictures():
-    """(path, title, content, mimetype) of all pictures."""
+    """Yield (path, title, content, mimetype) of all pictures."""
     for number in range(PICTURES):
         path = picture_path(number)
         kind = {"webp": "WEBP", "png": "PNG", "jpg": "JPEG", "svg": "SVG"}[path.rpartition(".")[2]]
@@ -92,21 +92,21 @@ def pictures():
 
 
 def sentence(rng: np.random.Generator) -> str:
-    """A sentence of made words."""
+    """Return a random sentence."""
     a, b, c, verb, year = rng.integers(0, 2**16, 5).tolist()
     word = _WORDS[a % len(_WORDS)], _WORDS[b % len(_WORDS)].title(), _WORDS[c % len(_WORDS)]
     return f"The old {word[0]} of {word[1]} {_VERBS[verb % len(_VERBS)]} the {word[2]} since {900 + year % 1100}."
 
 
 def paragraph(rng: np.random.Generator) -> str:
-    """HTML of a paragraph, with links and references."""
+    """Return the HTML of a paragraph with links and references."""
     parts = [f'{sentence(rng)} <a href="A{rng.integers(ARTICLES):04d}" title="x">{sentence(rng)}</a>'
              f'<sup id="c" class="reference"><a href="#n">[{k}]</a></sup>' for k in range(int(rng.integers(2, 7)))]
     return f"<p>{' '.join(parts)}</p>\n"
 
 
 def figure(number: int, caption: str, older: bool) -> str:
-    """HTML of a figure, in the newer or the older shape."""
+    """Return the HTML of a figure, as <figure> or as MediaWiki wrote it before."""
     image = f'<a href="File:P"><img src="./{picture_path(number)}" width="220" height="160" alt="p{number}.jpg"></a>'
     if older:
         return (f'<div class="thumb tright"><div class="thumbinner">{image}<div class="thumbcaption">'
@@ -115,7 +115,7 @@ def figure(number: int, caption: str, older: bool) -> str:
 
 
 def infobox(number: int, name: str, height: int) -> str:
-    """HTML of an infobox with a picture and two facts."""
+    """Return the HTML of an infobox with a picture and two facts."""
     return (f'<table class="infobox vcard"><tbody><tr><th colspan="2">{name}</th></tr><tr><td colspan="2" '
             f'class="infobox-image"><img src="{picture_path(number)}" width="250"><div class="infobox-caption">{name} '
             f'seen from afar</div></td></tr><tr><th scope="row">Height</th><td>{height}&nbsp;m</td></tr><tr><th>Founded'
@@ -123,7 +123,7 @@ def infobox(number: int, name: str, height: int) -> str:
 
 
 def article_html(number: int) -> str:
-    """A page with everything that pages of Wikipedia have around their text."""
+    """Return a page with everything that surrounds the text of a Wikipedia page."""
     rng = np.random.default_rng([number, 5])
     name, older = f"Place {number}", number % 2 == 0
     shown = [int(k) for k in rng.integers(0, PICTURES, 2)]
@@ -146,7 +146,7 @@ def article_html(number: int) -> str:
 
 
 def articles(count: int):
-    """(path, title, content, mimetype) of all articles, the last three with captions in other scripts."""
+    """Yield (path, title, content, mimetype) of all articles, the last three in other scripts."""
     for number in range(count):
         yield f"A{number:04d}", f"Place {number}", article_html(number), "text/html"
     for number, (title, caption) in enumerate(FOREIGN.items()):
@@ -155,7 +155,7 @@ def articles(count: int):
 
 
 def odd_entries():
-    """What a reader must get past."""
+    """Yield entries that cannot be used, or only in part."""
     inline = base64.b64encode(picture(9001, "PNG")).decode()
     pages = {
         "Odd_broken": '<img src="_assets_/broken.webp" width="200">',
@@ -174,13 +174,13 @@ def odd_entries():
 
 
 def redirects(count: int):
-    """(path, title, target) of another name for every third article, and of one to a picture."""
+    """Yield (path, title, target) of a redirect to every third article, and of one to a picture."""
     for number in range(0, count, 3):
         yield f"Site_{number}", f"Site {number}", f"A{number:04d}"
     yield "Picture_of_it", "Picture of it", picture_path(0)
 
 
 def write_world(path: Path, count: int = ARTICLES, metadata=WIKIPEDIA) -> Path:
-    """The whole of it: articles, odd ones, pictures and redirects."""
+    """Write articles, unusable entries, pictures and redirects."""
     entries = (*articles(count), *odd_entries(), *pictures())
-    return write_zim(path, entries, redirects(count), metadata, packed=count < 1000)  # of more it takes too long
+    return write_zim(path, entries, redirects(count), metadata, packed=count < 1000)  # compressing more takes too long

@@ -1,4 +1,4 @@
-"""Each shipped dialect to the letter: raw text to action, action to text and back, what came back to text."""
+"""Every dialect of the package with literal texts: turns to actions, actions to turns, observations to text."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gog_edge.errors import DialectError, MalformedAction
-from gog_edge.policy.dialect.actions import Frame
+from gog_edge.policy.dialect.actions import ShownImages
 from gog_edge.policy.dialect.loader import load_dialect, shipped
 from gog_edge.types import (
     Answer,
@@ -22,9 +22,9 @@ from gog_edge.types import (
 )
 
 ALL = ("atlas", "deepeyes", "gog", "mmsearch_r1", "qwen_agent", "sensenova_mars")
-FRAME = Frame(given=Size(2000, 1000), resized=Size(504, 252))
+IMAGES = ShownImages(given=Size(2000, 1000), resized=Size(504, 252))
 CROP = Box(500, 200, 900, 400)
-SHOWN = FRAME.showing(CROP, Size(640, 320)).showing(Box(0, 0, 100, 100), Size(512, 512))
+SHOWN = IMAGES.with_crop(CROP, Size(640, 320)).with_crop(Box(0, 0, 100, 100), Size(512, 512))
 ZOOM = '{"name": "image_zoom_in_tool", "arguments": '
 
 
@@ -32,7 +32,7 @@ def call(text):
     return f"<tool_call>\n{text}\n</tool_call>"
 
 
-def test_all_that_ship_are_tested_here():
+def test_every_dialect_of_the_package_is_tested_here():
     assert shipped() == ALL
 
 
@@ -87,7 +87,7 @@ def test_all_that_ship_are_tested_here():
         ("deepeyes", "<answer>a dog", Answer("a dog")),
     ],
 )
-def test_texts_become_actions(name, text, action):
+def test_turns_are_parsed(name, text, action):
     assert load_dialect(name).parse(text, SHOWN) == action
 
 
@@ -97,57 +97,64 @@ def test_texts_become_actions(name, text, action):
         ("mmsearch_r1", "<text_search>a</text_search> and more", "the text_search does not end the turn"),
         ("mmsearch_r1", "<search><img></search> please", "the image_search does not end the turn"),
         ("mmsearch_r1", "<text_search>never closed", "does not end the turn"),
-        ("mmsearch_r1", "<search>[1,2,3,4]</search>", "only '<img>' can be searched with, not '\\[1,2,3,4\\]'"),
+        ("mmsearch_r1", "<search>[1,2,3,4]</search>", "the image search must be '<img>', got '\\[1,2,3,4\\]'"),
         ("mmsearch_r1", "<text_search> </text_search>", "the text_search is empty"),
-        ("mmsearch_r1", "Lima", "there is no action"),
-        ("qwen_agent", "", "there is no action"),
-        ("qwen_agent", "<think>so long", "it stopped while thinking"),
-        ("qwen_agent", "<think>" + call('{"name": "image_search"}'), "it stopped while thinking"),
-        ("qwen_agent", call(""), "the call is no JSON object"),
-        ("qwen_agent", call("[]"), "the call is no JSON object"),
-        ("qwen_agent", call("Peru"), "the call is no JSON object: 'Peru'"),
-        ("qwen_agent", call('{"name": "web_search", "arguments": {"query": "a"}'), "the call is no JSON object"),
-        ("qwen_agent", call("{'name': 'web_search'}"), "the call is no JSON object"),
-        ("qwen_agent", call('{"name": "web_search", "arguments": {"query": "a", "query": "b"}}'), "no JSON object"),
-        ("qwen_agent", call('{"name": "web_search", "arguments": {"query": ["a"]}}'), "'query' is .*no text"),
-        ("qwen_agent", call('{"name": "web_search", "arguments": {}}'), "'query' is null, which is no text"),
+        ("mmsearch_r1", "Lima", "it contains no action"),
+        ("qwen_agent", "", "it contains no action"),
+        ("qwen_agent", "<think>so long", "it ended inside the thinking"),
+        ("qwen_agent", "<think>" + call('{"name": "image_search"}'), "it ended inside the thinking"),
+        ("qwen_agent", call(""), "the call must be a JSON object"),
+        ("qwen_agent", call("[]"), "the call must be a JSON object"),
+        ("qwen_agent", call("Peru"), "the call must be a JSON object, got 'Peru'"),
+        ("qwen_agent", call('{"name": "web_search", "arguments": {"query": "a"}'), "the call must be a JSON object"),
+        ("qwen_agent", call("{'name': 'web_search'}"), "the call must be a JSON object"),
+        ("qwen_agent", call('{"name": "web_search", "arguments": {"query": "a", "query": "b"}}'),
+         "must be a JSON object"),
+        ("qwen_agent", call('{"name": "web_search", "arguments": {"query": ["a"]}}'),
+         "'query' must be a string, got .*a"),
+        ("qwen_agent", call('{"name": "web_search", "arguments": {}}'), "'query' must be a string, got null"),
         ("qwen_agent", call('{"name": "web_search", "arguments": {"query": " "}}'), "the text_search is empty"),
-        ("qwen_agent", call('{"name": "web_search", "arguments": {"query": "\\ud83d"}}'), "half a character"),
-        ("qwen_agent", call('{"name": "web_search", "arguments": "Lima"}'), "'arguments' is no JSON object"),
-        ("qwen_agent", call('{"name": "python", "arguments": {}}'), 'no tool "python"; there are image_zoom_in_tool, '),
-        ("qwen_agent", call('{"name": ["web_search"]}'), "there is no tool"),
-        ("qwen_agent", call('{"arguments": {"query": "a"}}'), "there is no tool null"),
-        ("qwen_agent", call(ZOOM + '{"img_idx": 0}}'), "'bbox_2d' is null, which is no list"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": "[1,2,3,4]", "img_idx": 0}}'), "which is no list"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3], "img_idx": 0}}'), "four numbers, this has 3"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [[1, 2, 3, 4]], "img_idx": 0}}'), "four numbers, this has 1"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, "4"], "img_idx": 0}}'), "no number"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, true], "img_idx": 0}}'), "no number"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, null], "img_idx": 0}}'), "no number"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 1e999], "img_idx": 0}}'), "no number"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 99999999], "img_idx": 0}}'), "no number up to 9999999"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, NaN], "img_idx": 0}}'), "no JSON object"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, Infinity], "img_idx": 0}}'), "no JSON object"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 4], "img_idx": 3}}'), "no image 3; shown are 0 to 2"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 4], "img_idx": -1}}'), "no image -1"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 4], "img_idx": "0"}}'), "no index of an image"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 4], "img_idx": 0.5}}'), "no index of an image"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 4], "img_idx": 1e999}}'), "no index of an image"),
-        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 4], "img_idx": true}}'), "no index of an image"),
-        ("sensenova_mars", "Lima", "there is no action"),
+        ("qwen_agent", call('{"name": "web_search", "arguments": {"query": "\\ud83d"}}'), "half of a surrogate pair"),
+        ("qwen_agent", call('{"name": "web_search", "arguments": "Lima"}'), "'arguments' must be a JSON object"),
+        ("qwen_agent", call('{"name": "python", "arguments": {}}'),
+         'the tool "python" does not exist; available tools are image_zoom_in_tool, '),
+        ("qwen_agent", call('{"name": ["web_search"]}'), "does not exist"),
+        ("qwen_agent", call('{"arguments": {"query": "a"}}'), "the tool null does not exist"),
+        ("qwen_agent", call(ZOOM + '{"img_idx": 0}}'), "'bbox_2d' must be a list of four numbers, got null"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": "[1,2,3,4]", "img_idx": 0}}'), "must be a list of four numbers, got"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3], "img_idx": 0}}'), "four numbers, got 3"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [[1, 2, 3, 4]], "img_idx": 0}}'), "four numbers, got 1"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, "4"], "img_idx": 0}}'), "must contain numbers"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, true], "img_idx": 0}}'), "must contain numbers"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, null], "img_idx": 0}}'), "must contain numbers"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 1e999], "img_idx": 0}}'), "must contain numbers"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 99999999], "img_idx": 0}}'),
+         "must contain numbers up to 9999999"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, NaN], "img_idx": 0}}'), "must be a JSON object"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, Infinity], "img_idx": 0}}'), "must be a JSON object"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 4], "img_idx": 3}}'),
+         "image 3 does not exist; images 0 to 2 were shown"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 4], "img_idx": -1}}'), "image -1 does not exist"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 4], "img_idx": "0"}}'), "must be the index of an image"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 4], "img_idx": 0.5}}'), "must be the index of an image"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 4], "img_idx": 1e999}}'), "must be the index of an image"),
+        ("qwen_agent", call(ZOOM + '{"bbox_2d": [1, 2, 3, 4], "img_idx": true}}'), "must be the index of an image"),
+        ("sensenova_mars", "Lima", "it contains no action"),
         ("sensenova_mars", "<answer> </answer>", "the answer is empty"),
-        ("sensenova_mars", call('{"name": "web_search", "arguments": {"query": "a"}}'), 'no tool "web_search"'),
-        ("deepeyes", call('{"name": "image_rotate_tool", "arguments": {"angle": 90}}'), 'no tool "image_rotate_tool"'),
+        ("sensenova_mars", call('{"name": "web_search", "arguments": {"query": "a"}}'),
+         'the tool "web_search" does not exist'),
+        ("deepeyes", call('{"name": "image_rotate_tool", "arguments": {"angle": 90}}'),
+         '"image_rotate_tool" does not exist'),
         ("deepeyes", call('{"a":' * 1500 + "1" + "}" * 1500), "the call has .* characters"),
-        ("deepeyes", call("[" * 3000), "the call is no JSON object"),
-        ("deepeyes", call("{" + '"a":[' * 700), "the call is no JSON object"),
+        ("deepeyes", call("[" * 3000), "the call must be a JSON object"),
+        ("deepeyes", call("{" + '"a":[' * 700), "the call must be a JSON object"),
         ("deepeyes", call('{"name": "' + "a" * 10**6 + '"}'), "the call has .* characters, more than 4096"),
-        ("deepeyes", call('{"name": ' + "9" * 4000 + "}"), "there is no tool"),
+        ("deepeyes", call('{"name": ' + "9" * 4000 + "}"), "does not exist"),
         ("deepeyes", "<tool_call>" * 20_000, "the call has"),
-        ("deepeyes", call(ZOOM + '{"bbox_2d": [' + "1," * 500 + "1]}}"), "four numbers, this has 501"),
+        ("deepeyes", call(ZOOM + '{"bbox_2d": [' + "1," * 500 + "1]}}"), "four numbers, got 501"),
     ],
 )
-def test_what_cannot_be_read_says_why(name, text, reason):
+def test_malformed_turns_have_a_reason(name, text, reason):
     with pytest.raises(MalformedAction, match=reason) as caught:
         load_dialect(name).parse(text, SHOWN)
     assert len(str(caught.value)) < 250
@@ -155,10 +162,10 @@ def test_what_cannot_be_read_says_why(name, text, reason):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_any_text_gives_an_action_or_a_reason(name):
+def test_random_text_gives_an_action_or_a_reason(name):
     dialect = load_dialect(name)
     rng = np.random.default_rng(8)
-    parts = [*dialect.syntax.marks, *dialect.observation.marks, "{", "}", "[", "]", '"', ":", ",", '"name"',
+    parts = [*dialect.syntax.delimiters, *dialect.observation.delimiters, "{", "}", "[", "]", '"', ":", ",", '"name"',
              '"arguments"', '"bbox_2d"', '"img_idx"', '"image_zoom_in_tool"', ZOOM, "[1, 2, 3, 4]", "1e999", "NaN",
              "\\ud800", "\\u0000", "Peru", " ", "\n", "日本", "٣", "-1", "<think>", "Answer:"]
     for _ in range(3000):
@@ -195,7 +202,7 @@ def test_any_text_gives_an_action_or_a_reason(name):
             ZOOM + '{"bbox_2d": [0, 0, 252, 126], "label": "region"}}')),
     ],
 )
-def test_actions_are_written_so(name, action, text):
+def test_actions_are_rendered(name, action, text):
     dialect = load_dialect(name)
     assert dialect.render_action(action, SHOWN, "Left.") == text
     assert dialect.parse(text, SHOWN) == action
@@ -203,11 +210,11 @@ def test_actions_are_written_so(name, action, text):
 
 @pytest.mark.parametrize("prefilled", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_actions_survive_being_written(name, prefilled):
+def test_rendered_actions_are_parsed_back(name, prefilled):
     dialect = load_dialect(name)
     if prefilled and not dialect.thinking.open:
-        pytest.skip("it never thinks")
-    dialect = dialect.after("<|im_start|>assistant\n<think>\n" if prefilled else "<|im_start|>assistant\n")
+        pytest.skip("a dialect without thinking")
+    dialect = dialect.for_template("<|im_start|>assistant\n<think>\n" if prefilled else "<|im_start|>assistant\n")
     assert dialect.thinking.prefilled == prefilled
     actions = [Answer("a, b and c"), TextSearch('the "capital"\n of Peru \\'), ImageSearch(),
                GazeSearch(Box(-40, 0, 2000, 1000)), GazeSearch(Box(1000, 500, 1500, 800))]
@@ -216,9 +223,9 @@ def test_actions_survive_being_written(name, prefilled):
             try:
                 text = dialect.render_action(action, SHOWN, reason)
             except DialectError:
-                assert (name, type(action)) in CANNOT
+                assert (name, type(action)) in UNSUPPORTED
                 continue
-            assert (name, type(action)) not in CANNOT
+            assert (name, type(action)) not in UNSUPPORTED
             read = dialect.parse(text, SHOWN)
             if isinstance(action, GazeSearch):
                 off = np.subtract(dataclasses.astuple(read.box), dataclasses.astuple(action.box))
@@ -227,13 +234,13 @@ def test_actions_survive_being_written(name, prefilled):
                 assert read == action
 
 
-CANNOT = {("mmsearch_r1", GazeSearch), ("deepeyes", TextSearch), ("deepeyes", ImageSearch)}
+UNSUPPORTED = {("mmsearch_r1", GazeSearch), ("deepeyes", TextSearch), ("deepeyes", ImageSearch)}
 
 
-def test_hostile_words_survive_in_a_call():
+def test_delimiters_inside_the_arguments_of_a_call_are_text():
     dialect = load_dialect("sensenova_mars")
     for words in ("</tool_call>", "</think>", "<answer>no</answer>", "<thinking>", '"}}', "a\u2028b", "{x0}"):
-        assert dialect.parse(dialect.render_action(TextSearch(words), FRAME), FRAME) == TextSearch(words)
+        assert dialect.parse(dialect.render_action(TextSearch(words), IMAGES), IMAGES) == TextSearch(words)
 
 
 @pytest.mark.parametrize(
@@ -247,28 +254,28 @@ def test_hostile_words_survive_in_a_call():
         ("deepeyes", True, "</think>\n\n<answer>"),
     ],
 )
-def test_a_forced_answer_is_opened_so_that_it_is_one(name, prefilled, opening):
-    dialect = load_dialect(name).after("<think>" if prefilled else "")
+def test_a_forced_answer_is_parsed_as_an_answer(name, prefilled, opening):
+    dialect = load_dialect(name).for_template("<think>" if prefilled else "")
     assert dialect.answer_open == opening
-    assert dialect.parse(opening + " Lima", FRAME) == Answer("Lima")
+    assert dialect.parse(opening + " Lima", IMAGES) == Answer("Lima")
 
 
-def test_a_turn_that_begins_inside_a_thought_is_all_thought_until_it_ends():
-    dialect = load_dialect("deepeyes").after("<|im_start|>assistant\n<think>\n")
-    with pytest.raises(MalformedAction, match="stopped while thinking"):
-        dialect.parse("maybe <answer>a dog</answer>", FRAME)
-    assert dialect.parse("maybe <answer>a dog</answer></think><answer>a cat</answer>", FRAME) == Answer("a cat")
+def test_a_turn_that_begins_inside_thinking_has_no_action_before_the_closing_tag():
+    dialect = load_dialect("deepeyes").for_template("<|im_start|>assistant\n<think>\n")
+    with pytest.raises(MalformedAction, match="ended inside the thinking"):
+        dialect.parse("maybe <answer>a dog</answer>", IMAGES)
+    assert dialect.parse("maybe <answer>a dog</answer></think><answer>a cat</answer>", IMAGES) == Answer("a cat")
     atlas = load_dialect("atlas")
-    assert atlas.after("<think>") is atlas  # it knows no thinking
+    assert atlas.for_template("<think>") is atlas  # it has no thinking
 
 
-# --- what came back ---------------------------------------------------------------------------
+# --- observations to text -------------------------------------------------------------------
 
 
 def found(*, strong, crop=None, cached=False):
     texts = ("Lima is its capital.", "It is big.")
-    says = tuple(Passage("p", "Peru", "", n, text, "CC0") for n, text in enumerate(texts))
-    evidence = (Evidence(("Peru",), says, None, 0.9), Evidence(("Chad", "Romania"), (), None, 0.5))
+    passages = tuple(Passage("p", "Peru", "", n, text, "CC0") for n, text in enumerate(texts))
+    evidence = (Evidence(("Peru",), passages, None, 0.9), Evidence(("Chad", "Romania"), (), None, 0.5))
     return Observation(SearchResult(evidence, 0.9 if strong else 0.1, cached), crop)
 
 
@@ -289,17 +296,17 @@ def found(*, strong, crop=None, cached=False):
         ("deepeyes", found(strong=False),
          "<tool_response>Match: weak.\n[1] Peru\n[2] Chad, Romania\n</tool_response>Look at it and go on: call the "
          "function again, or answer inside <answer></answer>."),
-        ("mmsearch_r1", Observation(notice="malformed", detail="there is no action in it"),
-         "That turn did not end with a search or an answer: there is no action in it. End it with one of the tags."),
+        ("mmsearch_r1", Observation(notice="malformed", detail="it contains no action"),
+         "That turn did not end with a search or an answer: it contains no action. End it with one of the tags."),
         ("qwen_agent", Observation(notice="box_refused", detail="it is empty"),
          "<tool_response>\nError: that region cannot be cropped: it is empty.\n</tool_response>"),
-        ("sensenova_mars", Observation(notice="malformed", detail='there is no tool "a"'),
-         '<tool_response>\nError: there is no tool "a".\n</tool_response>'),
+        ("sensenova_mars", Observation(notice="malformed", detail='the tool "a" does not exist'),
+         '<tool_response>\nError: the tool "a" does not exist.\n</tool_response>'),
         ("deepeyes", Observation(notice="give_up"),
          "No more calls are left. Answer now, inside <answer></answer>."),
     ],
 )
-def test_what_came_back_is_told_so(name, observation, text):
+def test_observations_are_rendered(name, observation, text):
     assert load_dialect(name).render_observation(observation, "Which?") == (text,)
 
 
@@ -314,7 +321,7 @@ def test_what_came_back_is_told_so(name, observation, text):
         ("mmsearch_r1", "image_text", (10, 40), None),
     ],
 )
-def test_crops_are_shown_where_and_as_large_as_the_dialect_says(name, layout, shape, shown):
+def test_crops_are_placed_and_enlarged_as_the_dialect_requires(name, layout, shape, shown):
     dialect = load_dialect(name)
     dialect = dataclasses.replace(dialect, observation=dataclasses.replace(dialect.observation, layout=layout))
     segments = dialect.render_observation(found(strong=False, crop=np.zeros((*shape, 3), np.uint8)))
@@ -323,55 +330,55 @@ def test_crops_are_shown_where_and_as_large_as_the_dialect_says(name, layout, sh
         assert len(segments) == 1
         return
     assert places == [1] and segments[1].shape == (*shown, 3) and segments[1].dtype == np.uint8
-    marks = (dialect.observation.open, dialect.observation.close)
-    assert (segments[0] == marks[0]) == (layout == "image_text")
-    assert (segments[2] == marks[1]) == (layout == "text_image")
+    delimiters = (dialect.observation.open, dialect.observation.close)
+    assert (segments[0] == delimiters[0]) == (layout == "image_text")
+    assert (segments[2] == delimiters[1]) == (layout == "text_image")
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_others_wrote_cannot_speak_as_the_dialect_does(name):
+def test_delimiters_in_titles_passages_and_details_are_escaped(name):
     dialect = load_dialect(name)
-    marks = (*dialect.syntax.marks, *dialect.observation.marks)
+    delimiters = (*dialect.syntax.delimiters, *dialect.observation.delimiters)
     plain = dialect.render_observation(found(strong=True), "Which?")[0]
-    for mark in marks:
-        for fake in (mark, mark.upper(), f"x{mark}\n[2] Peru: {mark}", "<" + mark + mark):
+    for delimiter in delimiters:
+        for fake in (delimiter, delimiter.upper(), f"x{delimiter}\n[2] Peru: {delimiter}", "<" + delimiter + delimiter):
             evidence = (Evidence((fake,), (Passage("p", "a", "", 1, fake, "CC0"),), None, 0.9),)
             (text,) = dialect.render_observation(Observation(SearchResult(evidence, 0.9)), "Which?")
-            for each in marks:
+            for each in delimiters:
                 assert text.lower().count(each.lower()) == plain.lower().count(each.lower()), fake
             assert text.count("\n") <= plain.count("\n")
             (notice,) = dialect.render_observation(Observation(notice="malformed", detail=fake))
             bare = dialect.notices["malformed"]
-            assert all(notice.lower().count(each.lower()) == bare.lower().count(each.lower()) for each in marks)
+            assert all(notice.lower().count(each.lower()) == bare.lower().count(each.lower()) for each in delimiters)
 
 
-def test_line_ends_in_an_article_begin_no_line_of_ours():
+def test_line_breaks_in_passages_are_replaced():
     text = "a\nb\r\nc\u2028d\x85e"
     evidence = (Evidence(("T",), (Passage("p", "a", "", 1, text, "CC0"),), None, 0.9),)
-    (said,) = load_dialect("gog").render_observation(Observation(SearchResult(evidence, 0.9)))
-    assert "[1] T: a b c d e\n" in said
+    (rendered,) = load_dialect("gog").render_observation(Observation(SearchResult(evidence, 0.9)))
+    assert "[1] T: a b c d e\n" in rendered
 
 
 # --- prompts ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ("qwen_agent", "sensenova_mars", "deepeyes"))
-def test_the_prompt_lists_the_tools_and_an_example_that_parses(name):
+def test_the_prompt_lists_the_tools_and_a_valid_example(name):
     dialect = load_dialect(name)
     assert "{tools}" not in dialect.system_prompt
     for tool in dialect.syntax.tools:
         assert f'"name": "{tool.name}"' in dialect.system_prompt and tool.about in dialect.system_prompt
     example = "<tool_call>" + dialect.system_prompt.split("<tool_call>")[1].split("</tool_call>")[0]
-    assert isinstance(dialect.parse(example, FRAME), (TextSearch, GazeSearch))
+    assert isinstance(dialect.parse(example, IMAGES), (TextSearch, GazeSearch))
 
 
-def test_budgets_are_data():
+def test_search_limits_are_read_from_the_file():
     assert dataclasses.astuple(load_dialect("mmsearch_r1").budget) == (3, 1, 2)
     assert load_dialect("qwen_agent").budget.rounds == 20 and load_dialect("sensenova_mars").budget.rounds == 10
     assert dataclasses.astuple(load_dialect("atlas").budget) == (None, None, None)
 
 
-def test_tags_are_only_a_tag_dialect_s():
+def test_tags_require_a_dialect_with_tags():
     assert load_dialect("mmsearch_r1").tags.image_search == ("<search>", "</search>")
-    with pytest.raises(DialectError, match="deepeyes speaks in tool calls"):
+    with pytest.raises(DialectError, match="deepeyes has tool calls instead of tags"):
         _ = load_dialect("deepeyes").tags

@@ -1,4 +1,4 @@
-"""One file of a store: what damaged and hostile ones do."""
+"""One file of a store, also damaged and hostile ones."""
 
 import shutil
 import sqlite3
@@ -14,14 +14,14 @@ STORE = "store/000001.sqlite"
 PAGE = 4096
 READS = [
     lambda reader: reader.rank(["capital"], 5),
-    lambda reader: reader.first_holding(["capital"], 5),
-    lambda reader: reader.picture(1),
-    lambda reader: list(reader.pictures(1, 9)),
+    lambda reader: reader.first_with_all(["capital"], 5),
+    lambda reader: reader.image_file(1),
+    lambda reader: list(reader.image_files(1, 9)),
     lambda reader: reader.paragraphs(range(1, 40)),
-    lambda reader: reader.named(["italy"]),
+    lambda reader: reader.find_names(["italy"]),
     lambda reader: reader.image_ids(),
-    lambda reader: list(reader.keys(2)),
-    lambda reader: reader.check(),
+    lambda reader: list(reader.key_batches(2)),
+    lambda reader: reader.check_integrity(),
 ]
 
 
@@ -41,38 +41,38 @@ def overwrite(path, pages, byte):
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("byte", [0, 7, 255])
-def test_damaged_pages_are_told_by_name(store, read, byte):
-    overwrite(store, range(1, store.stat().st_size // PAGE), byte)  # the first page, with the schema, stays
+def test_damaged_pages_are_errors_that_name_the_file(store, read, byte):
+    overwrite(store, range(1, store.stat().st_size // PAGE), byte)  # all but the first page, which has the schema
     reader = SegmentReader.open(store)
-    for _ in range(CONNECTIONS + 1):  # and no connection is lost
+    for _ in range(CONNECTIONS + 1):  # each connection is returned
         with pytest.raises(PackError, match="damaged.sqlite' is damaged"):
             read(reader)
     reader.close()
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_damaged_page_anywhere_gives_rows_or_is_told(store, seed):
+def test_a_damaged_page_anywhere_gives_rows_or_an_error(store, seed):
     pages = store.stat().st_size // PAGE
     overwrite(store, [int(np.random.default_rng(seed).integers(1, pages))], 7)
     reader = SegmentReader.open(store)
-    told = 0
+    errors = 0
     for read in READS:
         try:
             read(reader)
         except PackError as exc:
-            told += "damaged.sqlite" in str(exc)
-    assert told >= 1  # `check` at least
+            errors += "damaged.sqlite" in str(exc)
+    assert errors >= 1  # at least from `check_integrity`
     reader.close()
 
 
-def test_a_truncated_store_is_told(store):
+def test_a_truncated_store_is_refused(store):
     store.write_bytes(store.read_bytes()[: 3 * PAGE])
     with pytest.raises(PackError, match="damaged.sqlite"):
         SegmentReader.open(store)
 
 
-def test_what_a_store_defines_itself_is_not_trusted(store):
-    """A view in the place of a table may name functions that only a trusted schema may call."""
+def test_the_schema_of_a_store_is_not_trusted(store):
+    """A view in place of a table may call functions that only a trusted schema may use."""
     with sqlite3.connect(store) as db:
         db.execute("DROP TABLE counted")
         db.execute("CREATE VIEW counted AS SELECT load_extension('evil') articles, 0 paragraphs, 0 images")
@@ -83,12 +83,12 @@ def test_what_a_store_defines_itself_is_not_trusted(store):
     reader.close()
 
 
-def test_a_store_that_does_not_say_its_counts_is_refused(tmp_path, little_pack_folder):
+def test_a_store_without_row_counts_is_refused(tmp_path, little_pack_folder):
     path = shutil.copy(little_pack_folder / "store/000001.sqlite", tmp_path / "s.sqlite")
     with sqlite3.connect(path) as db:
         db.execute("DELETE FROM counted")
     db.close()
     reader = SegmentReader.open(Path(path))
-    with pytest.raises(PackError, match="how many rows"):
+    with pytest.raises(PackError, match="stores no row counts"):
         reader.counts()
     reader.close()

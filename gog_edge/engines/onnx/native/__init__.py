@@ -1,9 +1,9 @@
-"""Operators of our own for ONNX Runtime on x86-64: attention over a tiled cache and over a picture's patches, products
-with packed weights.
+"""Native operators for ONNX Runtime on x86-64: attention over a tiled KV cache, attention of image patches, and
+matrix multiplication with prepacked int8 or int4 weights.
 
-ONNX Runtime's own reach about half of what the processor and its memory can do where heads share keys and values and
-where few rows are multiplied; the sources beside this file say how these do it. They are compiled when the package is
-installed, for several kinds of processors; where there was no compiler, or the processor is another, policies run on
+They are about twice as fast as ONNX Runtime's own operators where query heads share keys and values and where few rows
+are multiplied; the C++ sources in this folder describe the layouts and kernels. They are compiled when the package is
+installed, in several variants for different processors. Without a compiler, or on another processor, policies run on
 ONNX Runtime's operators.
 """
 
@@ -13,26 +13,28 @@ import platform
 from functools import cache
 from pathlib import Path
 
-from gog_edge.engines.onnx.native.flavours import FLAVOURS, processor_flags, runnable
+from gog_edge.engines.onnx.native.variants import VARIANTS, processor_flags, supported_variants
 
-DOMAIN = "gog_edge"
-TILE, PAIR = 16, 2  # tokens whose keys stand together, numbers that are multiplied together (attention.h)
-KEYS = 64  # a cache's capacity is a multiple of it (attention.h)
-PANEL = 64  # columns of weights that stand together (product.h)
-WIDTHS, WIDEST = 32, 256  # of heads: a decoder's are multiples of the one, all are up to the other (attention.h)
+DOMAIN = "gog_edge"  # of the operators in ONNX graphs
+# Layouts and limits, which the C++ headers define too.
+TILE, PAIR = 16, 2  # attention.h: tokens per tile of keys, elements that are multiplied together
+CAPACITY_MULTIPLE = 64  # attention.h, KEYS: the capacity of a cache is a multiple of it
+HEAD_WIDTH_MULTIPLE, MAX_HEAD_WIDTH = 32, 256  # attention.h: the multiple holds for the decoder's heads only
+PANEL = 64  # matmul.h: columns per panel of weights
 FOLDER = Path(__file__).parent
 
 
 @cache
 def library() -> Path | None:
-    """The best library that was compiled for this processor; None where there is none."""
-    built = (FOLDER / flavour.file for flavour in runnable(processor_flags()))
-    return next((path for path in built if path.is_file()), None)
+    """Return the fastest compiled library that this processor supports; None if there is none."""
+    paths = (FOLDER / variant.file for variant in supported_variants(processor_flags()))
+    return next((path for path in paths if path.is_file()), None)
 
 
-def why_none() -> str:
-    """Why there is no library, and what to do about it."""
-    if platform.system() != "Linux" or not runnable(processor_flags()):
-        return (f"they are for Linux on x86-64 with {' '.join(sorted(FLAVOURS[-1].needs))}; for this box, export with "
-                "--second prefill")
-    return "they were not compiled at installation; get a C++ compiler (apt install g++) and install gog_edge again"
+def unavailable_reason() -> str:
+    """Return why `library` is None and what to do about it."""
+    if platform.system() != "Linux" or not supported_variants(processor_flags()):
+        return (f"the native operators require Linux on x86-64 with {' '.join(sorted(VARIANTS[-1].needs))}; for this "
+                "machine, export with --cpu-layout prefill")  # fmt: skip
+    return ("the native operators were not compiled at installation; install a C++ compiler (apt install g++) and "
+            "install gog_edge again")  # fmt: skip

@@ -1,8 +1,8 @@
-// The part of ONNX Runtime's C interface that operators of one's own need.
+// The part of ONNX Runtime's C API that custom operators need.
 //
-// ONNX Runtime promises that the functions of its table keep their places and an operator's description only grows
-// (https://onnxruntime.ai/docs/reference/operators/add-custom-op.html), so that both can be said here without its
-// header, which its Python package does not bring. Places are those of `OrtApi` in onnxruntime_c_api.h.
+// ONNX Runtime guarantees that the functions of `OrtApi` keep their positions and that `OrtCustomOp` is only extended
+// (https://onnxruntime.ai/docs/reference/operators/add-custom-op.html). Therefore both can be declared here without
+// onnxruntime_c_api.h, which the Python package does not contain. The indices are the positions in `OrtApi`.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace ort {
 
-constexpr uint32_t VERSION = 17;  // of the interface: the first with KernelContext_ParallelFor
+constexpr uint32_t VERSION = 17;  // of the API: the first with KernelContext_ParallelFor
 
 struct Status;
 struct Value;
@@ -24,12 +24,12 @@ struct Operator;
 struct Table {
   void* functions[278];
 
-  template <int PLACE, class... Arguments>
+  template <int INDEX, class... Arguments>
   Status* call(Arguments... arguments) const {
-    return reinterpret_cast<Status* (*)(Arguments...)>(functions[PLACE])(arguments...);
+    return reinterpret_cast<Status* (*)(Arguments...)>(functions[INDEX])(arguments...);
   }
 
-  Status* failure(const char* why) const { return call<0, int, const char*>(2, why); }  // ORT_INVALID_ARGUMENT
+  Status* failure(const char* message) const { return call<0, int, const char*>(2, message); }  // ORT_INVALID_ARGUMENT
   Status* new_domain(const char* name, Domain** out) const { return call<26>(name, out); }
   Status* add_operator(Domain* domain, const Operator* added) const { return call<27>(domain, added); }
   Status* add_domain(SessionOptions* options, Domain* domain) const { return call<28>(options, domain); }
@@ -46,7 +46,7 @@ struct Table {
     return call<91>(context, index, shape, count, out);
   }
   void release(Shape* shape) const { reinterpret_cast<void (*)(Shape*)>(functions[99])(shape); }
-  Status* parallel(const KernelContext* context, void (*work)(void*, size_t), size_t count, void* data) const {
+  Status* parallel_for(const KernelContext* context, void (*work)(void*, size_t), size_t count, void* data) const {
     return call<274>(context, work, count, size_t{0}, data);
   }
 };
