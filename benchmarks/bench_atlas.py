@@ -31,7 +31,7 @@ with command_imports(__name__):
     from atlas.questions import KINDS
     from atlas.scenes import draw_scene, flags_of_scene
     from atlas.testset import QuestionGenerator, SceneQuestion, Score, items_hash, score
-    from benchmarks.reporting import machine_card, print_results
+    from benchmarks.support.reporting import machine_card, print_results
     from gog_edge.agent.events import AnswerRecord, Workflow
     from gog_edge.agent.loop import run_episode
     from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle

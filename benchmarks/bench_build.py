@@ -32,9 +32,9 @@ with command_imports(__name__):
     import numpy as np
     from rich.table import Table
 
-    from benchmarks.reporting import RESULTS, machine_card, print_results
-    from benchmarks.resources import SAMPLE_S, Usage, process_usage
-    from benchmarks.synthetic_zim import write_zim
+    from benchmarks.support.reporting import RESULTS, machine_card, print_results
+    from benchmarks.support.resources import SAMPLE_S, Usage, process_usage
+    from benchmarks.support.synthetic_zim import write_zim
     from gog_edge.bundle import DEFAULT_BUNDLE
     from gog_edge.retrieval.manifest import Manifest, read_manifest
     from gog_edge.retrieval.pack import verify_pack

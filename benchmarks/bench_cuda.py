@@ -30,8 +30,8 @@ with command_imports(__name__):
     from benchmarks.bench_episode import EPISODE, turns
     from benchmarks.peers.session_engine import SessionEngine, bytes_per_token
     from benchmarks.peers.workload import FIRST, Writer
-    from benchmarks.reporting import machine_card, print_results
-    from benchmarks.resources import device_bandwidth, read_bandwidth
+    from benchmarks.support.reporting import machine_card, print_results
+    from benchmarks.support.resources import device_bandwidth, read_bandwidth
     from gog_edge.bundle import DEFAULT_BUNDLE, Bundle, open_bundle
     from gog_edge.engines.cuda import device_properties
     from gog_edge.engines.manifest import DECODER, ENGINES, ORT

@@ -26,7 +26,7 @@ with command_imports(__name__):
     from benchmarks.peers.comparison import OURS, PLAIN, Comparison, comparison_parser, open_comparison
     from benchmarks.peers.session_engine import bytes_per_token
     from benchmarks.peers.workload import Answer, Writer
-    from benchmarks.resources import read_bandwidth
+    from benchmarks.support.resources import read_bandwidth
 
 METRICS = {"prefill_tok_s": "prefill", "append_tok_s": "append", "decode_tok_s": "decode"}
 Figures = Mapping[str, Mapping[str, float]]  # by engine and metric: tokens per second

@@ -31,7 +31,7 @@ with command_imports(__name__):
     from rich.table import Table
 
     from benchmarks.peers.base import WorkerProcess
-    from benchmarks.reporting import RESULTS, load_average, machine_card, print_results
+    from benchmarks.support.reporting import RESULTS, load_average, machine_card, print_results
     from gog_edge.engines.onnx.session import physical_cores
     from gog_edge.exporting.clip.export import PRECISIONS
     from gog_edge.files import read_json

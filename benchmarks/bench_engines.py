@@ -25,8 +25,8 @@ from gog_edge.errors import BackendError
 with command_imports(__name__):
     from rich.table import Table
 
-    from benchmarks.reporting import RESULTS, machine_card, print_results
-    from benchmarks.resources import SAMPLE_S, process_usage
+    from benchmarks.support.reporting import RESULTS, machine_card, print_results
+    from benchmarks.support.resources import SAMPLE_S, process_usage
     from gog_edge.bundle import DEFAULT_BUNDLE
     from gog_edge.engines.manifest import MANIFEST, TENSORRT_RTX, EngineManifest
     from gog_edge.files import read_json

@@ -27,11 +27,11 @@ with command_imports(__name__):
     from rich.table import Table
 
     from benchmarks.peers.registry import parse_environments, parse_names
-    from benchmarks.reporting import RESULTS, draw_bars, load_average, machine_card, print_results
     from benchmarks.retrieval.comparison import RECALL, Figures, compare, opened
     from benchmarks.retrieval.corpus import SyntheticVectors, make_corpus
     from benchmarks.retrieval.engines import MAX_ROWS, OURS, PEERS
     from benchmarks.retrieval.whole_pack import WholeFigures
+    from benchmarks.support.reporting import RESULTS, draw_bars, load_average, machine_card, print_results
     from gog_edge.engines.onnx.session import physical_cores
 
 SIZES = "10000,100000,1000000"

@@ -30,7 +30,7 @@ with command_imports(__name__):
     from rich.table import Table
 
     from benchmarks.peers.comparison import make_checkpoint, make_policy
-    from benchmarks.reporting import RESULTS, machine_card, print_results
+    from benchmarks.support.reporting import RESULTS, machine_card, print_results
     from gog_edge.engines.onnx.native import unavailable_reason
     from gog_edge.picture import Picture
     from gog_edge.policy.decoding import SamplingParams

@@ -22,7 +22,7 @@ with command_imports(__name__):
     from gog_edge.cli.render_export import show_parity
     from gog_edge.exporting.policy.checkpoint import Checkpoint
     from gog_edge.exporting.policy.parity import ParityEpisode, measure_parity
-    from gog_edge.policy.scripted import RecordedPolicy
+    from gog_edge.policy.recorded import RecordedPolicy
 
 MAX_TOKENS = 96  # generated after each turn; the turns of the atlas policy are shorter
 

@@ -28,7 +28,7 @@ with command_imports(__name__):
     from rich.progress import track
     from rich.table import Table
 
-    from benchmarks.reporting import load_average, machine_card, print_results
+    from benchmarks.support.reporting import load_average, machine_card, print_results
 
 THIS, OTHER = "this", "other"
 MIN_ROUNDS = 5

@@ -1,4 +1,4 @@
-"""A bundle: what a box serves. One folder with a policy, an encoder, packs, limits and sample pictures."""
+"""A bundle: what a server serves. One folder with a policy, an encoder, packs, limits and sample pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEMA = 1
 FILE = "bundle.toml"
 SAMPLES_FILE = "samples.json"
 DEFAULT_BUNDLE = Path(__file__).parent / "data" / "atlas"
-# Folders of a pack that a box needs only if it searches the vectors itself, except for those of paragraphs.
+# Folders of a pack that a machine needs only if it searches the vectors itself, except for those of paragraphs.
 VECTOR_FOLDERS = ("vectors/", "index/")
 
 
@@ -38,7 +38,7 @@ class Bundle:
 
     root: Path
     name: str
-    policy: Path | RemoteConfig  # a folder on this box, or another server
+    policy: Path | RemoteConfig  # a folder on this machine, or another server
     encoder: Path
     packs: tuple[Path, ...]
     limits: Limits
@@ -102,7 +102,7 @@ class _PackTable:
     path: Name
     milvus: str | None = None
     key_env: str = ""
-    timeout_s: Seconds = 5.0
+    timeout_s: Seconds | None = None  # None: the default of MilvusConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +184,14 @@ def _policy(root: Path, table: Mapping[str, Any], where: str) -> Path | RemoteCo
 
 def _milvus(root: Path, pack: _PackTable, where: str) -> MilvusConfig | None:
     if pack.milvus is None:
-        if pack.key_env:
-            raise BundleError(f"{where}: [[packs]] 'key_env' requires 'milvus', the server whose token it names")
+        for key in ("key_env", "timeout_s"):
+            if getattr(pack, key):
+                raise BundleError(f"{where}: [[packs]] '{key}' requires 'milvus', the server that it applies to")
         return None
     uri = pack.milvus
     check_milvus_uri(uri, where=where)
-    return MilvusConfig(uri if "://" in uri else str(root / uri), pack.key_env, float(pack.timeout_s))
+    config = MilvusConfig(uri if "://" in uri else str(root / uri), pack.key_env)
+    return config if pack.timeout_s is None else replace(config, timeout_s=float(pack.timeout_s))
 
 
 def _folder(root: Path, name: str, section: str, where: str) -> Path:

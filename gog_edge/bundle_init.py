@@ -14,7 +14,6 @@ from gog_edge.bundle import FILE, SCHEMA, Bundle, open_bundle, read_samples
 from gog_edge.config import Limits, RemoteConfig
 from gog_edge.engines.manifest import CACHE_FOLDER
 from gog_edge.errors import BundleError
-from gog_edge.files import write_atomic
 from gog_edge.policy.dialect.loader import DIALECT_FILE, load_dialect
 from gog_edge.policy.manifest import read_manifest as read_policy_manifest
 from gog_edge.retrieval.encoder import Encoder
@@ -52,7 +51,8 @@ def init_bundle(
 ) -> Bundle:
     """Create a bundle and return it, opened.
 
-    Parts inside `out` are used where they are; others are copied into it. `bundle.toml` is written last.
+    Parts inside `out` are used where they are; others are copied into it. `bundle.toml` is written last. An error
+    leaves `out` as it was.
 
     Args:
         out: folder of the bundle; it may exist.
@@ -70,15 +70,7 @@ def init_bundle(
         raise BundleError(f"'{out / FILE}' already exists; choose another folder, or replace it with --force")
     names = _check_parts(parts)
     planned = _plan(out, parts, names, force=force)
-    new = [out / path for _, path in planned.copies if not (out / path).exists()]
-    try:
-        for source, path in planned.copies:
-            _copy(source, out / path, link=link)
-        _write(out, _to_toml(name or out.resolve().name, parts.policy, planned))
-    except BundleError:
-        for created in new:
-            _delete(created)
-        raise
+    _install(out, planned.copies, _to_toml(name or out.resolve().name, parts.policy, planned), link=link)
     return open_bundle(out)
 
 
@@ -127,10 +119,10 @@ def _plan(out: Path, parts: BundleParts, names: Sequence[str], *, force: bool) -
     def place(source: Path, path: str) -> str:
         """Return the path of a part in the bundle: where it is, if that is inside, or else `path`."""
         root, resolved = out.resolve(), source.resolve()
+        if root.is_relative_to(resolved):
+            raise BundleError(f"the bundle '{out}' is its part '{source}', or inside it; choose another folder")
         if resolved.is_relative_to(root):
             return resolved.relative_to(root).as_posix()
-        if root.is_relative_to(resolved):
-            raise BundleError(f"the bundle '{out}' is inside its part '{source}'; choose another folder")
         if (out / path).exists() and not force:
             raise BundleError(f"'{out / path}' already exists; name that folder itself, or replace it with --force")
         copies.append((source, path))
@@ -148,23 +140,95 @@ def _plan(out: Path, parts: BundleParts, names: Sequence[str], *, force: bool) -
     return _Plan(policy, encoder, packs, samples, text_encoder, tuple(copies))
 
 
-def _copy(source: Path, target: Path, *, link: bool) -> None:
-    """Copy a file or a folder next to `target`, then rename it; an existing `target` is deleted first."""
-    part = target.with_name(f"{target.name}.part")
+class _Swap:
+    """The replacement of one part: the new part is copied next to the target, and the old one is moved aside."""
+
+    def __init__(self, target: Path) -> None:
+        """Prepare the replacement of `target`, after undoing one that a crash interrupted. Raises OSError."""
+        self.target, self.part = target, target.with_name(f"{target.name}.part")
+        self.old = target.with_name(f".{target.name}.old")
+        if os.path.lexists(self.old) and not os.path.lexists(target):
+            self.old.rename(target)
+        _delete(self.old)
+        self.existed = os.path.lexists(target)
+
+    def copy(self, source: Path, *, link: bool) -> None:
+        """Copy a file or a folder next to the target. Raises BundleError."""
+        try:
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+            _delete(self.part)
+            if source.is_dir():
+                ignored = shutil.ignore_patterns(*NOT_COPIED)
+                shutil.copytree(source, self.part, ignore=ignored, copy_function=os.link if link else shutil.copy2)
+            else:
+                shutil.copy2(source, self.part)
+        except (OSError, shutil.Error) as exc:
+            how = "link (across file systems, omit --link)" if link else "copy"
+            raise BundleError(f"cannot {how} '{source}' to '{self.target}': {_first_reason(exc)}") from exc
+
+    def write(self, text: str) -> None:
+        """Write a file next to the target. Raises OSError."""
+        self.part.parent.mkdir(parents=True, exist_ok=True)
+        with self.part.open("w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def replace(self) -> None:
+        """Move the old part aside, and the new one to the target. Raises OSError."""
+        if self.existed:
+            self.target.rename(self.old)
+        self.part.rename(self.target)
+
+    def undo(self) -> bool:
+        """Delete the new part and restore the old one, wherever the replacement was interrupted; return success."""
+        try:
+            _delete(self.part)
+            if not self.existed:
+                _delete(self.target)
+            elif os.path.lexists(self.old):
+                _delete(self.target)
+                self.old.rename(self.target)
+        except OSError:
+            return False
+        return True
+
+    def finish(self) -> None:
+        """Delete the old part."""
+        with suppress(OSError):  # the next run deletes it
+            _delete(self.old)
+
+
+def _install(out: Path, copies: Sequence[tuple[Path, str]], text: str, *, link: bool) -> None:
+    """Copy all parts, then replace the old ones and write bundle.toml; an error of any kind restores what was there.
+
+    Raises:
+        BundleError: a file cannot be copied or written, or the bundle cannot be opened.
+    """
+    created = [folder for folder in (out / "packs", out, *out.parents) if not folder.exists()]
+    swaps: list[_Swap] = []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _delete(part)
-        if source.is_dir():
-            ignored = shutil.ignore_patterns(*NOT_COPIED)
-            shutil.copytree(source, part, ignore=ignored, copy_function=os.link if link else shutil.copy2)
-        else:
-            shutil.copy2(source, part)
-        _delete(target)
-        part.rename(target)
-    except (OSError, shutil.Error) as exc:
-        _delete(part)
-        how = "link (across file systems, omit --link)" if link else "copy"
-        raise BundleError(f"cannot {how} '{source}' to '{target}': {_first_reason(exc)}") from exc
+        swaps += [_Swap(out / path) for path in (*(path for _, path in copies), FILE)]
+        for (source, _), swap in zip(copies, swaps[:-1], strict=True):
+            swap.copy(source, link=link)
+        swaps[-1].write(text)
+        for swap in swaps:
+            swap.replace()
+        open_bundle(out).verify(full=False)  # files may have changed while they were copied
+    except BaseException as exc:
+        failed = [swap for swap in reversed(swaps) if not swap.undo()]
+        for folder in created:
+            with suppress(OSError):  # it does not exist, or contains files of somebody else
+                folder.rmdir()
+        if failed:
+            raise BundleError(f"{exc or 'interrupted'}; '{failed[0].target}' cannot be restored: its previous content, "
+                              f"if there was any, is in '{failed[0].old}'") from exc
+        if isinstance(exc, OSError):
+            where = exc.filename or out
+            raise BundleError(f"cannot write '{where}' ({exc.strerror or exc}); nothing was changed") from exc
+        raise
+    for swap in swaps:
+        swap.finish()
 
 
 def _first_reason(exc: OSError) -> str:
@@ -178,20 +242,6 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _write(out: Path, text: str) -> None:
-    """Write bundle.toml; restore the previous one if the bundle cannot be opened."""
-    where = out / FILE
-    before = where.read_bytes() if where.is_file() else None
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(where, text.encode())
-    try:
-        open_bundle(out).verify(full=False)  # files may have changed while they were copied
-    except BundleError:
-        with suppress(OSError):
-            where.unlink() if before is None else write_atomic(where, before)
-        raise
 
 
 # --- bundle.toml ---------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class GazeConfig:
 
 @dataclass(frozen=True, slots=True)
 class Limits(Budget):
-    """What a box accepts from any client."""
+    """What a server accepts from any client."""
 
     question_chars: Positive = 2_000
     picture_bytes: Positive = MAX_BYTES
@@ -123,7 +123,7 @@ class RemoteConfig:
 
 @dataclass(frozen=True, slots=True)
 class MilvusConfig:
-    """A Milvus server that searches the vectors of a pack: [[packs]] of bundle.toml with `milvus` besides `path`."""
+    """A Milvus server that searches the vectors of a pack: [[packs]] of bundle.toml with `milvus` next to `path`."""
 
     uri: str  # for example http://10.0.0.5:19530; or a milvus-lite file, whose name ends in .db
     key_env: str = ""  # environment variable that holds the server's token; "" sends none
@@ -156,7 +156,7 @@ def _is_json(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig(Limits):
-    """How a box listens, and how many cores it uses."""
+    """How the server listens, and how many cores it uses."""
 
     host: str = "127.0.0.1"
     port: int = 8080

@@ -52,6 +52,11 @@ def sha256_of(path: Path, on_bytes: OnBytes | None = None) -> str:
     return digest.hexdigest()
 
 
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files below a folder, in bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def describe_files(root: Path, names: Iterable[str]) -> list[FileEntry]:
     """Return size and hash of each named file below `root`, sorted by name."""
     return [FileEntry(name, (root / name).stat().st_size, sha256_of(root / name)) for name in sorted(names)]

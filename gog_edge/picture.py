@@ -22,6 +22,7 @@ from gog_edge.errors import PictureError
 from gog_edge.types import Box, Pixels, Size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of files in these formats
 MAX_BYTES = 32 * 2**20  # of a picture file
 MAX_PIXELS = 64_000_000  # read from the header before anything is decoded
 # The exceptions that Pillow's decoders raise on malformed files. Anything else is a bug of ours and must surface.

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from gog_edge.bundle import Bundle
+from gog_edge.engines.base import PREFILL_CHUNK
 from gog_edge.engines.manifest import DECODER, IMAGE, TEXT, VISION
 from gog_edge.engines.registry import CPU_SEARCH, EngineSet
 from gog_edge.errors import BackendError, InputError, NotEnoughMemory
-from gog_edge.policy.decoding import PREFILL_CHUNK
+from gog_edge.files import folder_bytes
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
     NATIVE_DECODER_GRAPH,
@@ -71,12 +72,12 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """All parts."""
+        """Return the sum of all parts."""
         return self._sum(PARTS)
 
     @property
     def device(self) -> int:
-        """The parts in a discrete GPU's own memory."""
+        """Return the sum of the parts in a discrete GPU's own memory."""
         return self._sum(self.on_device)
 
     def __str__(self) -> str:
@@ -139,9 +140,9 @@ def plan_memory(
     indexes = [_index_bytes(pack, own, search) for pack, own in spaces.items()]
     index, switch, vectors = sum(indexes), max(indexes, default=0), _gpu_vectors_bytes(spaces.values(), search)
     if engines is None:
-        index += _folder_bytes(bundle.encoder)
+        index += folder_bytes(bundle.encoder)
     if bundle.text_encoder is not None:
-        index += _folder_bytes(bundle.text_encoder)
+        index += folder_bytes(bundle.text_encoder)
     on_device = _device_parts(engines, search) if not integrated else ()
     towers = 0 if engines is None else engines.bytes((IMAGE, TEXT))
     if not isinstance(bundle.policy, Path):  # the policy runs on a remote server
@@ -273,7 +274,3 @@ def _weights_bytes(folder: Path, manifest: PolicyManifest) -> int:
     native, others = (NATIVE_DECODER_GRAPH, NATIVE_VISION_GRAPH), (DECODER_GRAPH, PREFILL_GRAPH, VISION_GRAPH)
     graphs = (path for name in (native if manifest.runs_native else others) for path in folder.glob(f"{name}*"))
     return factor * sum(path.stat().st_size for path in graphs)
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -283,7 +283,7 @@ def open_policy(bundle: Bundle, *, threads: int, engines: EngineSet | None = Non
 
         return LocalPolicy.open(bundle.policy, threads=threads, engines=engines)
     try:
-        import httpx  # noqa: F401  # an optional dependency: most boxes have no remote policy
+        import httpx  # noqa: F401  # an optional dependency: most machines have no remote policy
     except ModuleNotFoundError as exc:
         raise BackendError(f"bundle '{bundle.name}' names a policy at {bundle.policy.url}, which needs httpx; "
                            "run pip install 'gog_edge[remote]'") from exc

@@ -14,14 +14,14 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, MinLen
 
-from gog_edge.errors import DialectError, GogEdgeError
+from gog_edge.errors import GogEdgeError
 
 T = TypeVar("T")
 
 _TYPE_NAMES = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
 
 
-def build(kind: type[T], table: Any, name: str, *, error: type[GogEdgeError] = DialectError, where: str = "") -> T:
+def build(kind: type[T], table: Any, name: str, *, error: type[GogEdgeError], where: str = "") -> T:
     """Return an instance of the dataclass `kind` with the values of a TOML table.
 
     Args:

@@ -36,7 +36,7 @@ class Box:
 
     @property
     def height(self) -> float:
-        """Return x1 - x0 in pixels; negative when the corners are swapped."""
+        """Return y1 - y0 in pixels; negative when the corners are swapped."""
         return self.y1 - self.y0
 
     @property

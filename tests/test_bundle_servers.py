@@ -9,8 +9,8 @@ from tiny_encoder import write_tiny_encoder
 from gog_edge.bundle import open_bundle
 from gog_edge.config import MilvusConfig
 from gog_edge.errors import BackendError, BundleError
-from gog_edge.indexing.milvus_loading import load_export
-from gog_edge.indexing.parquet_export import export_parquet
+from gog_edge.indexing.distribution.milvus_loading import load_export
+from gog_edge.indexing.distribution.parquet_export import export_parquet
 from gog_edge.planner import plan_memory
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.registry import PackRegistry
@@ -78,6 +78,7 @@ def test_a_pack_may_be_searched_by_another(box):
         ("timeout_s = 2", "retries = 2", r"unknown key 'retries'; known keys are path, milvus, key_env"),
         ('path = "packs/little"\n', "", r"requires the key 'path'"),
         ('milvus = "http://10.0.0.5:19530"\n', "", r"'key_env' requires 'milvus'"),
+        ('milvus = "http://10.0.0.5:19530"\nkey_env = "MILVUS_KEY"\n', "", r"'timeout_s' requires 'milvus'"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(box, old, new, words):
@@ -85,6 +86,12 @@ def test_what_is_wrong_is_named(box, old, new, words):
     (box[0] / "bundle.toml").write_text(TOML.replace(old, new, 1))
     with pytest.raises(BundleError, match=words):
         open_bundle(box[0])
+
+
+def test_the_default_timeout_is_that_of_the_configuration(box):
+    (box[0] / "bundle.toml").write_text(TOML.replace("timeout_s = 2", ""))
+    (config,) = open_bundle(box[0]).servers.values()
+    assert config == MilvusConfig("http://10.0.0.5:19530", "MILVUS_KEY")
 
 
 def test_the_bundles_packs_are_opened_with_their_server(box):

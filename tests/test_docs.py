@@ -1,6 +1,8 @@
 """The documentation: links resolve, commands and options exist, code blocks run, figures name their files."""
 
 import importlib.util
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import tomllib
 from contextlib import closing
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,6 @@ from gog_edge.cli import app
 from gog_edge.config import Limits, RemoteConfig
 from gog_edge.runtime import open_runtime
 from gog_edge.serve.app import create_app
-from gog_edge.tables import build
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
@@ -47,8 +49,18 @@ def commands(page):
     for line in [*lines, *CODE.findall(text)]:
         for part in re.split(r"&&|\|\||;|  #", line):
             part = part.strip().removeprefix("$ ")
-            if part.startswith(("gog-edge ", "python -m ")) and "..." not in part and "|" not in part:
-                yield part
+            if part.startswith(("gog-edge ", "python -m ")) and "..." not in part:
+                yield from alternatives(part)
+
+
+def alternatives(line):
+    """Yield a command line once for each of its `a|b|c`, as in `gog-edge pack add|remove`."""
+    choice = re.search(r"(?<![\w-])[\w-]+(?:\|[\w-]+)+(?![\w-])", line)
+    if choice is None:
+        yield line
+        return
+    for word in choice.group().split("|"):
+        yield from alternatives(line[: choice.start()] + word + line[choice.end() :])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -87,10 +99,20 @@ def check_module(page, words):
     if module == "gog_edge.serve":
         check_command(page, ["serve", *words[3:]])
         return
-    source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
-    for option in (word.split("=")[0] for word in words[3:] if word.startswith("--")):
-        known = f'"{option}"' in source or "cli" in source or f"'{option}'" in source
-        assert known, f"{page_id(page)}: python -m {module} has no option {option}"
+    options = {word.split("=")[0] for word in words[3:] if word.startswith("--")}
+    if options:
+        known = help_of(module)
+        missing = [option for option in options if not re.search(rf"{option}(?![\w-])", known)]
+        assert not missing, f"{page_id(page)}: python -m {module} has no option {missing[0]}"
+
+
+@cache
+def help_of(module):
+    """Return the --help text of a module, wide enough that no option is cut."""
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"COLUMNS": "300"}, capture_output=True, text=True,
+                          timeout=60, check=True)  # fmt: skip
+    return done.stdout
 
 
 def check_command(page, words):
@@ -132,7 +154,7 @@ def test_the_requests_of_the_http_api_are_answered():
 
 def test_the_limits_of_bundle_toml_are_the_defaults():
     first, remote, _ = (tomllib.loads(block) for block in blocks("docs/bundle.md", "toml"))
-    assert build(Limits, first["limits"], "limits") == Limits()
+    assert Limits.from_table(first["limits"], where="bundle.toml") == Limits()
     assert set(first["limits"]) == {field.name for field in fields(Limits)}
     RemoteConfig.from_table(remote["policy"], where="docs/bundle.md")
     text = (ROOT / "docs/bundle.md").read_text(encoding="utf-8")
@@ -144,6 +166,35 @@ def test_the_readme_is_short_and_names_both_set_ups():
     assert len(text.splitlines()) <= 180
     assert "pip install -e '.[cpu]' && python -m gog_edge.serve" in text
     assert "pip install -e '.[dev]' && ruff check . && mypy && pytest" in text
+
+
+def test_the_quality_table_is_that_of_the_results_file():
+    results = json.loads((ROOT / "benchmarks/results/atlas.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    kinds = {"at a glance": "glance", "one flag (whole picture)": "whole", "several flags (gaze)": "gaze",
+             "two hops": "two_hops", "no picture needed": "text", "look-alikes, half hidden": "reflect",
+             "in no snapshot": "invented"}  # fmt: skip
+    rows = {name: tuple(results["workflows"][flow]["kinds"][kind] for flow in ("gog", "full_image", "direct"))
+            for name, kind in kinds.items()}  # fmt: skip
+    rows["**all**"] = tuple(results["workflows"][flow]["accuracy"] for flow in ("gog", "full_image", "direct"))
+    for name, shares in rows.items():
+        mark = "**" if name.startswith("**") else ""
+        cells = " | ".join(f"{mark}{100 * share:.0f} %{mark}" for share in shares)
+        assert f"| {name} | {cells} |" in text
+    assert f"{results['median_ms']:.0f} ms" in text and f"{results['first_answer_s']:.1f} s" in text
+
+
+def test_the_packages_in_the_architecture_exist():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    tree = re.search(r"```\ngog_edge/\n(.*?)```", text, flags=re.DOTALL).group(1)
+    package = {path.stem for path in (ROOT / "gog_edge").rglob("*.py")}
+    folders = {path.name for path in (ROOT / "gog_edge").rglob("*") if path.is_dir()}
+    for line in tree.split("atlas/   ")[0].splitlines():
+        assert {name.strip("/") for name in re.findall(r"[\w]+/", line)} - folders - {"atlas", "data"} == set(), line
+    serve = re.search(r"  serve/ +(.*)", tree).group(1)
+    names = {name for name in re.split(r"[ ,]+", serve) if name and not name.endswith("/")}
+    assert names == {path.stem for path in (ROOT / "gog_edge/serve").glob("*.py")} - {"__init__", "__main__"}
+    assert names <= package
 
 
 def test_every_key_of_a_dialect_is_documented():

@@ -30,12 +30,12 @@ from gog_edge.planner import (
     vision_bytes,
 )
 from gog_edge.policy.manifest import read_manifest
-from gog_edge.retrieval.manifest import Counts, Fingerprint, IndexEntry, Manifest, SearchTarget, Shard, Snapshot, Space
+from gog_edge.retrieval.manifest import Counts, Fingerprint, IndexEntry, IndexTarget, Manifest, Shard, Snapshot, Space
 
 PACK = Manifest(
     name="p", generation=1, parent=None, snapshot=Snapshot("s", "2026-01-01", "", "", "CC0"),
     encoder=Fingerprint("e", "ab", "cd", 8), segments=(), images=Space(), captions=Space(), tombstones=None,
-    counts=Counts(0, 0, 0), target=SearchTarget(None, 0.95), duplicate_cosine=0.995, golden=None, report=None, files=(),
+    counts=Counts(0, 0, 0), target=IndexTarget(None, 0.95), duplicate_cosine=0.995, golden=None, report=None, files=(),
 )  # fmt: skip
 ATLAS_KV_BYTES = 3072  # of a token in float32: 2 * 6 layers * 2 heads * 32 * 4 bytes
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="requires Linux")

@@ -33,7 +33,7 @@ from atlas.questions import (
 )
 from atlas.scenes import RELATIONS
 from gog_edge.policy.dialect.actions import ShownImages
-from gog_edge.policy.dialect.dialect import Dialect, Segment
+from gog_edge.policy.dialect.dialect import Dialect, TurnPart
 from gog_edge.types import (
     Action,
     Answer,
@@ -67,7 +67,7 @@ class Turn:
     """One turn of a trajectory."""
 
     role: str  # "user" or "assistant"
-    segments: tuple[Segment, ...]
+    segments: tuple[TurnPart, ...]
     learn: bool = False  # whether the policy is trained to write this turn
     gaze_box: Box | None = None  # the box of a gaze
     copied: tuple[str, ...] = ()  # words of an assistant turn that occur earlier in the trajectory

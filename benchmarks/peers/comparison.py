@@ -18,7 +18,7 @@ from benchmarks.peers.base import Engine
 from benchmarks.peers.registry import PEERS, Workspace, open_peers, parse_environments, parse_names
 from benchmarks.peers.session_engine import SessionEngine
 from benchmarks.peers.workload import FIRST
-from benchmarks.reporting import RESULTS, draw_bars, load_average, machine_card, print_results
+from benchmarks.support.reporting import RESULTS, draw_bars, load_average, machine_card, print_results
 from gog_edge.engines.onnx.session import physical_cores
 from gog_edge.errors import BackendError
 from gog_edge.policy.manifest import MANIFEST

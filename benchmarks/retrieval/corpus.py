@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gog_edge.files import write_array
-from gog_edge.indexing.index_planning import exact_nearest
+from gog_edge.indexing.vectors.index_planning import exact_nearest
 from gog_edge.retrieval.pack import StoredVectors
 from gog_edge.retrieval.vectors.shards import VectorShards
 from gog_edge.types import Vectors

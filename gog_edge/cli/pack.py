@@ -40,10 +40,10 @@ KindOption = Annotated[str | None, typer.Option(help="Format of SOURCE; default:
 LanguageOption = Annotated[str, typer.Option(help="Language of the WIT rows to read; empty for all.")]
 LicenceOption = Annotated[str | None, typer.Option(help="Licence of texts, and of a folder's pictures, where SOURCE "
                                                    "does not state one.")]
-WorkersOption = Annotated[int, typer.Option(help="Processes that parse; 0 for one per core.")]
+WorkersOption = Annotated[int, typer.Option(help="Number of processes that parse; 0 for one per core.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-MemoryOption = Annotated[str | None, typer.Option("--memory", help="Memory that a search may take, as 2G; default: as "
-                                                  "the pack was built, without a limit for a new one.")]
+MemoryOption = Annotated[str | None, typer.Option("--memory", help="Maximum memory of a search, for example 2G; "
+                                                  "default: as the pack was built, no limit for a new one.")]
 RecallOption = Annotated[float | None, typer.Option("--recall", help="Share of the ten nearest neighbours that an "
                                                     "index must return, 0.5 to 1; default: as the pack was built, "
                                                     "0.95 for a new one.")]
@@ -57,8 +57,8 @@ app.command("load-milvus")(load_milvus)
 def build(
     context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A snapshot.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the pack: new, unfinished, or with "
-                                        "--update.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the pack. It must be new or of an unfinished "
+                                        "build, except with --update.")],
     encoder: Annotated[Path | None, typer.Option(help="Folder of the encoder, made by `gog-edge export clip`.")] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Build without vectors of images and "
                                             "captions.")] = False,
@@ -66,7 +66,7 @@ def build(
                                                       "paragraphs are searched by vectors too.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in citations and addresses; default: the name of OUT, or of "
                                              "the pack to update.")] = None,
-    update: Annotated[bool, typer.Option("--update", help="Replace the content of the pack by this snapshot: only "
+    update: Annotated[bool, typer.Option("--update", help="Replace the content of the pack with this snapshot: only "
                                          "changes are embedded, and missing articles are deleted.")] = False,
     images: ImagesOption = None,
     kind: KindOption = None,
@@ -80,8 +80,8 @@ def build(
     no_calibration: Annotated[bool, typer.Option("--no-calibration", help="Do not calibrate the probability that a "
                                                  "subject is in the pack; `gog-edge pack calibrate` does it "
                                                  "later.")] = False,
-    shard_rows: Annotated[int | None, typer.Option(help="Images of a shard, which is what a kill costs at most; "
-                                                   "default: 16,384.")] = None,
+    shard_rows: Annotated[int | None, typer.Option(help="Maximum images of a shard. A build that is killed "
+                                                   "loses one shard at most. Default: 16,384.")] = None,
     workers: WorkersOption = 0,
     stop_after: Annotated[str | None, typer.Option(metavar="reading", help="Leave the embedding to `gog-edge pack "
                                                    "embed-ray`; the same command without this option completes the "
@@ -185,7 +185,7 @@ def add(
     recall: RecallOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add a snapshot; articles of the same key are replaced. A collection of your own is better a separate pack."""
+    """Add a snapshot; articles of the same key are replaced. Build a separate pack for a collection of your own."""
     with print_errors(interrupted=RESUME):
         from gog_edge.cli.render_pack import StageProgress
         from gog_edge.indexing.build import build_pack
@@ -211,7 +211,7 @@ def remove(
     image: Annotated[list[int] | None, typer.Option("--image", help="Id, as in citations; may be repeated.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete articles and images. It takes a moment, because only tombstones are written."""
+    """Delete articles and images by writing tombstones; `gog-edge pack compact` frees their space."""
     with print_errors():
         from gog_edge.indexing.tombstones import remove as remove_records
 
@@ -248,7 +248,9 @@ def calibrate(
             )  # fmt: skip
     if not as_json:
         typer.echo("\n".join(calibration_changes(before, manifest)))
-    _print_result(manifest, "is calibrated", as_json)
+    calibrated = manifest.image_calibration or manifest.text_calibration
+    outcome = "is calibrated" if calibrated else "has too few images and titles to be calibrated"
+    _print_result(manifest, outcome, as_json)
 
 
 @app.command()

@@ -14,15 +14,16 @@ import typer
 from gog_edge.cli.common import print_errors
 from gog_edge.errors import InputError
 
-DtypeOption = Annotated[str, typer.Option(help="Of the vectors: float32 or float16. milvus-lite supports float32 "
-                                          "only.")]
+DtypeOption = Annotated[str, typer.Option(help="Data type of the vectors: float32 or float16. milvus-lite supports "
+                                          "float32 only.")]
 
 
 def embed_ray(
     out: Annotated[Path, typer.Argument(metavar="PACK", help="Folder of the pack, after `gog-edge pack build "
                                         "--stop-after reading`.")],
     encoder: Annotated[Path, typer.Option(help="Folder of the encoder that the build was started with.")],
-    address: Annotated[str, typer.Option(help="Of a Ray cluster, or 'auto'; default: this machine only.")] = "local",
+    address: Annotated[str, typer.Option(help="Address of a Ray cluster, 'auto' to find it, or 'local' for this "
+                                           "machine only.")] = "local",
     workers: Annotated[int, typer.Option(help="Number of workers.")] = 2,
     cores: Annotated[int, typer.Option(help="Cores per worker.")] = 1,
     text_encoder: Annotated[Path | None, typer.Option(help="Folder of the text encoder that the build was started "
@@ -37,7 +38,7 @@ def embed_ray(
     started = time.perf_counter()
     with print_errors(1, interrupted="completed shards are kept; run the same command again to resume"):
         from gog_edge.cli.render_pack import StageProgress
-        from gog_edge.indexing.ray_embedding import RayWorkers, embed_with_ray
+        from gog_edge.indexing.distribution.ray_embedding import RayWorkers, embed_with_ray
 
         if min(workers, cores) < 1:
             raise InputError(f"--workers and --cores must be at least 1, got {workers} and {cores}")
@@ -59,8 +60,8 @@ def export_parquet(
     """
     started = time.perf_counter()
     with print_errors(1, interrupted="run the same command again"):
-        from gog_edge.indexing.parquet_export import export_parquet as write_parquet
-        from gog_edge.indexing.parquet_export import read_export_info
+        from gog_edge.indexing.distribution.parquet_export import export_parquet as write_parquet
+        from gog_edge.indexing.distribution.parquet_export import read_export_info
         from gog_edge.retrieval.vectors.milvus import DTYPES
 
         _check_choice("--dtype", dtype, DTYPES)
@@ -71,29 +72,30 @@ def export_parquet(
 
 def load_milvus(
     pack: Annotated[Path, typer.Argument(metavar="PACK", help="Folder of a pack, or of its Parquet export.")],
-    uri: Annotated[str, typer.Argument(metavar="URI", help="Of the server, as http://10.0.0.5:19530, or a file of "
-                                       "milvus-lite (.db).")],
+    uri: Annotated[str, typer.Argument(metavar="URI", help="Address of the server, for example "
+                                       "http://10.0.0.5:19530, or a file of milvus-lite (.db).")],
     key_env: Annotated[str, typer.Option(help="Environment variable with the server's token.")] = "",
     timeout_s: Annotated[float, typer.Option(help="Seconds that a call may take.")] = 30.0,
     index: Annotated[str, typer.Option(help="FLAT, IVF_FLAT, IVF_SQ8, IVF_RABITQ or HNSW.")] = "IVF_FLAT",
-    search: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Search parameter, as nprobe=128; may "
-                                                     "be repeated.")] = None,
+    search: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Search parameter, for example "
+                                                     "nprobe=128; may be repeated.")] = None,
     dtype: DtypeOption = "float32",
     drop_old: Annotated[bool, typer.Option("--drop-old", help="Drop collections of earlier generations "
                                            "afterwards.")] = False,
 ) -> None:
     """Load a pack's vectors into a Milvus server and direct searches to them. Needs the extra `milvus`.
 
-    A new collection is filled and indexed, then the alias PACK_SPACE switches to it in one call. A box uses it with
-    `milvus = "URI"` next to the `path` of the pack in bundle.toml; its copy of the pack then needs neither vectors/ nor
-    index/, except for the files of paragraphs, which stay on the box. The last line of the output is a JSON object.
+    A new collection is filled and indexed, then the alias PACK_SPACE switches to it in one call. A bundle uses
+    it with `milvus = "URI"` next to the `path` of the pack in bundle.toml; its copy of the pack then needs neither
+    vectors/ nor index/, except for the files of paragraphs, which Milvus does not search. The last line of the output
+    is a JSON object.
     """
     started = time.perf_counter()
     with print_errors(1, interrupted="searches use the old collections; run the same command again"):
         from gog_edge.cli.render_pack import StageProgress
         from gog_edge.config import MilvusConfig
-        from gog_edge.indexing.milvus_loading import INDEX_TYPES, load_export
-        from gog_edge.indexing.parquet_export import export_parquet as write_parquet
+        from gog_edge.indexing.distribution.milvus_loading import INDEX_TYPES, load_export
+        from gog_edge.indexing.distribution.parquet_export import export_parquet as write_parquet
         from gog_edge.retrieval.manifest import MANIFEST
         from gog_edge.retrieval.vectors.milvus import DTYPES, MilvusConnection
 

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from gog_edge.agent.events import Acted, Answered, AnswerRecord, Event, Found, Refused
 from gog_edge.policy.dialect.dialect import Dialect
-from gog_edge.policy.probe import Finding, Report
+from gog_edge.policy.probe import DialectFinding, ProbeReport
 from gog_edge.types import Box, Citation, SearchResult
 
 _DOES = {
@@ -72,14 +72,14 @@ class ProbePrinter:
         self.console = console or Console()
 
     @contextmanager
-    def waiting(self, questions: int, dialects: int) -> Iterator[Callable[[Finding], None]]:
+    def waiting(self, questions: int, dialects: int) -> Iterator[Callable[[DialectFinding], None]]:
         """Show progress; yield a function to be called with each finding."""
         tried = 0
 
         def status_text() -> str:
             return f"asking {questions} questions, {tried} of {dialects} dialects tried"
 
-        def count(finding: Finding) -> None:
+        def count(finding: DialectFinding) -> None:
             nonlocal tried
             tried += 1
             status.update(status_text())
@@ -87,7 +87,7 @@ class ProbePrinter:
         with self.console.status(status_text()) as status:
             yield count
 
-    def __call__(self, report: Report, written: Dialect | None) -> None:
+    def __call__(self, report: ProbeReport, written: Dialect | None) -> None:
         """Print the table of findings and the result."""
         self.console.print(_findings(report))
         best = report.best
@@ -103,7 +103,7 @@ class ProbePrinter:
         self.console.print(f"[dim]{done}[/]")
 
 
-def _findings(report: Report) -> Table:
+def _findings(report: ProbeReport) -> Table:
     table = Table("dialect", Column("parsed", justify="right"), "actions", "boxes", "verdict")
     for finding in report.findings:
         actions = [f"{number} {kind}" for kind, number in finding.kinds.items()]
@@ -114,7 +114,7 @@ def _findings(report: Report) -> Table:
     return table
 
 
-def _boxes(finding: Finding) -> str:
+def _boxes(finding: DialectFinding) -> str:
     """Return where boxes fall, as fractions of those written."""
     if not finding.boxes:
         return "none"
@@ -123,7 +123,7 @@ def _boxes(finding: Finding) -> str:
     return "\n".join([*lines, *(f"{name} {share:.0%}" for name, share in shares.items())])
 
 
-def _name(finding: Finding) -> str:
+def _name(finding: DialectFinding) -> str:
     return escape(finding.candidate.dialect.name)
 
 

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from gog_edge.errors import PackError
-from gog_edge.files import read_json
+from gog_edge.files import folder_bytes, read_json
 from gog_edge.planner import format_size
 from gog_edge.retrieval.manifest import Calibration, Manifest, Space, generation_path
 
@@ -45,7 +45,7 @@ def pack_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
     value = manifest.to_json()
     value.pop("files")
     value |= {"skipped": read_skipped(folder, manifest), "bytes": _pack_bytes(manifest),
-              "bytes_on_disk": _folder_bytes(folder), "bytes_superseded": superseded_bytes(folder, manifest)}
+              "bytes_on_disk": folder_bytes(folder), "bytes_superseded": superseded_bytes(folder, manifest)}
     return value
 
 
@@ -109,7 +109,7 @@ def _describe_calibration(calibration: Calibration | None) -> str:
 
 def _sizes(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "size", format_size(_pack_bytes(manifest))
-    yield "on disk", f"{format_size(_folder_bytes(folder))}{describe_superseded(folder, manifest)}"
+    yield "on disk", f"{format_size(folder_bytes(folder))}{describe_superseded(folder, manifest)}"
 
 
 def describe_superseded(folder: Path, manifest: Manifest) -> str:
@@ -130,10 +130,6 @@ def superseded_bytes(folder: Path, manifest: Manifest) -> int:
 
 def _pack_bytes(manifest: Manifest) -> int:
     return sum(entry.size for entry in manifest.files)
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _skipped_table(skipped: Iterable[Mapping[str, Any]]) -> Table:

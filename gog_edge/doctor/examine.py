@@ -31,7 +31,7 @@ from gog_edge.engines.manifest import (
     default_engine_folder,
 )
 from gog_edge.engines.manifest import MANIFEST as ENGINE_MANIFEST
-from gog_edge.engines.onnx import UPGRADE_COMMAND, unsupported_reason
+from gog_edge.engines.onnx import INSTALL_COMMAND, unsupported_reason
 from gog_edge.engines.registry import CPU_SEARCH, EngineChoice, EngineSet
 from gog_edge.engines.tensorrt.plan import MODULES, check_device, check_version
 from gog_edge.errors import GogEdgeError
@@ -116,7 +116,7 @@ def _check_opset(bundle: Bundle, machine: Machine) -> Iterator[Finding]:
     version = machine.libraries[ONNXRUNTIME].version
     problem = unsupported_reason(version) if version and isinstance(bundle.policy, Path) else ""
     if problem:
-        remedy = UPGRADE_COMMAND if machine.jetson is None else USE_TENSORRT
+        remedy = INSTALL_COMMAND if machine.jetson is None else USE_TENSORRT
         users = tuple(engine for engine in ENGINES if engine not in TENSORRT_ENGINES)
         yield Finding("bundle", "policy on ONNX Runtime", WRONG, problem, remedy, users)
 

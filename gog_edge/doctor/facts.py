@@ -4,7 +4,7 @@ They are plain data, so that the checks can be tested with the facts of other ma
 folder for the same reason. On a Jetson these are:
 
     /proc/device-tree/model      the board, terminated by a zero byte (Devicetree Specification, 2.3.2)
-    /etc/nv_tegra_release        "# R36 (release), REVISION: 4.3, GCID: ..., BOARD: generic, ...": Jetson Linux 36.4.3
+    /etc/nv_tegra_release        "# R39 (release), REVISION: 2.0, GCID: ..., BOARD: generic, ...": Jetson Linux 39.2.0
     /var/lib/dpkg/status         Debian's package list; the version of `nvidia-jetpack` is JetPack's
     /var/lib/nvpmodel/status     "pmode:0002": the number of the power mode (nvpmodel)
     /etc/nvpmodel.conf           "< POWER_MODEL ID=2 NAME=MAXN_SUPER >" for each mode, each in a section of its own
@@ -74,19 +74,19 @@ class Jetson:
     """A Jetson's board and releases. "", () and None stand for unknown values."""
 
     model: str
-    linux: tuple[int, ...] = ()  # Jetson Linux: (36, 4, 3)
+    linux: tuple[int, ...] = ()  # Jetson Linux: (39, 2)
     jetpack: str = ""  # version of the package nvidia-jetpack; "6" or "7" if it is not installed
     power: PowerMode | None = None
     fastest: PowerMode | None = None  # the power mode without limits
 
     @property
     def supported(self) -> bool:
-        """Whether this release's TensorRT can build and run engines of this package."""
+        """Return whether this release's TensorRT can build and run engines of this package."""
         return bool(self.linux) and self.linux[0] in SUPPORTED_LINUX
 
     @property
     def release(self) -> str:
-        """Jetson Linux in dotted form, "36.4.3"."""
+        """Return Jetson Linux in dotted form, "39.2"."""
         return ".".join(map(str, self.linux))
 
 
@@ -152,7 +152,7 @@ def read_jetson(root: Path = Path("/")) -> Jetson | None:
 
 
 def parse_release(text: str) -> tuple[int, ...]:
-    """Return the release in `nv_tegra_release`, (36, 4, 3); () if the text has none."""
+    """Return the release in `nv_tegra_release`, (39, 2); () if the text has none."""
     found = re.search(r"^# R(\d+) \(release\), REVISION: (\d+(?:\.\d+)*)", text)
     return (int(found[1]), *map(int, found[2].split("."))) if found else ()
 

@@ -57,12 +57,12 @@ class Report:
 
     @property
     def blocking(self) -> tuple[Finding, ...]:
-        """Findings that keep the engine from serving the bundle."""
+        """Return the findings that keep the engine from serving the bundle."""
         return _blocking(self.findings, self.engine)
 
     @property
     def serves(self) -> bool:
-        """Whether the engine can serve the bundle on this machine."""
+        """Return whether the engine can serve the bundle on this machine."""
         return not self.blocking
 
     def to_json(self) -> dict[str, Any]:

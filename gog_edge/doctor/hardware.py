@@ -16,6 +16,7 @@ from gog_edge.engines.manifest import (
     TENSORRT_ENGINES,
     TENSORRT_RTX,
 )
+from gog_edge.engines.onnx import INSTALL_COMMAND
 from gog_edge.engines.registry import CPU_SEARCH, FAISS_GPU, FAISS_GPU_INSTALL
 from gog_edge.engines.tensorrt.plan import MODULES, NO_INT4_SM
 from gog_edge.planner import format_size
@@ -28,7 +29,6 @@ NEW_DRIVER = "install NVIDIA's driver 580 or later: sudo apt install nvidia-driv
 JETPACK = "sudo apt install nvidia-jetpack"
 FLASH = "flash JetPack 7.2 with NVIDIA's SDK Manager; see jetson/README.md"
 NOT_JETPACK_6 = "JetPack 6 is not supported; install JetPack 7.2, which supports Orin"
-INSTALL_CPU = "pip install 'gog_edge[cpu]'"
 INSTALL_TENSORRT = "pip install 'gog_edge[tensorrt]'"
 INSTALL_RTX = "pip install 'gog_edge[tensorrt-rtx]'"
 USE_ORT_CUDA = f"use --engine {ORT_CUDA}"
@@ -134,7 +134,7 @@ def _check_library(machine: Machine, module: str, name: str, remedy: str, needed
 
 def _check_onnxruntime(machine: Machine) -> Iterator[Finding]:
     library = machine.libraries[ONNXRUNTIME]
-    yield _check_library(machine, ONNXRUNTIME, "ONNX Runtime", INSTALL_CPU, ENGINES)
+    yield _check_library(machine, ONNXRUNTIME, "ONNX Runtime", INSTALL_COMMAND, ENGINES)
     remedy = ("pip uninstall onnxruntime && pip install 'gog_edge[gpu]'" if machine.jetson is None else
               f"use --engine {TENSORRT}: no package index offers ONNX Runtime with CUDA for Jetson")  # fmt: skip
     name = "CUDA provider of ONNX Runtime"
@@ -167,7 +167,7 @@ def _check_faiss(machine: Machine, search: str) -> Iterator[Finding]:
     """Check faiss, which all engines need, and its GPU support, which is needed only if it was requested."""
     library, requested = machine.libraries[FAISS], search == FAISS_GPU
     users = ENGINES if requested else ()
-    yield _check_library(machine, FAISS, "faiss", INSTALL_CPU, ENGINES)
+    yield _check_library(machine, FAISS, "faiss", INSTALL_COMMAND, ENGINES)
     if not library.version:
         return
     name = "faiss on the GPU"

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gog_edge.errors import BackendError
+
 Array: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float32]
+Cache = TypeVar("Cache", bound="KvCache")
+
+PREFILL_CHUNK = 512  # tokens of a prefill step: bounds the scratch memory at no cost in speed
+FOREIGN_CACHE = "this cache belongs to another engine; use a cache from the decoder's own new_cache()"
 
 
 class GraphEngine(Protocol):
@@ -37,7 +43,7 @@ class KvCache(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Number of tokens that fit."""
+        """Return the number of tokens that fit."""
 
     def snapshot(self, length: int) -> KvSnapshot:
         """Copy the first `length` tokens."""
@@ -54,7 +60,7 @@ class DecoderEngine(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Number of tokens that fit each cache."""
+        """Return the number of tokens that fit each cache."""
 
     def new_cache(self) -> KvCache:
         """Return an empty cache."""
@@ -81,29 +87,39 @@ class DecoderEngine(Protocol):
         """
 
 
-class DecoderShape(Protocol):
-    """Dimensions of a decoder. `policy.manifest.TextSpec` has them; engines must not import the policy."""
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """The dimensions of a decoder that its engines need."""
 
-    @property
-    def hidden(self) -> int:
-        """Width of the embeddings."""
+    hidden: int  # width of the embeddings
+    layers: int  # transformer blocks, each with keys and values
+    kv_heads: int
+    head_dim: int
+    vocab: int  # length of the logits
+    deepstack: int  # layers whose outputs visual features are added to; 0 for architectures without DeepStack
 
-    @property
-    def layers(self) -> int:
-        """Number of transformer blocks, each with keys and values."""
 
-    @property
-    def kv_heads(self) -> int:
-        """Number of key/value heads."""
+def check_step(cache: KvCache, kind: type[Cache], past: int, count: int) -> Cache:
+    """Return the cache of a step as the class of its engine, for engines that were built for a fixed context.
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
+    Raises:
+        BackendError: the cache belongs to another engine, or `count` tokens after the first `past` do not fit it.
+    """
+    if not isinstance(cache, kind):
+        raise BackendError(FOREIGN_CACHE)
+    if past + count > cache.capacity:
+        raise BackendError(
+            f"{past} + {count} tokens do not fit a cache of {cache.capacity}; build engines with a larger --context"
+        )
+    return cache
 
-    @property
-    def vocab(self) -> int:
-        """Number of logits for each token."""
 
-    @property
-    def deepstack(self) -> int:
-        """Number of layers whose output visual features are added to; 0 for architectures without DeepStack."""
+def check_snapshot(snapshot: KvSnapshot, states: int, kv_heads: int, head_dim: int, capacity: int) -> None:
+    """Raise BackendError if a snapshot is not of a decoder with `states` keys and values, or exceeds `capacity`."""
+    length = len(snapshot.cos)
+    expected = (states, kv_heads, length, head_dim)
+    if snapshot.states.shape != expected or length > capacity:
+        raise BackendError(
+            f"the snapshot has shape {snapshot.states.shape}, but this cache expects {expected} and at most "
+            f"{capacity} tokens; remove the snapshot's files"
+        )

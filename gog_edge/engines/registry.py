@@ -50,12 +50,12 @@ class EngineChoice:
 
     @property
     def built(self) -> bool:
-        """Whether `engine` runs engines built from the bundle's graphs, rather than the graphs themselves."""
+        """Return whether `engine` runs engines built from the bundle's graphs, rather than the graphs themselves."""
         return self.engine != ORT
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this needs a GPU, or files built for one. Either may become available while a server runs."""
+        """Return whether this needs a GPU, or files built for one. Either may become available while a server runs."""
         return self.built or self.search != CPU_SEARCH
 
     def read_engines(self, bundle: Path) -> EngineSet | None:

@@ -1,4 +1,4 @@
-"""Recording of a session's logits, and the similarity measure that both parity checks share."""
+"""Recording of a session's logits, and the similarity measure that all parity checks share."""
 
 from __future__ import annotations
 

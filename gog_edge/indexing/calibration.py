@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from gog_edge.errors import PackError
 from gog_edge.indexing.commit import modify_pack, publish_manifest
-from gog_edge.indexing.embedding import BATCH, random_view, sample_images
+from gog_edge.indexing.vectors.embedding import BATCH, random_view, sample_images
 from gog_edge.picture import decode_picture
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.fusion import (
@@ -213,7 +213,8 @@ def held_out_text_queries(store: Store, manifest: Manifest, count: int, seed: in
     generator = NameGenerator(list(titles.values()))
     present: list[str] = []
     absent: list[str] = []
-    for article in articles[:count]:
+    # Ids of deleted articles have no title any more once the pack was compacted.
+    for article in [article for article in articles if article in titles][:count]:
         title = titles[article]
         name = generator.generate(store, rng)
         if name is None or all(match.article != article for match in store.find_names([name_key(title)])):

@@ -16,13 +16,19 @@ from gog_edge.errors import PackError
 from gog_edge.files import full_disk_as, write_array
 from gog_edge.indexing import OnProgress
 from gog_edge.indexing.commit import commit_generation, modify_pack, prune
-from gog_edge.indexing.embedding import CAPTIONS, ShardPlan, distinct_captions, embed_captions, held_out_queries
-from gog_edge.indexing.encoders import Encoders, check_encoders, memory_shares
 from gog_edge.indexing.generation import SPACES, PackOptions
-from gog_edge.indexing.index_writer import build_index
 from gog_edge.indexing.store_writer import create_tables, create_word_index, open_database
+from gog_edge.indexing.vectors.embedding import (
+    CAPTIONS,
+    ShardPlan,
+    distinct_captions,
+    embed_captions,
+    held_out_queries,
+)
+from gog_edge.indexing.vectors.encoders import Encoders, check_encoders, memory_shares
+from gog_edge.indexing.vectors.index_writer import build_index
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.manifest import BUILD, Counts, IdRange, Manifest, SearchTarget, Segment, Shard, Space
+from gog_edge.retrieval.manifest import BUILD, Counts, IdRange, IndexTarget, Manifest, Segment, Shard, Space
 from gog_edge.retrieval.pack import open_shards, read_tombstones
 from gog_edge.retrieval.text.encoder import TextEncoder
 from gog_edge.retrieval.text.segment import SegmentReader
@@ -167,7 +173,7 @@ class _Compaction:
         return replace(
             parent, generation=self.number, parent=parent.generation, segments=(segment,), images=images,
             captions=captions, paragraphs=paragraphs, tombstones=None, counts=segment.counts,
-            target=SearchTarget(self.options.memory, self.options.recall),
+            target=IndexTarget(self.options.memory, self.options.recall),
         )  # fmt: skip
 
     def _deleted_paragraphs(self) -> Ids:

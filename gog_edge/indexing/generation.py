@@ -33,7 +33,9 @@ from gog_edge.indexing.commit import (
     write_report,
     write_tombstones,
 )
-from gog_edge.indexing.embedding import (
+from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord
+from gog_edge.indexing.tombstones import deleted_images, live_counts, replaced_articles
+from gog_edge.indexing.vectors.embedding import (
     CAPTIONS,
     IMAGES,
     PARAGRAPHS,
@@ -43,18 +45,16 @@ from gog_edge.indexing.embedding import (
     held_out_queries,
     plan_shards,
 )
-from gog_edge.indexing.encoders import Encoders, check_encoders, fingerprint_of, memory_shares
-from gog_edge.indexing.index_planning import plans
-from gog_edge.indexing.index_writer import build_index, golden_image
-from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord
-from gog_edge.indexing.tombstones import deleted_images, live_counts, replaced_articles
+from gog_edge.indexing.vectors.encoders import Encoders, check_encoders, fingerprint_of, memory_shares
+from gog_edge.indexing.vectors.index_planning import plans
+from gog_edge.indexing.vectors.index_writer import build_index, golden_image
 from gog_edge.picture import decode_picture
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import (
     BUILD,
     IndexEntry,
+    IndexTarget,
     Manifest,
-    SearchTarget,
     Segment,
     Snapshot,
     Space,
@@ -296,7 +296,7 @@ class GenerationBuilder:
                 captions=spaces[CAPTIONS],
                 tombstones=write_tombstones(self.folder, self.number, articles, images),
                 counts=counts,
-                target=SearchTarget(self.options.memory, self.options.recall),
+                target=IndexTarget(self.options.memory, self.options.recall),
                 duplicate_cosine=self.options.duplicate_cosine,
                 golden=self._golden(spaces[IMAGES], images),
                 report=report,

@@ -12,7 +12,7 @@ import numpy as np
 from gog_edge.errors import PackError
 from gog_edge.files import full_disk_as
 from gog_edge.indexing.commit import commit_generation, modify_pack, prune, write_tombstones
-from gog_edge.indexing.index_writer import golden_image
+from gog_edge.indexing.vectors.index_writer import golden_image
 from gog_edge.retrieval.manifest import Counts, Manifest
 from gog_edge.retrieval.pack import open_shards, read_tombstones
 from gog_edge.retrieval.text.segment import SegmentReader

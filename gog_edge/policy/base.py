@@ -1,4 +1,4 @@
-"""The interface between the agent loop and a policy; local, remote, scripted and recorded policies implement it."""
+"""The interface between the agent loop and a policy; local, remote and recorded policies implement it."""
 
 from __future__ import annotations
 

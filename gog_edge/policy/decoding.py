@@ -16,7 +16,6 @@ from gog_edge.engines.base import Floats
 from gog_edge.errors import InputError
 from gog_edge.policy.dialect.dialect import Dialect
 
-PREFILL_CHUNK = 512  # tokens per prefill step: bounds the scratch memory at no cost in speed
 Probabilities: TypeAlias = NDArray[np.float64]
 TokenIds: TypeAlias = NDArray[np.int64]
 

@@ -14,7 +14,7 @@ from gog_edge.errors import BudgetExceeded, GogEdgeError
 from gog_edge.picture import Picture
 from gog_edge.policy.decoding import Constraint, DraftConfig, SamplingParams, ThinkingBudget, Unconstrained
 from gog_edge.policy.dialect.actions import ShownImages
-from gog_edge.policy.dialect.dialect import Dialect, LoopRules, Segment, TurnParser
+from gog_edge.policy.dialect.dialect import Dialect, LoopRules, TurnParser, TurnPart
 from gog_edge.policy.dialect.grammar import Grammar
 from gog_edge.policy.dialect.loader import DIALECT_FILE, load_dialect
 from gog_edge.policy.draft_cost import load_draft_config
@@ -45,13 +45,13 @@ class LocalConversation:
         self._session = session
         self._images = images
         self._question = question
-        self._queued: list[Segment | TemplateText] = []
+        self._queued: list[TurnPart | TemplateText] = []
         self._max_pixels = policy.model.manifest.vision.max_pixels  # of the next image; the first is the whole picture
         self._closed = False
 
-    def queue(self, *segments: Segment | TemplateText) -> None:
+    def queue(self, *parts: TurnPart | TemplateText) -> None:
         """Add text and images to what the next `generate` appends."""
-        self._queued.extend(segments)
+        self._queued.extend(parts)
 
     def generate(self, *, max_tokens: int, deadline: float | None, force_answer: bool = False,
                  on_text: Callable[[str], None] | None = None,
@@ -85,13 +85,13 @@ class LocalConversation:
     def observe(self, observation: Observation) -> None:
         """Queue a user turn with the result of an action; see `Conversation.observe`."""
         dialect, vision = self._policy.dialect, self._policy.model.vision
-        segments = dialect.render_observation(observation, self._question)
+        parts = dialect.render_observation(observation, self._question)
         self._images = dialect.images_after(self._images, observation, vision.resized_crop)
-        opening: Segment | TemplateText = TemplateText(self._chat.user_open)
+        opening: TurnPart | TemplateText = TemplateText(self._chat.user_open)
         if observation.notice is not None and any(not isinstance(queued, TemplateText) for queued in self._queued):
             self._queued.pop()  # reopen the queued user turn: the notice becomes its last line
             opening = "\n"
-        self.queue(opening, *segments, TemplateText(self._chat.user_close))
+        self.queue(opening, *parts, TemplateText(self._chat.user_close))
 
     def close(self) -> None:
         """Return the session to the policy; the conversation cannot continue."""
@@ -99,13 +99,13 @@ class LocalConversation:
             self._closed = True
             self._policy.release(self._session)
 
-    def _append(self, segments: list[Segment | TemplateText], reserve: int) -> None:
-        """Append all segments if more than `reserve` tokens remain after them, else none."""
+    def _append(self, parts: list[TurnPart | TemplateText], reserve: int) -> None:
+        """Append all parts if more than `reserve` tokens remain after them, else none."""
         savepoint = self._session.savepoint()
         self._queued = []
         try:
-            for segment in segments:
-                self._append_segment(segment)
+            for part in parts:
+                self._append_part(part)
             if self._session.remaining <= reserve:
                 raise BudgetExceeded(
                     f"the context is full: the conversation has {len(self._session.tokens)} tokens, and of its "
@@ -115,17 +115,17 @@ class LocalConversation:
         except GogEdgeError:
             self._session.rollback(savepoint)
             # Keep the end of the policy's last turn, which precedes all that was dropped.
-            self._queued = [segment for segment in segments[:1] if isinstance(segment, TemplateText)]
+            self._queued = [part for part in parts[:1] if isinstance(part, TemplateText)]
             raise
 
-    def _append_segment(self, segment: Segment | TemplateText) -> None:
-        if isinstance(segment, str):
-            self._session.append_text(segment)
-        elif isinstance(segment, TemplateText):
-            self._session.append_template(segment.text)
+    def _append_part(self, part: TurnPart | TemplateText) -> None:
+        if isinstance(part, str):
+            self._session.append_text(part)
+        elif isinstance(part, TemplateText):
+            self._session.append_template(part.text)
         else:
             self._session.append_template(self._chat.image_open)
-            self._session.append_image(self._policy.model.vision.encode(segment, self._max_pixels))
+            self._session.append_image(self._policy.model.vision.encode(part, self._max_pixels))
             self._max_pixels = self._policy.model.manifest.vision.crop_max_pixels
             self._session.append_template(self._chat.image_close)
 

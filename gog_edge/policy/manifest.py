@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gog_edge.engines.base import DecoderShape
 from gog_edge.engines.onnx.native import library
 from gog_edge.errors import ArtifactError
 from gog_edge.files import MODEL_MANIFEST, FileEntry, read_json, verify_files
@@ -50,23 +51,17 @@ class ChatFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class TextSpec:
-    """The shape of the decoder."""
+class TextSpec(DecoderShape):
+    """The shape of the decoder, with what its graph is built from."""
 
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int  # length of the logits
+    heads: int  # of queries
+    intermediate: int  # width of the feed-forward layers
     norm_eps: float
     rope_theta: float
     mrope_section: tuple[int, ...]  # rotary pairs for time, height and width; sums to head_dim / 2
     mrope_interleaved: bool  # True: the pairs of the three axes alternate (Qwen3-VL); False: in blocks (Qwen2.5-VL)
     qkv_bias: bool
     qk_norm: bool  # RMS normalisation of each head's query and key before the rotary embedding
-    deepstack: int  # layers whose output gets image features added
     tied: bool  # the output head shares the weights of the embedding table
 
     @property

@@ -201,8 +201,8 @@ class FolderGraphs:
         """Open the vision tower with the fastest kernels that this CPU supports."""
         if self.cpu_layout and self.manifest.runs_native:
             return OrtGraph(self.folder / NATIVE_VISION_GRAPH, threads=self.threads, operators=native.library())
-        path, optimised = self._prepacked(f"{name}.onnx")
-        return OrtGraph(path, threads=self.threads, optimised=optimised)
+        path, optimized = self._prepacked(f"{name}.onnx")
+        return OrtGraph(path, threads=self.threads, optimized=optimized)
 
     def open_decoder(self, spec: TextSpec, context: int) -> DecoderEngine:
         """Open the decoder with the fastest kernels that this CPU supports; its caches hold `context` tokens."""
@@ -215,8 +215,8 @@ class FolderGraphs:
         with ThreadPoolExecutor(1) as executor:
             has_prefill = self.cpu_layout and self.manifest.weights.prefill
             prefill = executor.submit(self._open_prefill, threads) if has_prefill else None
-            path, optimised = self._prepacked(DECODER_GRAPH)
-            return OrtDecoder(path, capacity=context, threads=threads, optimised=optimised, prefill=prefill)
+            path, optimized = self._prepacked(DECODER_GRAPH)
+            return OrtDecoder(path, capacity=context, threads=threads, optimized=optimized, prefill=prefill)
 
     def cache(self) -> Path:
         """Return the folder for values computed with these graphs on this CPU; it may not exist."""
@@ -233,11 +233,11 @@ class FolderGraphs:
         return OrtDecoder(graph, capacity=context, threads=threads, operators=native.library())
 
     def _open_prefill(self, threads: int) -> InferenceSession:
-        path, optimised = self._prepacked(PREFILL_GRAPH)
-        return open_session(path, threads=threads, optimised=optimised)
+        path, optimized = self._prepacked(PREFILL_GRAPH)
+        return open_session(path, threads=threads, optimized=optimized)
 
     def _prepacked(self, name: str) -> tuple[Path, bool]:
-        """Return the graph to load, and whether it is optimised and its weights are prepacked."""
+        """Return the graph to load, and whether it is optimized and its weights are prepacked."""
         graph = self.folder / name
         size = graph_bytes(graph)
         path = prepacked_graph(graph, self.cache(), size) if size >= MIN_CACHED_BYTES else graph

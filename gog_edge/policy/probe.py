@@ -11,7 +11,7 @@ from pathlib import Path
 from gog_edge.bundle import SAMPLES_FILE, read_samples
 from gog_edge.errors import ArtifactError, BudgetExceeded, CheckpointError, InputError
 from gog_edge.files import describe_files, write_json
-from gog_edge.picture import Picture, decode_picture
+from gog_edge.picture import SUFFIXES, Picture, decode_picture
 from gog_edge.policy.base import Policy
 from gog_edge.policy.decoding import SamplingParams
 from gog_edge.policy.dialect.actions import BOX_FRAMES, ActionKind, BoxFrame, Corners, ShownImage, ShownImages
@@ -27,7 +27,6 @@ MIN_SHARE = 0.8  # more than this share of the turns must parse, and of the boxe
 MIN_MARKED = 0.25  # of the turns must use the dialect's delimiters: any text parses as a plain answer
 TOLERANCE = 1.02  # boxes may extend beyond their image by this factor
 MAX_TOKENS = 512  # of one turn; policies that think may need more
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 QUESTIONS = ("What is the thing on the left, and what is known of it?", "What is the smallest thing that has a name?")
 
 
@@ -49,7 +48,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class DialectFinding:
     """The turns that a policy generated in one dialect."""
 
     candidate: Candidate
@@ -114,21 +113,23 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ProbeReport:
     """The findings of all dialects, in the order tried."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[DialectFinding, ...]
 
     @property
-    def best(self) -> Finding | None:
+    def best(self) -> DialectFinding | None:
         """Return the finding with most parsed turns; ties go to the policy's own dialect, then to published ones."""
         fitting = [finding for finding in self.findings if not finding.rejection]
         order = {id(finding): _rank(finding) for finding in fitting}
         return max(fitting, key=lambda finding: order[id(finding)]) if fitting else None
 
 
-def probe_folder(folder: Path, cases: Sequence[Case], candidates: Sequence[Candidate], *, threads: int | None = None,
-                 max_tokens: int = MAX_TOKENS, on_finding: Callable[[Finding], None] | None = None) -> Report:
+def probe_folder(
+    folder: Path, cases: Sequence[Case], candidates: Sequence[Candidate], *, threads: int | None = None,
+    max_tokens: int = MAX_TOKENS, on_finding: Callable[[DialectFinding], None] | None = None,
+) -> ProbeReport:
     """Probe an exported policy with greedy sampling and without a grammar.
 
     Raises:
@@ -147,18 +148,18 @@ def probe_folder(folder: Path, cases: Sequence[Case], candidates: Sequence[Candi
         found.append(finding)
         if on_finding is not None:
             on_finding(finding)
-    return Report(tuple(found))
+    return ProbeReport(tuple(found))
 
 
 def probe(cases: Sequence[Case], candidates: Sequence[Candidate], *, policy_of: Callable[[Dialect], Policy],
-          resized: Callable[[Size], Size], max_tokens: int = MAX_TOKENS) -> Iterator[Finding]:
+          resized: Callable[[Size], Size], max_tokens: int = MAX_TOKENS) -> Iterator[DialectFinding]:
     """Yield one finding for each candidate; `resized` maps a picture's size to that the policy sees."""
     for candidate in candidates:
         try:
             policy = policy_of(candidate.dialect)
             turns = [_first_turn(policy, case, max_tokens) for case in cases]
         except BudgetExceeded:
-            yield Finding(candidate, failure="its prompt does not fit the context")
+            yield DialectFinding(candidate, failure="its prompt does not fit the context")
         else:
             images = [ShownImages(case.picture.size, resized(case.picture.size)).picture for case in cases]
             yield _finding(candidate, turns, images)
@@ -205,14 +206,14 @@ def read_cases(folder: Path) -> tuple[Case, ...]:
         asked = [(sample.picture, sample.questions) for sample in read_samples(folder)]
     else:
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
-        asked = [(path, QUESTIONS) for path in paths if path.suffix.lower() in PICTURES]
+        asked = [(path, QUESTIONS) for path in paths if path.suffix.lower() in SUFFIXES]
     if not asked:
-        raise InputError(f"'{folder}' contains no pictures; name a folder with {', '.join(PICTURES)} files")
+        raise InputError(f"'{folder}' contains no pictures; name a folder with {', '.join(SUFFIXES)} files")
     pictures = [(decode_picture(path.read_bytes()), questions) for path, questions in asked]
     return tuple(Case(picture, question) for picture, questions in pictures for question in questions)
 
 
-def write_dialect(folder: Path, finding: Finding) -> Dialect:
+def write_dialect(folder: Path, finding: DialectFinding) -> Dialect:
     """Write a finding's dialect to the policy folder and update the manifest's hashes and box frame."""
     manifest = read_manifest(folder)
     dialect, written = copy_dialect(finding.candidate.source, folder, finding.box_frame)
@@ -231,7 +232,7 @@ def _first_turn(policy: Policy, case: Case, max_tokens: int) -> Utterance:
         conversation.close()
 
 
-def _finding(candidate: Candidate, turns: Sequence[Utterance], images: Sequence[ShownImage]) -> Finding:
+def _finding(candidate: Candidate, turns: Sequence[Utterance], images: Sequence[ShownImage]) -> DialectFinding:
     syntax = candidate.dialect.syntax
     kinds: Counter[ActionKind] = Counter()
     boxes, failed, plain = [], [], 0
@@ -247,14 +248,14 @@ def _finding(candidate: Candidate, turns: Sequence[Utterance], images: Sequence[
         if raw.corners is not None:
             boxes.append((raw.corners, image))
     example = next(iter([*failed, *(turn.text for turn in turns)]), "")
-    return Finding(candidate, len(turns), plain, dict(kinds), tuple(boxes), example)
+    return DialectFinding(candidate, len(turns), plain, dict(kinds), tuple(boxes), example)
 
 
 def _is_own(dialect: Dialect, folder: Path) -> bool:
     return (folder / DIALECT_FILE).is_file() and load_dialect(folder / DIALECT_FILE).name == dialect.name
 
 
-def _rank(finding: Finding) -> tuple[int, bool, bool, int]:
+def _rank(finding: DialectFinding) -> tuple[int, bool, bool, int]:
     candidate = finding.candidate
     return finding.parsed, candidate.own, not candidate.dialect.assumed, len(finding.boxes)
 

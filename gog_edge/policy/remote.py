@@ -23,7 +23,7 @@ from gog_edge.config import RemoteConfig
 from gog_edge.errors import BackendError, BudgetExceeded
 from gog_edge.picture import Picture, resize
 from gog_edge.policy.dialect.actions import ShownImages
-from gog_edge.policy.dialect.dialect import Dialect, LoopRules, Segment, TurnParser
+from gog_edge.policy.dialect.dialect import Dialect, LoopRules, TurnParser, TurnPart
 from gog_edge.policy.dialect.loader import load_dialect
 from gog_edge.policy.vision import smart_resize
 from gog_edge.types import Action, Observation, Pixels, Size, Utterance
@@ -167,16 +167,16 @@ class RemoteConversation:
     def _observation_message(self, observation: Observation) -> Message:
         return self._message(self._dialect.render_observation(observation, self._question))
 
-    def _message(self, segments: Sequence[Segment]) -> Message:
+    def _message(self, parts: Sequence[TurnPart]) -> Message:
         # Results of tools are user turns too: the dialect writes what a chat template would put around them.
-        return {"role": "user", "content": [self._part(segment) for segment in segments]}
+        return {"role": "user", "content": [self._part(part) for part in parts]}
 
-    def _part(self, segment: Segment) -> dict[str, Any]:
-        if isinstance(segment, str):
-            return {"type": "text", "text": segment}
-        size = self._resized(Size(segment.shape[1], segment.shape[0]))
+    def _part(self, part: TurnPart) -> dict[str, Any]:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        size = self._resized(Size(part.shape[1], part.shape[0]))
         self._resized = self._resized_crop  # all images after the given picture are crops
-        return {"type": "image_url", "image_url": {"url": data_uri(resize(segment, size), self._config.picture)}}
+        return {"type": "image_url", "image_url": {"url": data_uri(resize(part, size), self._config.picture)}}
 
     def _resized_crop(self, size: Size) -> Size:
         return smart_resize(size, self._config, self._config.crop_max_pixels)

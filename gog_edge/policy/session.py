@@ -9,10 +9,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from gog_edge.engines.base import Floats, KvCache, KvSnapshot
+from gog_edge.engines.base import PREFILL_CHUNK, Floats, KvCache, KvSnapshot
 from gog_edge.errors import BudgetExceeded, InputError
 from gog_edge.policy.decoding import (
-    PREFILL_CHUNK,
     Constraint,
     Detokenizer,
     DraftConfig,

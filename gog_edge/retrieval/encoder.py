@@ -21,7 +21,7 @@ from gog_edge.engines.manifest import IMAGE, TEXT
 from gog_edge.engines.onnx.session import CPU_PROVIDERS, OrtGraph
 from gog_edge.engines.registry import EngineSet
 from gog_edge.errors import ArtifactError
-from gog_edge.files import MODEL_MANIFEST, read_json, verify_files
+from gog_edge.files import MODEL_MANIFEST, FileEntry, read_json, verify_files
 from gog_edge.retrieval.manifest import Fingerprint
 from gog_edge.types import Box, ImageQuery, Pixels, Size, Vectors
 
@@ -78,22 +78,10 @@ class Encoder:
             ArtifactError: A file is missing or altered, or the manifest has another kind or schema.
             BackendError: A provider is not available, or a graph cannot be loaded.
         """
-        manifest = read_json(folder / MODEL_MANIFEST, what="encoder")
-        if manifest.get("kind") != "encoder" or manifest.get("schema") != SCHEMA:
-            raise ArtifactError(
-                f"encoder: the manifest of '{folder}' must have kind 'encoder' and schema {SCHEMA}, got "
-                f"{manifest.get('kind')!r} and {manifest.get('schema')!r}; export it again with this version"
-            )
-        try:
-            fingerprint = _fingerprint(manifest)
-            spec = parse_image_spec(manifest["image"])
-            length, pad = int(manifest["text"]["context_length"]), int(manifest["text"]["pad_id"])
-            verify_files(folder, manifest["files"], what="encoder")
-        except (KeyError, TypeError, ValueError) as exc:
-            raise ArtifactError(f"encoder: invalid manifest in '{folder}' ({exc!r}); export it again") from exc
+        manifest = read_encoder_manifest(folder)
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.enable_truncation(length)
-        tokenizer.enable_padding(length=length, pad_id=pad)
+        tokenizer.enable_truncation(manifest.context_length)
+        tokenizer.enable_padding(length=manifest.context_length, pad_id=manifest.pad_id)
         # The encoder runs next to a policy that generates, or next to threads that decode pictures. Threads that spin
         # while they wait would take cores from these; on a busy machine that halves the encoder's own speed.
         image, text = (
@@ -101,7 +89,7 @@ class Encoder:
             if engines is None else engines.open_graph(name)
             for name in (IMAGE, TEXT)
         )
-        return cls(fingerprint, spec, image, text, tokenizer)
+        return cls(manifest.fingerprint, manifest.image, image, text, tokenizer)
 
     @property
     def dim(self) -> int:
@@ -146,16 +134,44 @@ class Encoder:
         return np.divide(vectors, np.maximum(lengths, 1e-12), dtype=np.float32)
 
 
-def _fingerprint(manifest: Mapping[str, Any]) -> Fingerprint:
-    return Fingerprint(
-        str(manifest["name"]),
-        str(manifest["weights_sha256"]),
-        str(manifest["preprocessing_sha256"]),
-        int(manifest["dim"]),
-    )
+# --- the manifest -----------------------------------------------------------------------------
 
 
-# --- preprocessing ----------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class EncoderManifest:
+    """The contents of an encoder's `manifest.json` that its users need."""
+
+    fingerprint: Fingerprint
+    image: ImageSpec
+    context_length: int  # tokens of a text; longer texts are truncated
+    pad_id: int  # of the token that shorter texts are padded with
+    files: tuple[FileEntry, ...]
+
+
+def read_encoder_manifest(folder: Path) -> EncoderManifest:
+    """Read an encoder folder's manifest and verify its files.
+
+    Raises:
+        ArtifactError: A file is missing or altered, or the manifest has another kind or schema, or an invalid field.
+    """
+    raw = read_json(folder / MODEL_MANIFEST, what="encoder")
+    if raw.get("kind") != "encoder" or raw.get("schema") != SCHEMA:
+        raise ArtifactError(
+            f"encoder: the manifest of '{folder}' must have kind 'encoder' and schema {SCHEMA}, got "
+            f"{raw.get('kind')!r} and {raw.get('schema')!r}; export it again with this version"
+        )
+    try:
+        manifest = EncoderManifest(
+            Fingerprint.from_json(raw),
+            parse_image_spec(raw["image"]),
+            int(raw["text"]["context_length"]),
+            int(raw["text"]["pad_id"]),
+            tuple(FileEntry(**entry) for entry in raw["files"]),
+        )
+    except (KeyError, TypeError, ValueError) as exc:
+        raise ArtifactError(f"encoder: invalid manifest in '{folder}' ({exc!r}); export it again") from exc
+    verify_files(folder, manifest.files, what="encoder")
+    return manifest
 
 
 def parse_image_spec(raw: Mapping[str, Any]) -> ImageSpec:
@@ -169,17 +185,21 @@ def parse_image_spec(raw: Mapping[str, Any]) -> ImageSpec:
         raise ValueError(f"'resize' must be one of {', '.join(RESIZES)}, got '{resize}'")
     return ImageSpec(
         Size(int(raw["width"]), int(raw["height"])),
-        _triple(raw["mean"]),
-        _triple(raw["std"]),
+        rgb_floats(raw["mean"]),
+        rgb_floats(raw["std"]),
         Image.Resampling[str(raw["interpolation"]).upper()],
         resize,
         int(raw.get("fill", 0)),
     )
 
 
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+def rgb_floats(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the values of the three channels as floats. Raises ValueError for another number of values."""
     red, green, blue = (float(value) for value in values)
     return red, green, blue
+
+
+# --- preprocessing ----------------------------------------------------------------------------
 
 
 def preprocess(pixels: Pixels, spec: ImageSpec) -> Floats:

@@ -1,8 +1,4 @@
-"""The manifest of a pack (MANIFEST.json): one generation with its files, encoder, indexes and calibration.
-
-It is read when a pack is opened. What a search needs of it is computed then (see `Pack`), so that no search runs code
-of this module.
-"""
+"""The manifest of a pack (MANIFEST.json): one generation with its files, encoder, indexes and calibration."""
 
 from __future__ import annotations
 
@@ -94,7 +90,18 @@ class Fingerprint:
     name: str
     weights_sha256: str
     preprocessing_sha256: str
-    dim: int
+    dim: int  # length of a vector
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Fingerprint:
+        """Read the fields from the manifest of an encoder or a text encoder; others are ignored.
+
+        Raises:
+            KeyError, TypeError, ValueError: A field is missing, or `dim` is not a number.
+        """
+        return cls(
+            str(raw["name"]), str(raw["weights_sha256"]), str(raw["preprocessing_sha256"]), int(raw["dim"])
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +149,7 @@ class Space:
 
 
 @dataclass(frozen=True, slots=True)
-class SearchTarget:
+class IndexTarget:
     """Requirements on the index, given when the pack was first built and kept by later generations."""
 
     memory: int | None  # bytes; None: no limit, the fastest index
@@ -219,7 +226,7 @@ class Manifest:
     captions: Space  # embeddings of captions
     tombstones: Tombstones | None
     counts: Counts  # rows that are not deleted
-    target: SearchTarget
+    target: IndexTarget
     duplicate_cosine: float  # cosine from which two stored images count as duplicates
     golden: int | None  # id of an image whose vector must find itself; None if the pack has no image
     report: str | None  # path of the list of skipped input
@@ -282,7 +289,7 @@ class Manifest:
                 captions=Space.from_json(raw["captions"]),
                 tombstones=None if raw["tombstones"] is None else Tombstones(**raw["tombstones"]),
                 counts=Counts(**raw["counts"]),
-                target=SearchTarget(**raw["target"]),
+                target=IndexTarget(**raw["target"]),
                 duplicate_cosine=float(raw["duplicate_cosine"]),
                 golden=None if raw["golden"] is None else int(raw["golden"]),
                 report=None if raw["report"] is None else str(raw["report"]),

@@ -35,18 +35,23 @@ LENGTH_TOLERANCE = 0.01  # of a unit vector stored as float16
 
 
 class StoredVectors(Protocol):
-    """Vectors by row: `VectorShards` from files, `MilvusRows` from a server."""
+    """Vectors by row: `VectorShards` from files, `MilvusRows` from a server.
 
-    def __len__(self) -> int: ...
+    Ids and rows are int64. Rows are numbered from 0; an id may have several. The methods of vectors on a server raise
+    BackendError if it fails.
+    """
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
 
     def ids_of(self, rows: Rows) -> Ids:
-        """Return the ids of rows; -1 for row -1."""
+        """Return the ids of rows, in the same shape; -1 for row -1."""
 
     def first_rows(self, ids: ArrayLike) -> Rows:
-        """Return the first row of each id; -1 for an id without rows."""
+        """Return the first row of each of n ids, [n]; -1 for an id without rows."""
 
     def take(self, rows: ArrayLike) -> Vectors:
-        """Return the vectors of rows: [n, dim] float32."""
+        """Return the unit vectors [n, dim] float32 of n rows."""
 
 
 class SpaceIndex(Protocol):
@@ -56,10 +61,21 @@ class SpaceIndex(Protocol):
     def shards(self) -> StoredVectors:
         """Return the vectors that are searched."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return the number of rows that are searched."""
 
     def search(self, queries: Vectors, k: int, *, without: Ids | None = None) -> Hits:
-        """Return the k nearest ids of each query."""
+        """Return the k nearest ids of each query by cosine, deleted ones excluded.
+
+        Args:
+            queries: Unit vectors [n, dim] float32.
+            k: At least 0; clipped to the index's limit and to the number of ids that can be found.
+            without: Ids [m] int64 to ignore.
+
+        Raises:
+            BackendError: The GPU or the server failed.
+            PackError: A file of vectors was truncated after it was opened.
+        """
 
     def close(self) -> None:
         """Release threads and memory. No search may be running."""
@@ -168,7 +184,7 @@ class Pack:
                             "build the pack again")
 
     def _check_golden(self, encoder: Encoder | None) -> None:
-        """Embed the golden image anew: it must find itself at its stored vector."""
+        """Embed the golden image again: it must find itself at its stored vector."""
         golden = self.manifest.golden
         if golden is None or encoder is None:
             return
@@ -193,7 +209,7 @@ class Pack:
             )
 
     def _check_paragraphs(self, index: SpaceIndex, text_encoder: TextEncoder) -> None:
-        """Look up some ids in the store, and embed one live paragraph anew: it must be at its stored vector."""
+        """Look up some ids in the store, and embed one live paragraph again: it must be at its stored vector."""
         from gog_edge.retrieval.text.encoder import passage_text
 
         ids = _sample_ids(index.shards)

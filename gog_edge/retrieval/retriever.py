@@ -382,6 +382,9 @@ def _passage(pack: Pack, row: ParagraphRow) -> Passage:
     return Passage(pack.name, row.title, row.section, row.id, row.text, row.licence, span)
 
 
+# --- calibrated probabilities -----------------------------------------------------------------
+
+
 def image_probability(pack: Pack, features: Sequence[float]) -> float:
     """Return the probability that the subject of an image query is in a pack; without calibration, its clipped cosine.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -13,9 +13,6 @@ from gog_edge.types import PackState
 OUTCOMES = ("answered", "refused", "busy", "stopped", "failed")
 BUCKETS = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds, upper edges
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-# Without this, each counter would have a `_created` series, which is a feature of OpenMetrics and not of this format.
-disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
@@ -33,7 +30,23 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return all metrics in the Prometheus text format 0.0.4."""
-        return generate_latest(self.registry)
+        return generate_latest(_WithoutCreated(self.registry))
+
+
+class _WithoutCreated(Collector):
+    """The metrics of a registry without their `_created` series, which belong to OpenMetrics and not to this format.
+
+    `prometheus_client.disable_created_metrics` would change the metrics of the whole process.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield each metric without the samples named `_created`."""
+        for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
 
 
 class _State(Collector):

@@ -52,8 +52,10 @@ _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 def _decode_base64(value: Any) -> Any:
     """Decode base64 or a data URI; bytes are the file of a multipart body."""
-    if not isinstance(value, str):
+    if value is None or isinstance(value, bytes):
         return value
+    if not isinstance(value, str):
+        raise RequestError(f"'picture' must be a base64 string or a data URI, got {reprlib.repr(value)}")
     head, comma, rest = value.partition(",")
     if comma and not (head.startswith("data:") and head.endswith(";base64")):
         raise PictureError(f"'picture' begins with '{head[:40]}'; send base64 or a data URI")
@@ -130,7 +132,7 @@ class AskBody(_PictureBody):
     @field_validator("workflow", mode="before")
     @classmethod
     def _default_workflow(cls, value: Any) -> Any:
-        return value or Workflow.GOG
+        return Workflow.GOG if value is None or value == "" else value
 
     @model_validator(mode="after")
     def _check_picture(self) -> Self:

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from scripted_policy import ScriptedPolicy
 from scripted_world import GREEN, INVENTED, RED, SKY, ColourRetriever, Outcome, without_timings
 
 from gog_edge.agent.loop import run_episode
 from gog_edge.config import Budget, GazeConfig
 from gog_edge.picture import Picture
-from gog_edge.policy.scripted import ScriptedPolicy
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+from scripted_policy import ScriptedPolicy
 
 from gog_edge.agent.events import Answered
-from gog_edge.policy.scripted import ScriptedPolicy
 from gog_edge.types import Evidence, ImageQuery, ImageRef, Passage, SearchResult, TextQuery
 
 SKY, RED, GREEN, INVENTED = (120, 160, 220), (200, 0, 0), (0, 160, 0), (90, 0, 90)

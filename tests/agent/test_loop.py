@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from scripted_policy import ScriptedConversation, ScriptedPolicy
 from scripted_world import GAZE_GREEN, GAZE_INVENTED, GAZE_RED, RED, ColourRetriever, answer
 
 from gog_edge.agent.events import Acted, Answered, Found, Refused, Spoke, Started, Workflow
 from gog_edge.agent.loop import EpisodeClosed, run_episode
 from gog_edge.config import Budget
 from gog_edge.errors import BudgetExceeded, GogEdgeError
-from gog_edge.policy.scripted import ScriptedConversation, ScriptedPolicy
 from gog_edge.types import Box, ImageQuery, Size, TextQuery
 
 CANNOT_TELL = "I cannot tell."

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from scripted_policy import FORCED_ANSWER, ScriptedConversation, ScriptedPolicy
 from scripted_world import GAZE_GREEN, GAZE_INVENTED, GAZE_RED, ColourRetriever, answer
 
 from gog_edge.agent.events import Refused, Workflow
@@ -12,7 +13,7 @@ from gog_edge.config import Budget
 from gog_edge.errors import BudgetExceeded
 from gog_edge.policy.dialect.dialect import GIVE_UP, CropRules, LoopRules, SearchLimits
 from gog_edge.policy.dialect.loader import load_dialect
-from gog_edge.policy.scripted import FORCED_ANSWER, RecordedPolicy, ScriptedConversation, ScriptedPolicy
+from gog_edge.policy.recorded import RecordedPolicy
 from gog_edge.types import Box, GazeSearch, ImageSearch, TextQuery, TextSearch
 
 CANNOT_TELL = "I cannot tell."

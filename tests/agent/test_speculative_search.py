@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+from scripted_policy import ScriptedConversation, ScriptedPolicy
 from scripted_world import GAZE_GREEN, GAZE_RED, ColourRetriever, answer, without_timings
 
 from gog_edge.agent.events import Answered, Found, Spoke, Workflow
@@ -11,7 +12,6 @@ from gog_edge.agent.loop import EpisodeClosed, run_episode
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.config import Budget, GazeConfig
 from gog_edge.picture import decode_picture
-from gog_edge.policy.scripted import ScriptedConversation, ScriptedPolicy
 from gog_edge.runtime import open_runtime
 from gog_edge.types import Box, GazeSearch, ImageQuery
 

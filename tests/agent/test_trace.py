@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from scripted_policy import ScriptedPolicy
 from scripted_world import GAZE_GREEN, GAZE_RED, ColourRetriever, answer
 
 from gog_edge.agent.loop import EpisodeClosed, run_episode
 from gog_edge.agent.trace import FORMAT, TraceFolder, TraceWriter, read_trace
 from gog_edge.config import Budget
 from gog_edge.errors import ArtifactError
-from gog_edge.policy.scripted import ScriptedPolicy
 
 
 def test_a_trace_contains_what_a_replay_needs(play, picture, tmp_path):

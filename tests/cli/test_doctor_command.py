@@ -23,6 +23,7 @@ def test_the_table_ends_with_the_verdict():
     done = run()
     assert done.exit_code == 0
     assert "ort (the best that works here) can serve" in done.stdout.replace("\n", "")
+    assert "machine" in done.stdout and "box" not in done.stdout
 
 
 def test_one_json_object_and_nothing_else():

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from export import (
     build_engines,
     check_conversion,
-    check_lifted,
     check_parity,
     export_clip,
     export_policy,
@@ -27,7 +26,6 @@ from export import random_checkpoint as random_checkpoint_module
 from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.cli import app
 from gog_edge.cli import export as commands
-from gog_edge.cli.common import describe_error
 from gog_edge.engines.manifest import read_engine_manifest
 
 PLAIN_GRAPHS = {"decoder.onnx", "vision.onnx"}
@@ -200,7 +198,7 @@ def test_an_old_onnx_runtime_refuses_to_skip_the_parity_check(tmp_path, monkeypa
     words = [str(DEFAULT_BUNDLE), "--engine", "ort-cuda", "--context", "512", "--out", str(tmp_path / "out")]
     assert build_engines.main(words) == 1
     message = capsys.readouterr().err
-    assert "build with --no-parity" in message and "gog-edge export check BUNDLE --engine-graphs half" in message
+    assert "build with --no-parity" in message and "gog-edge export check BUNDLE --engine-graphs fp16" in message
     assert not (tmp_path / "out").exists()
     assert build_engines.main([*words, "--no-parity"]) == 0
     assert last_line(capsys.readouterr().out)["parity"] == {}
@@ -213,15 +211,20 @@ def test_converted_graphs_are_compared_without_a_build():
     assert report["kind"] == "decomposed" and report.keys() >= {"decoder", "vision", "image", "text"}
 
 
-@pytest.mark.parametrize("module", [check_conversion, check_lifted])
+@pytest.mark.parametrize("module", [check_conversion])
 def test_the_conversion_check_has_two_module_names(module, capsys):
     assert module.main([str(DEFAULT_BUNDLE), "--kind", "decomposed", "--context", "1000000"]) == 1
     assert capsys.readouterr().err.startswith("error: a context of 1000000 tokens exceeds the policy's limit")
     assert module.main([str(DEFAULT_BUNDLE), "--kind", "whole"]) == 2
-    assert "must be one of standard, decomposed, half, got 'whole'" in capsys.readouterr().err
+    assert "must be one of standard, decomposed, fp16, got 'whole'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [[], ["--checkpoint", "c", "--engine-graphs", "half"]])
+def test_the_conversion_fp16_keeps_its_former_name(capsys):
+    assert check_conversion.main([str(DEFAULT_BUNDLE), "--kind", "half", "--context", "1000000"]) == 1
+    assert "a context of 1000000 tokens exceeds the policy's limit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--checkpoint", "c", "--engine-graphs", "fp16"]])
 def test_a_check_needs_exactly_one_reference(options):
     done = run("check", DEFAULT_BUNDLE, *options)
     assert done.exit_code == 2 and "either --checkpoint or --engine-graphs" in " ".join(done.output.split())
@@ -262,8 +265,3 @@ def test_a_missing_extra_is_named_in_one_line(command, missing, extra):
     assert done.stderr == f"gog-edge: {missing} is not installed; pip install 'gog_edge[{extra}]'\n"
 
 
-def test_every_module_of_a_sentence_encoders_export_is_in_one_extra():
-    """torch and transformers are in the extra `export` too, but at versions that optimum does not support."""
-    missing = ModuleNotFoundError("No module named 'torch'", name="torch")
-    assert describe_error(missing) == "torch is not installed; pip install 'gog_edge[export]'"
-    assert describe_error(missing, "text") == "torch is not installed; pip install 'gog_edge[text]'"

@@ -1,3 +1,4 @@
+from contextlib import closing
 from functools import cache
 from itertools import combinations_with_replacement
 
@@ -25,8 +26,10 @@ from gog_edge.indexing.calibration import (
     write_calibration,
 )
 from gog_edge.indexing.commit import write_lock
+from gog_edge.indexing.compact import compact
 from gog_edge.indexing.generation import PackWriter
 from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord
+from gog_edge.indexing.tombstones import remove
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import FOUND_THRESHOLD, IMAGE_FEATURES, Calibration, read_manifest
 from gog_edge.retrieval.pack import Pack, verify_pack
@@ -336,3 +339,13 @@ def test_invalid_calibrations_are_refused(tmp_path, tiny_encoder):
         calibrate_pack(tmp_path / "little", tiny_encoder, target_false_accept=1.0)
     with write_lock(tmp_path / "little"), pytest.raises(PackError, match="another process"):
         calibrate_pack(tmp_path / "little", tiny_encoder)
+
+
+def test_a_compacted_pack_without_some_articles_can_be_calibrated(tmp_path, tiny_encoder):
+    write_little_pack(tmp_path / "little", tiny_encoder)
+    remove(tmp_path / "little", articles=["Chad"])
+    compact(tmp_path / "little", tiny_encoder)
+    with closing(Pack.open(tmp_path / "little", tiny_encoder)) as pack:
+        present, absent = held_out_text_queries(pack.store, pack.manifest, 50)
+    assert len(present) == len(absent) > 0 and not any("Chad" in query for query in present)
+    calibrate_pack(tmp_path / "little", tiny_encoder)

@@ -9,9 +9,9 @@ from PIL import Image
 from gog_edge.errors import PackError, PictureError
 from gog_edge.files import read_json
 from gog_edge.indexing.commit import BUILD, LOCK
-from gog_edge.indexing.embedding import TILE_BOXES
 from gog_edge.indexing.generation import PackOptions, PackWriter
 from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord
+from gog_edge.indexing.vectors.embedding import TILE_BOXES
 from gog_edge.retrieval.manifest import GENERATIONS, MANIFEST, Manifest, generation_path, read_manifest
 from gog_edge.retrieval.pack import Pack, verify_pack
 from gog_edge.retrieval.retriever import Retriever

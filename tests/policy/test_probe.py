@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from scripted_policy import ScriptedPolicy
 from typer.testing import CliRunner
 
 from gog_edge.bundle import DEFAULT_BUNDLE
@@ -19,7 +20,7 @@ from gog_edge.policy.manifest import read_manifest
 from gog_edge.policy.probe import (
     Candidate,
     Case,
-    Report,
+    ProbeReport,
     candidates_for,
     check_exported,
     probe,
@@ -27,7 +28,6 @@ from gog_edge.policy.probe import (
     read_cases,
     write_dialect,
 )
-from gog_edge.policy.scripted import ScriptedPolicy
 from gog_edge.types import Size
 
 ATLAS = DEFAULT_BUNDLE / "policy"
@@ -62,7 +62,7 @@ def probe_texts(texts, *names, **changes):
 
     candidates = [Candidate(name, dataclasses.replace(load_dialect(name), **changes)) for name in names]
     findings = probe(cases, candidates, policy_of=lambda dialect: FixedTexts((), dialect), resized=lambda size: SEEN)
-    return Report(tuple(findings))
+    return ProbeReport(tuple(findings))
 
 
 # --- real policies ----------------------------------------------------------------------------

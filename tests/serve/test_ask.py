@@ -134,6 +134,13 @@ def test_workflow_and_budget_reach_the_loop(client):
     assert direct["citations"] == direct["related"] == []
 
 
+@pytest.mark.parametrize("workflow", [None, "", "gog"])
+def test_the_default_workflow_may_be_null_or_empty(client, workflow):
+    answers = (ask_sample(client, workflow=workflow).json(), ask_sample(client).json())
+    given, default = ([step["action"] for step in answer["steps"]] for answer in answers)
+    assert given == default == ["gaze_search", "answer"]
+
+
 # --- wrong input --------------------------------------------------------------------------------
 
 
@@ -194,6 +201,12 @@ def test_question_that_is_not_utf8(client, scene_png):
         (b'{"sample": "a", "question": ["a?"]}', "'question'"),
         (b'{"sample": "a", "question": "a?", "colour": 1}', "'colour'"),
         (b'{"sample": "a", "question": "a?", "workflow": "hasty"}', "full_image"),
+        (b'{"sample": "a", "question": "a?", "workflow": false}', "'workflow' must be "),
+        (b'{"sample": "a", "question": "a?", "workflow": 0}', "'workflow' must be "),
+        (b'{"sample": "a", "question": "a?", "workflow": []}', "'workflow' must be "),
+        (b'{"sample": "a", "question": "a?", "workflow": {}}', "'workflow' must be "),
+        (b'{"picture": 5, "question": "a?"}', "'picture' must be a base64 string or a data URI, got 5"),
+        (b'{"picture": ["a"], "question": "a?"}', "'picture' must be a base64 string or a data URI, got ['a']"),
         (b'{"sample": "a", "question": "a?", "budget": {"turns": 1000}}', "'budget.turns' must be between 1 and 6"),
         (b'{"sample": "a", "question": "a?", "budget": {"turns": true}}', "'budget.turns' must be a valid integer"),
         (b'{"sample": "a", "question": "a?", "budget": {"euros": 1}}', "'euros'"),

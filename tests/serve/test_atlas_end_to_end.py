@@ -8,7 +8,6 @@ import sys
 import httpx
 import pytest
 
-from gog_edge.agent.citations import normalize_answer
 from gog_edge.bundle import DEFAULT_BUNDLE, open_bundle
 
 SAMPLES = open_bundle(DEFAULT_BUNDLE).samples
@@ -63,15 +62,14 @@ def ask(client):
 
 @pytest.mark.parametrize(("picture", "question", "accepted"), [*questions()])
 def test_sample_questions_have_the_expected_answer(ask, picture, question, accepted):
-    answer = ask(picture, question)["answer"]
-    assert normalize_answer(answer) in {normalize_answer(one) for one in accepted}
+    assert ask(picture, question)["answer"] in accepted
 
 
 @pytest.mark.parametrize(("picture", "question"), [case.values[:2] for case in questions()])
 def test_citations_contain_the_answer_and_show_an_image(client, ask, picture, question):
     record = ask(picture, question)
     for citation in record["citations"]:
-        assert normalize_answer(record["answer"]) in normalize_answer(citation["text"])
+        assert record["answer"] and record["answer"] in citation["text"]
     assert not (record["citations"] and record["related"])
     for passage in (*record["citations"], *record["related"]):
         assert passage["licence"]

@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import subprocess
+import sys
 from dataclasses import astuple
 
 import httpx
@@ -197,8 +199,18 @@ def test_metrics_count_by_outcome(client):
     assert 'gog_edge_questions_total{outcome="refused"} 1' in text
     assert 'gog_edge_question_seconds_bucket{le="+Inf"} 1' in text
     assert "gog_edge_question_seconds_count 1" in text
-    assert "_created" not in text and "python_info" not in text and "process_" not in text
+    assert "python_info" not in text and "process_" not in text
     assert client.get("/metrics").headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
+def test_series_of_creation_times_are_omitted_here_and_kept_elsewhere():
+    """In a process of its own, as an application that embeds this one and has metrics of its own."""
+    code = ("from prometheus_client import Counter, generate_latest; from gog_edge.serve.metrics import Metrics; "
+            "own = Metrics(lambda: 0, tuple).render().decode(); Counter('visits', 'Of the application.').inc(); "
+            "assert 'gog_edge_questions_total' in own and '_created' not in own, own; "
+            "assert 'visits_created' in generate_latest().decode()")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_each_application_has_metrics_of_its_own(start, make_runtime):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 from base import Engine, Ids, K, Queries, main
 
-from gog_edge.indexing.index_writer import build_index
+from gog_edge.indexing.vectors.index_writer import build_index
 from gog_edge.retrieval.manifest import IndexEntry
 from gog_edge.retrieval.vectors.faiss_index import VectorIndex
 from gog_edge.retrieval.vectors.shards import VectorShards

@@ -6,7 +6,7 @@ This module does not import onnxruntime, so that `gog-edge doctor` can report th
 from __future__ import annotations
 
 MIN_VERSION = (1, 24)  # the first release of ONNX Runtime that loads graphs of opset 24
-UPGRADE_COMMAND = "pip install 'gog_edge[cpu]'"
+INSTALL_COMMAND = "pip install 'gog_edge[cpu]'"
 
 
 def unsupported_reason(version: str) -> str:

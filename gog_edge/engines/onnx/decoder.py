@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from gog_edge.engines.base import Array, Floats, KvCache, KvSnapshot
+from gog_edge.engines.base import FOREIGN_CACHE, Array, Floats, KvCache, KvSnapshot, check_snapshot
 from gog_edge.engines.onnx.native import CAPACITY_MULTIPLE, PAIR, TILE
 from gog_edge.engines.onnx.session import device_errors, open_session
 from gog_edge.errors import BackendError
@@ -49,11 +49,11 @@ class TokenTensor(Protocol):
 
     @property
     def value(self) -> Any:
-        """The `OrtValue` to bind."""
+        """Return the `OrtValue` to bind."""
 
     @property
     def shape(self) -> Shape:
-        """[..., tokens, width]."""
+        """Return [..., tokens, width]."""
 
     def write(self, start: int, rows: Array) -> None:
         """Write rows [..., n, width] of any floating-point type for the tokens from `start` on."""
@@ -239,14 +239,8 @@ class TokenCache:
 
     def restore(self, snapshot: KvSnapshot) -> None:
         """See `KvCache`. Raises BackendError if the snapshot is of another decoder or too long."""
-        length = len(snapshot.cos)
         kv_heads, _, width = self.states[0].shape[1:]
-        expected = (len(self.states), kv_heads, length, width)
-        if snapshot.states.shape != expected or length > self.capacity:
-            raise BackendError(
-                f"the snapshot has shape {snapshot.states.shape}, but this cache expects {expected} and at most "
-                f"{self.capacity} tokens; remove the snapshot's files"
-            )
+        check_snapshot(snapshot, len(self.states), kv_heads, width, self.capacity)
         for tensor, values in zip(self._tensors(), (snapshot.cos, snapshot.sin, *snapshot.states), strict=True):
             tensor.write(0, values)
 
@@ -316,7 +310,7 @@ class OrtDecoder:
     """A decoder exported for ONNX Runtime, with ONNX Runtime's operators or with this package's native ones."""
 
     def __init__(
-        self, path: Path, *, capacity: int, threads: int | None = None, optimised: bool = False,
+        self, path: Path, *, capacity: int, threads: int | None = None, optimized: bool = False,
         prefill: Future[ort.InferenceSession] | None = None, operators: Path | None = None,
     ) -> None:
         """Open the graph.
@@ -324,7 +318,7 @@ class OrtDecoder:
         Args:
             path: the graph.
             capacity: tokens that fit a cache, if the graph itself does not fix it.
-            threads, optimised: see `open_session`.
+            threads, optimized: see `open_session`.
             prefill: a second graph over the same cache that computes no logits and is faster for many tokens. It may
                 still be loading.
             operators: the native operator library, if the graph needs it.
@@ -332,7 +326,7 @@ class OrtDecoder:
         Raises:
             BackendError: the graph cannot be loaded or is not such a decoder.
         """
-        self.session = open_session(path, threads=threads, optimised=optimised, decoder=True, operators=operators)
+        self.session = open_session(path, threads=threads, optimized=optimized, decoder=True, operators=operators)
         self.prefill = prefill.result() if prefill else None
         inputs = {item.name: item for item in self.session.get_inputs()}
         self.states = [name.removeprefix("past_") for name in inputs if name.startswith("past_")]
@@ -366,7 +360,7 @@ class OrtDecoder:
         """Append tokens and return logits; see `DecoderEngine.step`."""
         count = len(embeds)
         if not isinstance(cache, OrtCache) or cache.session is not self.session:
-            raise BackendError("this cache belongs to another engine; use a cache from the decoder's own new_cache()")
+            raise BackendError(FOREIGN_CACHE)
         if past + count > cache.capacity:
             raise BackendError(f"{past} + {count} tokens do not fit a cache of {cache.capacity}; open a larger one")
         cache.write_rotary(past, cos, sin)

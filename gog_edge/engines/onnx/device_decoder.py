@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from gog_edge.engines.base import Array, Floats, KvCache
+from gog_edge.engines.base import Array, Floats, KvCache, check_step
 from gog_edge.engines.manifest import DECODER, EngineManifest
 from gog_edge.engines.onnx.decoder import CUDA_NAME, Device, TokenCache, new_tensor
 from gog_edge.engines.onnx.session import CUDA_PROVIDERS, DTYPES, OrtGraph, device_errors, open_session
-from gog_edge.errors import ArtifactError, BackendError
+from gog_edge.errors import ArtifactError
 
 CUDA_DEVICE = Device(CUDA_NAME)
 STEP_INPUTS = {"inputs_embeds", "cos", "sin", "rows"}  # of all converted decoders
@@ -113,19 +113,14 @@ class ConvertedDecoder:
     ) -> Floats:
         """Append tokens and return logits; see `DecoderEngine.step`."""
         count = len(embeds)
-        if not isinstance(cache, ConvertedCache):
-            raise BackendError("this cache belongs to another engine; use a cache from the decoder's own new_cache()")
-        if past + count > cache.capacity:
-            raise BackendError(
-                f"{past} + {count} tokens do not fit a cache of {cache.capacity}; build engines with a larger --context"
-            )
+        own = check_step(cache, ConvertedCache, past, count)
         feeds = self._feeds(embeds, cos, sin, past, deepstack, keep)
         with self._lock, device_errors(f"{count} tokens cannot be computed", on_device=self.device is not None):
-            cache.cos.write(past, cos)
-            cache.sin.write(past, sin)
-            cache.bind_logits(keep)
-            self._run(cache, feeds, past)
-        return cache.logits
+            own.cos.write(past, cos)
+            own.sin.write(past, sin)
+            own.bind_logits(keep)
+            self._run(own, feeds, past)
+        return own.logits
 
     def _feeds(
         self, embeds: Floats, cos: Floats, sin: Floats, past: int, deepstack: Floats | None, keep: int

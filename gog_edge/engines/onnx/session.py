@@ -22,7 +22,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf, NoSuchF
 
 from gog_edge.engines.base import Array
 from gog_edge.engines.cuda import LOST_DEVICE_CODES, MEMORY_ALLOCATION
-from gog_edge.engines.onnx import UPGRADE_COMMAND, unsupported_reason
+from gog_edge.engines.onnx import INSTALL_COMMAND, unsupported_reason
 from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory
 
 CPU_PROVIDERS = ("CPUExecutionProvider",)
@@ -99,7 +99,7 @@ def session_options(threads: int | None = None, *, spinning: bool = True) -> ort
 
 
 def open_session(
-    path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU_PROVIDERS, optimised: bool = False,
+    path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU_PROVIDERS, optimized: bool = False,
     spinning: bool = True, decoder: bool = False, operators: Path | None = None,
 ) -> ort.InferenceSession:
     """Load a graph on exactly the requested execution providers.
@@ -108,7 +108,7 @@ def open_session(
         path: the graph.
         threads: of the CPU provider; None for one per physical core.
         providers: in order of preference.
-        optimised: the graph was optimised before it was saved, so skip graph optimisation.
+        optimized: the graph was optimized before it was saved, so skip graph optimization.
         spinning: let idle threads spin within a run; otherwise they sleep.
         decoder: every operator must run on the provider; otherwise SHAPE_OPS may run on the CPU.
         operators: a custom operator library that the graph needs.
@@ -125,7 +125,7 @@ def open_session(
     on_device = tuple(providers) != CPU_PROVIDERS
     options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(decoder and on_device)))
     options.add_session_config_entry("session.record_ep_graph_assignment_info", str(int(on_device)))
-    if optimised:
+    if optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     provider_options = _DECODER_OPTIONS if decoder else _PROVIDER_OPTIONS
     requested = [(name, dict(provider_options.get(name, {}))) for name in providers]
@@ -133,7 +133,7 @@ def open_session(
         with device_errors(f"'{path}' cannot be loaded"):
             session = ort.InferenceSession(str(path), options, providers=requested, enable_fallback=False)
     except (*START_ERRORS, *LOAD_ERRORS) as exc:
-        raise _load_error(exc, path, providers, optimised) from exc
+        raise _load_error(exc, path, providers, optimized) from exc
     if session.get_providers()[: len(providers)] != list(providers):
         raise BackendError(_PROVIDER_UNAVAILABLE.format(", ".join(providers), path))
     if CPU_PROVIDERS[0] not in providers:
@@ -146,11 +146,11 @@ class OrtGraph:
 
     def __init__(
         self, path: Path, *, threads: int | None = None, providers: Sequence[str] = CPU_PROVIDERS,
-        optimised: bool = False, spinning: bool = True, operators: Path | None = None,
+        optimized: bool = False, spinning: bool = True, operators: Path | None = None,
     ) -> None:
         """Open the graph; see `open_session` for the arguments and the errors raised."""
         self._session = open_session(
-            path, threads=threads, providers=providers, optimised=optimised, spinning=spinning, operators=operators
+            path, threads=threads, providers=providers, optimized=optimized, spinning=spinning, operators=operators
         )
         self._on_device = tuple(providers) != CPU_PROVIDERS
         self._outputs = [output.name for output in self._session.get_outputs()]
@@ -198,14 +198,14 @@ def _check_assignment(session: ort.InferenceSession, path: Path, providers: Sequ
         )
 
 
-def _load_error(exc: Exception, path: Path, providers: Sequence[str], optimised: bool) -> BackendError:
+def _load_error(exc: Exception, path: Path, providers: Sequence[str], optimized: bool) -> BackendError:
     if isinstance(exc, START_ERRORS) or _FAILURE.search(str(exc)):
         return BackendError(f"{', '.join(providers)} cannot start: {_failure_text(exc)}; run `gog-edge doctor`")
     if "fallback to CPU EP has been explicitly disabled" in str(exc):
         return BackendError(_PROVIDER_UNAVAILABLE.format(", ".join(providers), path))
     if (reason := unsupported_reason(ort.__version__)) and "opset" in str(exc):
-        return BackendError(f"'{path}' cannot be loaded: {reason}; {UPGRADE_COMMAND}")
-    remedy = f"remove the folder '{path.parent}', which is then created again" if optimised else "export it again"
+        return BackendError(f"'{path}' cannot be loaded: {reason}; {INSTALL_COMMAND}")
+    remedy = f"remove the folder '{path.parent}', which is then created again" if optimized else "export it again"
     return BackendError(f"ONNX Runtime {ort.__version__} cannot load '{path}': {exc}; {remedy}")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gog_edge.engines.base import Array, DecoderShape, Floats, KvCache, KvSnapshot
+from gog_edge.engines.base import Array, DecoderShape, Floats, KvCache, KvSnapshot, check_snapshot, check_step
 from gog_edge.engines.cuda import Cuda, DeviceBuffer, Stream, pinned_array
 from gog_edge.engines.manifest import DECODER, IN_PLACE, BuiltGraph, EngineManifest
 from gog_edge.engines.tensorrt.execution import Buffer, BufferPool, Execution, Run
@@ -72,14 +72,9 @@ class TrtCache:
 
     def restore(self, snapshot: KvSnapshot) -> None:
         """See `KvCache`. Raises BackendError if the snapshot is of another decoder or too long."""
+        check_snapshot(snapshot, len(self.states), self.heads, self.width // FP16.itemsize, self.capacity)
         self._cuda.use()
         length = len(snapshot.cos)
-        expected = (len(self.states), *self._shape(length))
-        if snapshot.states.shape != expected or length > self.capacity:
-            raise BackendError(
-                f"the snapshot has shape {snapshot.states.shape}, but this cache expects {expected} and at most "
-                f"{self.capacity} tokens; remove the snapshot's files"
-            )
         staging = pinned_array(self._cuda, self._shape(length), FP16)
         width = length * self.width
         for state, values in zip(self.states.values(), snapshot.states, strict=True):
@@ -150,18 +145,13 @@ class TrtDecoder:
         Raises BackendError also if no profile accepts this number of tokens or of rows of logits.
         """
         count = len(embeds)
-        if not isinstance(cache, TrtCache):
-            raise BackendError("this cache belongs to another engine; use a cache from the decoder's own new_cache()")
-        if past + count > cache.capacity:
-            raise BackendError(
-                f"{past} + {count} tokens do not fit a cache of {cache.capacity}; build engines with a larger --context"
-            )
+        own = check_step(cache, TrtCache, past, count)
         feeds = self._feeds(embeds, cos, sin, past, deepstack, keep)
         with self._lock:
             self.plan.cuda.use()
             decode = count == keep == 1
-            logits = self._decode(cache, feeds, past) if decode else self._append(cache, feeds, past)
-        cache.cos[past : past + count], cache.sin[past : past + count] = cos, sin
+            logits = self._decode(own, feeds, past) if decode else self._append(own, feeds, past)
+        own.cos[past : past + count], own.sin[past : past + count] = cos, sin
         return logits
 
     def _feeds(

@@ -30,7 +30,11 @@ class Execution:
         stream.synchronize()
 
     def set_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Set the shapes of the inputs and return those of the outputs."""
+        """Set the shapes of the inputs by name and return those of all outputs.
+
+        Raises:
+            BackendError: the profile does not accept a shape, or the shape of an output depends on values.
+        """
         with self._plan.translate_errors("input shapes cannot be set"):
             for name, shape in shapes.items():
                 if not self._context.set_input_shape(name, shape):
@@ -42,13 +46,17 @@ class Execution:
         return outputs
 
     def bind(self, addresses: Mapping[str, int]) -> None:
-        """Set the device addresses of inputs and outputs."""
+        """Set the device addresses of inputs and outputs by name. Raises BackendError if TensorRT refuses one."""
         for name, address in addresses.items():
             if not self._context.set_tensor_address(name, address):
                 raise self._plan.error(f"'{name}' cannot be bound to address {address:#x}")
 
     def enqueue(self, stream: Stream) -> None:
-        """Enqueue the engine's work on a stream."""
+        """Enqueue the engine's work on a stream, after `set_shapes` and `bind`.
+
+        Raises:
+            BackendError: the work cannot be run; OutOfDeviceMemory, DeviceLost.
+        """
         with self._plan.translate_errors("it cannot be run"):
             if not self._context.execute_async_v3(stream.handle):
                 raise self._plan.error("it cannot be run")
@@ -124,7 +132,13 @@ class Run:
             self._enqueue()
 
     def output(self, name: str) -> Array:
-        """Return an output after the stream was synchronized. The next launch overwrites it."""
+        """Return the host array of an output, in the output's shape and dtype, after the stream was synchronized.
+
+        The next launch overwrites it.
+
+        Raises:
+            BackendError: the output is not copied to the host.
+        """
         host = self.outputs[name].host
         if host is None:
             raise BackendError(f"output '{name}' is not copied to the host")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +17,7 @@ from gog_edge.errors import CheckpointError
 from gog_edge.exporting.clip.tokenizer import check_tokenizer, convert_hf_tokenizer, convert_simple_tokenizer
 from gog_edge.exporting.torchvision_shim import import_torchvision
 from gog_edge.files import read_json
+from gog_edge.retrieval.encoder import rgb_floats
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
@@ -212,14 +213,9 @@ def preprocessing_of(vision: Mapping[str, Any], given: Mapping[str, Any]) -> Ima
     return ImagePreprocessing(
         width=int(width),
         height=int(height),
-        mean=_triple(full["mean"]),
-        std=_triple(full["std"]),
+        mean=rgb_floats(full["mean"]),
+        std=rgb_floats(full["std"]),
         interpolation=interpolation,
         resize=str(full["resize_mode"]),
         fill=int(full["fill_color"]),
     )
-
-
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue

@@ -15,13 +15,12 @@ from gog_edge.bundle import DEFAULT_BUNDLE
 from gog_edge.engines.onnx.session import OrtGraph
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.recording import min_cosine_similarity
-from gog_edge.picture import decode_picture
+from gog_edge.picture import SUFFIXES, decode_picture
 from gog_edge.retrieval.encoder import MIN_COMPATIBLE_COSINE, ImageSpec, preprocess
 from gog_edge.types import Pixels, Vectors
 
 MAX_ABS = 1e-4  # fp32: largest difference of a component of a unit vector
 SAMPLES = DEFAULT_BUNDLE / "samples"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 BATCH = 8
 
 # Top-left corners of nine crops of half the width and height, as a policy might choose them.

@@ -2,7 +2,7 @@
 
 `standard` uses only operators of the ONNX standard (opset 24), as TensorRT takes them from 10.15 on: TensorScatter
 becomes its in-place cache update, Attention its fused attention. `decomposed` (opset 21) is for older TensorRT, which
-has neither. `half` keeps ONNX Runtime's own operators, for its CUDA provider.
+has neither. `fp16` keeps ONNX Runtime's own operators, for its CUDA provider.
 
 Matmuls and attention compute in fp16; norms, residual sums, biases, activations and the softmax of decomposed attention
 in fp32. Inputs and outputs are fp32, except a decoder's caches.
@@ -22,9 +22,9 @@ from gog_edge.exporting.conversion.standard import StandardConverter
 from gog_edge.exporting.conversion.values import ValueMap
 from gog_edge.exporting.graph import OPSET, GraphBuilder
 
-Kind = Literal["standard", "decomposed", "half"]
-KINDS: tuple[Kind, ...] = ("standard", "decomposed", "half")
-OPSETS: dict[Kind, int] = {"standard": OPSET, "decomposed": 21, "half": OPSET}
+Kind = Literal["standard", "decomposed", "fp16"]
+KINDS: tuple[Kind, ...] = ("standard", "decomposed", "fp16")
+OPSETS: dict[Kind, int] = {"standard": OPSET, "decomposed": 21, "fp16": OPSET}
 
 
 def convert_graph(source: Path, target: Path, kind: Kind, *, context: int = 0) -> None:
@@ -49,7 +49,7 @@ def convert_graph(source: Path, target: Path, kind: Kind, *, context: int = 0) -
     graph = GraphBuilder(model.graph.name, target, opset=OPSETS[kind])
     values = ValueMap(graph, model.graph, source.parent)
     converter: GraphConverter
-    if kind == "half":
+    if kind == "fp16":
         converter = CudaConverter(values, context)
     else:
         operators = StandardOperators if kind == "standard" else DecomposedOperators

@@ -145,7 +145,7 @@ class _Graphs:
 
     def open_graph(self, name: str) -> GraphEngine:
         if name in self.converted:  # without optimization: that of ONNX Runtime 1.31 crashes on an fp16 text tower
-            return OrtGraph(self.converted[name], optimised=True)
+            return OrtGraph(self.converted[name], optimized=True)
         return OrtGraph(self.folder / f"{name}.onnx")
 
     def open_decoder(self, _: TextSpec, context: int) -> DecoderEngine:

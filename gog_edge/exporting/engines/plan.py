@@ -69,7 +69,7 @@ def build_plan(request: PlanRequest, on_step: OnPlanStep) -> BuiltPlan:
     layers = _check_network(network, request)
     config = _config(trt, builder, network, request, on_step)
     _write(trt, builder, network, config, request, errors)
-    size, weights = request.plan.stat().st_size, graph_bytes(request.graph)
+    size, weights = request.plan.stat().st_size, graph_weights_bytes(request.graph)
     _check_size(request.graph, size, weights)
     return BuiltPlan(size, weights, round(time.monotonic() - started, 2), peak_mib(), layers)
 
@@ -88,7 +88,7 @@ def graph_files(graph: Path) -> list[Path]:
     return [path for path in (graph, graph.with_name(f"{graph.name}.data")) if path.exists()]
 
 
-def graph_bytes(graph: Path) -> int:
+def graph_weights_bytes(graph: Path) -> int:
     """Return the size of a graph and of the external tensors it refers to; the data file may contain others."""
     tensors = onnx.load(str(graph), load_external_data=False).graph.initializer
     infos = [ExternalDataInfo(tensor) for tensor in tensors if uses_external_data(tensor)]

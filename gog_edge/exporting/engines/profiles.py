@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from typing import TypeAlias
 
+from gog_edge.engines.base import PREFILL_CHUNK
 from gog_edge.engines.tensorrt.plan import Bounds, Profile, Shape
 from gog_edge.errors import CheckpointError
-from gog_edge.policy.decoding import PREFILL_CHUNK
 from gog_edge.policy.manifest import TextSpec
 from gog_edge.policy.vision import MAX_ASPECT, VisionSpec
 from gog_edge.retrieval.encoder import MAX_BATCH

@@ -26,9 +26,9 @@ from gog_edge.errors import ArtifactError, BackendError, CheckpointError
 from gog_edge.exporting.conversion.convert import Kind
 from gog_edge.exporting.engines.plan import ATTENTION, KV_CACHE_UPDATE
 from gog_edge.exporting.engines.profiles import decoder_profiles, image_profiles, text_profiles, vision_profiles
-from gog_edge.files import MODEL_MANIFEST, FileEntry, read_json, verify_files
+from gog_edge.files import FileEntry
 from gog_edge.policy.manifest import DECODER_GRAPH, VISION_GRAPH, PolicyManifest, read_manifest
-from gog_edge.retrieval.encoder import SCHEMA, parse_image_spec
+from gog_edge.retrieval.encoder import read_encoder_manifest
 
 FUSED_SINCE = (10, 15)  # TensorRT release with in-place cache updates and an attention layer
 
@@ -62,7 +62,7 @@ def choose_target(engine: str, sms: Sequence[int], *, int4: bool) -> BuildTarget
         raise BackendError(f"--sm is for {TENSORRT_RTX}; engines for '{engine}' run on the GPU of the machine that "
                            "builds or loads them")  # fmt: skip
     if engine == ORT_CUDA:
-        return BuildTarget(engine, "half", IN_PLACE)
+        return BuildTarget(engine, "fp16", IN_PLACE)
     trt = import_tensorrt(engine)
     if engine == TENSORRT:
         return _local_target(trt)
@@ -154,19 +154,12 @@ def _policy_graphs(root: Path, folder: Path, manifest: PolicyManifest, context: 
 
 def _encoder_graphs(root: Path, folder: Path) -> tuple[GraphSource, ...]:
     """Return an encoder's graphs, without required layers: TensorRT does not fuse the attention of torch.onnx's."""
-    manifest = read_json(folder / MODEL_MANIFEST, what="encoder")
-    try:
-        if manifest["kind"] != "encoder" or manifest["schema"] != SCHEMA:
-            raise ValueError(f"kind {manifest['kind']!r}, schema {manifest['schema']!r}")
-        size, length = parse_image_spec(manifest["image"]).size, int(manifest["text"]["context_length"])
-        files = tuple(FileEntry(**entry) for entry in manifest["files"])
-    except (KeyError, TypeError, ValueError) as exc:
-        raise ArtifactError(f"encoder: cannot use the manifest of '{folder}' ({exc}); export it again") from exc
-    verify_files(folder, files, what="encoder")
+    manifest = read_encoder_manifest(folder)
+    size, files = manifest.image.size, manifest.files
     image, text = folder / "image.onnx", folder / "text.onnx"
     return (
         GraphSource(IMAGE, image, _files(root, image, files), image_profiles(size.width, size.height)),
-        GraphSource(TEXT, text, _files(root, text, files), text_profiles(length)),
+        GraphSource(TEXT, text, _files(root, text, files), text_profiles(manifest.context_length)),
     )
 
 

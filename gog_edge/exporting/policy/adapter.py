@@ -69,7 +69,15 @@ class Adapter:
         return self.folder / CONFIG, self.folder / WEIGHTS
 
     def merge(self, name: str, weight: Array) -> Array:
-        """Return a base weight with the adapter's change; `name` is for example `language_model.norm.weight`."""
+        """Return a base weight with the adapter's change: float32 of its shape, or `weight` itself if there is none.
+
+        Args:
+            name: the weight's name, for example `language_model.norm.weight`.
+            weight: float32; matrices are [out, in].
+
+        Raises:
+            CheckpointError: the change has another shape than the weight, or one of its two factors is missing.
+        """
         module, _, suffix = name.rpartition(".")
         delta = self.deltas.get(module)
         if delta is None or suffix != "weight":

@@ -127,7 +127,11 @@ class Checkpoint:
 
     @cached_property
     def vision(self) -> VisionSpec:
-        """Return the shapes of the vision tower and the settings of the image processor."""
+        """Return the shapes of the vision tower and the settings of the image processor.
+
+        Raises:
+            CheckpointError: the tower has a setting that this version does not support, or a section is missing.
+        """
         tower, pixels = self._section("vision_config"), self._processor()
         activation = "gelu_pytorch_tanh" if self.is_qwen3 else "silu"
         _require(self.folder, "vision hidden_act", tower.get("hidden_act", activation), activation)
@@ -160,7 +164,11 @@ class Checkpoint:
 
     @cached_property
     def text(self) -> TextSpec:
-        """Return the shapes of the decoder."""
+        """Return the shape of the decoder.
+
+        Raises:
+            CheckpointError: the decoder has a setting that this version does not support.
+        """
         text = self._section("text_config")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         _require(self.folder, "hidden_act", text.get("hidden_act", "silu"), "silu")
@@ -207,7 +215,7 @@ class Checkpoint:
 
     @cached_property
     def eos(self) -> tuple[int, ...]:
-        """Return the ids of the tokens that end a turn."""
+        """Return the ids of the tokens that end a turn. Raises CheckpointError if no file names them."""
         ids = self._generation.get("eos_token_id") or self._section("text_config").get("eos_token_id")
         if ids is None:
             raise CheckpointError(f"'{self.folder}' has no eos_token_id; add it to generation_config.json")
@@ -229,7 +237,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer, from tokenizer.json."""
+        """Return the tokenizer of tokenizer.json. Raises CheckpointError if the file does not exist."""
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"'{self.folder}' has no tokenizer.json; save its fast tokenizer there")
@@ -237,7 +245,7 @@ class Checkpoint:
 
     @cached_property
     def chat_template(self) -> str:
-        """Return the Jinja source of the chat template."""
+        """Return the Jinja source of the chat template. Raises CheckpointError if no file contains it."""
         path = self.folder / "chat_template.jinja"
         if path.is_file():
             return path.read_text(encoding="utf-8")

@@ -145,8 +145,8 @@ def _max_tokens(folder: Path, config: Mapping[str, Any], reading: Mapping[str, A
                 f"--max-tokens must be from {MIN_TOKENS} to {positions} for the model in '{folder}', got {asked}"
             )
         return asked
-    said = (reading.get("max_seq_length"), _optional(folder / "tokenizer_config.json").get("model_max_length"))
-    limits = [int(value) for value in said if isinstance(value, (int, float)) and 0 < value < NO_LIMIT]
+    stated = (reading.get("max_seq_length"), _optional(folder / "tokenizer_config.json").get("model_max_length"))
+    limits = [int(value) for value in stated if isinstance(value, (int, float)) and 0 < value < NO_LIMIT]
     return min([*limits, positions])
 
 
@@ -195,18 +195,18 @@ def _pooling(folder: Path, modules: Mapping[str, Mapping[str, Any]], asked: str 
     path = _inside(folder, str(modules["Pooling"]["path"])) / "config.json"
     config = _json(path)
     if "pooling_mode" in config:
-        said = {str(config["pooling_mode"])}
+        poolings = {str(config["pooling_mode"])}
     else:
         flags = {key.removeprefix(_POOLING_KEY) for key, on in config.items() if key.startswith(_POOLING_KEY) and on}
-        said = {_POOLING_FLAGS.get(flag, flag) for flag in flags}
-    if len(said) != 1 or not said <= set(POOLINGS):
+        poolings = {_POOLING_FLAGS.get(flag, flag) for flag in flags}
+    if len(poolings) != 1 or not poolings <= set(POOLINGS):
         raise CheckpointError(
-            f"'{path}': the pooling must be one of {', '.join(POOLINGS)}, got {', '.join(sorted(said)) or 'none'}; "
+            f"'{path}': the pooling must be one of {', '.join(POOLINGS)}, got {', '.join(sorted(poolings)) or 'none'}; "
             "choose another model"
         )
     if config.get("include_prompt") is False:
         raise CheckpointError(f"'{path}': include_prompt must be true, got false; choose another model")
-    own = said.pop()
+    own = poolings.pop()
     if asked not in (None, own):
         raise CheckpointError(f"--pooling is '{asked}', but '{path}' has {own}; leave the option out")
     return own

@@ -214,8 +214,8 @@ def _reference(
     tokenizer = load(str(checkpoint.folder), local_files_only=True, trust_remote_code=False, use_fast=True)
     rows = []
     for text in texts:
-        said = text.lower() if checkpoint.lower_case else text
-        tokens = tokenizer(said, truncation=True, max_length=checkpoint.max_tokens, return_tensors="pt")
+        cased = text.lower() if checkpoint.lower_case else text
+        tokens = tokenizer(cased, truncation=True, max_length=checkpoint.max_tokens, return_tensors="pt")
         with torch.inference_mode():
             states = network(**{name: tokens[name] for name in inputs if name in tokens}).last_hidden_state[0]
         pooled = states[0] if checkpoint.pooling == "cls" else states.mean(dim=0)

@@ -21,9 +21,10 @@ from gog_edge.indexing.sources.base import UNKNOWN_LICENCE, ArticleRecord, Chunk
 from gog_edge.indexing.sources.files import PickleFieldsMixin, modified_date
 from gog_edge.indexing.sources.images import DEFAULT_THUMBNAILS, ThumbnailOptions, load_thumbnail
 from gog_edge.indexing.sources.text import clean_line, split_paragraphs
+from gog_edge.picture import SUFFIXES
 from gog_edge.retrieval.manifest import Snapshot
 
-PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg"))
+PICTURES = frozenset((*SUFFIXES, ".svg"))
 TABLES, SIDECARS = frozenset((".csv", ".tsv")), (".txt", ".md")
 CHUNK_FILES = 64
 MAX_TEXT_BYTES = 4 * 2**20
@@ -102,7 +103,7 @@ class FolderSource(PickleFieldsMixin):
 
     @cached_property
     def _all(self) -> list[str]:
-        """All files by their path below the folder, in the same order on every machine."""
+        """Return all files by their path below the folder, in the same order on every machine."""
         return sorted(
             PurePosixPath(os.path.relpath(Path(folder) / name, self.path)).as_posix()
             for folder, _, names in os.walk(self.path)
@@ -120,7 +121,7 @@ class FolderSource(PickleFieldsMixin):
 
     @cached_property
     def _names(self) -> list[str]:
-        """Pictures that exist, then those that appear in the table only."""
+        """Return the pictures that exist, then those that appear in the table only."""
         return list(dict.fromkeys((*self._files, *self._rows)))
 
     @cached_property

@@ -178,7 +178,7 @@ class MediaWikiSource(SingleFileSource):
 
     @cached_property
     def _site(self) -> ElementTree.Element:
-        """The <siteinfo> element of the header."""
+        """Return the <siteinfo> element of the header. Raises SourceError."""
         with CompressedFile(self.path) as file:
             head = file.read(_HEAD_BYTES)
         begin, end = head.find(b"<siteinfo>"), head.find(b"</siteinfo>")

@@ -37,7 +37,7 @@ from gog_edge.types import (
 )
 
 Syntax: TypeAlias = TagSyntax | ToolCallSyntax
-Segment: TypeAlias = str | Pixels  # a part of a user turn
+TurnPart: TypeAlias = str | Pixels  # a part of a user turn
 GIVE_UP = "give_up"  # an optional notice, shown before an answer is forced
 
 
@@ -129,7 +129,7 @@ class ObservationFormat:
         """Return the tags that open and close an observation."""
         return tuple(_TAG.findall(self.open + self.close))
 
-    def wrap(self, body: str, crop: Pixels | None, question: str) -> tuple[Segment, ...]:
+    def wrap(self, body: str, crop: Pixels | None, question: str) -> tuple[TurnPart, ...]:
         """Return the observation with its crop, if crops are shown."""
         opening, closing = (text.replace("{question}", question) for text in (self.open, self.close))
         if crop is None or not self.show_crop:
@@ -355,7 +355,7 @@ class Dialect:
                 corners = images.picture.from_picture(box, self.box_frame)
                 return RawAction("gaze_search", corners=corners, image=first)
 
-    def render_question(self, picture: Pixels, question: str) -> tuple[Segment, ...]:
+    def render_question(self, picture: Pixels, question: str) -> tuple[TurnPart, ...]:
         """Return the user turn that opens a conversation: the picture, then the question."""
         return picture, self.question.replace("{question}", question)
 
@@ -369,7 +369,7 @@ class Dialect:
         height, width, _ = self.crop.enlarged(crop).shape
         return images.with_crop(box, resized(Size(width, height)))
 
-    def render_observation(self, observation: Observation, question: str = "") -> tuple[Segment, ...]:
+    def render_observation(self, observation: Observation, question: str = "") -> tuple[TurnPart, ...]:
         """Return the user turn after an action; some dialects repeat the `question` in it.
 
         Raises:

@@ -111,7 +111,7 @@ def copy_dialect(source: str | Path, folder: Path, box_frame: BoxFrame | None = 
     raw = tomllib.loads(text)
     if raw["box_frame"] != frame:
         raise DialectError(f'dialect {source}: its box frame cannot be replaced; write it as box_frame = "..."')
-    prompt = build(_Prompt, raw["prompt"], "prompt")
+    prompt = build(_Prompt, raw["prompt"], "prompt", error=DialectError)
     prompts = tuple(name for name in (prompt.system_file, prompt.question_file) if name)
     for name in prompts:
         write_atomic(folder / name, _read_text(_prompt_file(file, name)).encode())
@@ -122,7 +122,7 @@ def copy_dialect(source: str | Path, folder: Path, box_frame: BoxFrame | None = 
 def _to_dialect(raw: Mapping[str, Any], file: Traversable) -> Dialect:
     if raw.get("schema", SCHEMA) != SCHEMA:
         raise DialectError(f"'schema' must be {SCHEMA}, got {raw['schema']!r}; use a newer version of gog_edge")
-    tables = build(_DialectFile, raw, "")
+    tables = build(_DialectFile, raw, "", error=DialectError)
     syntax = _syntax(tables)
     system, question = _prompts(tables.prompt, file)
     if isinstance(syntax, ToolCallSyntax):

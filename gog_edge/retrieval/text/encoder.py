@@ -77,7 +77,7 @@ class TextEncoder:
                 f"{manifest.get('kind')!r} and {manifest.get('schema')!r}; export it again with this version"
             )
         try:
-            fingerprint = _fingerprint(manifest)
+            fingerprint = Fingerprint.from_json(manifest)
             spec = parse_text_spec(manifest["text"])
             verify_files(folder, manifest["files"], what="text encoder")
         except (KeyError, TypeError, ValueError) as exc:
@@ -196,12 +196,3 @@ def parse_text_spec(raw: Mapping[str, Any]) -> TextEncoderSpec:
 def passage_text(title: str, section: str, text: str) -> str:
     """Return the passage of a paragraph: title, section and text, the columns of the word index."""
     return "\n".join(part for part in (title, section, text) if part)
-
-
-def _fingerprint(manifest: Mapping[str, Any]) -> Fingerprint:
-    return Fingerprint(
-        str(manifest["name"]),
-        str(manifest["weights_sha256"]),
-        str(manifest["preprocessing_sha256"]),
-        int(manifest["dim"]),
-    )

@@ -58,7 +58,7 @@ def test_prepacked_weights_give_the_same_results(tmp_path, bits, rows, columns):
     assert prepacked.with_name("two.onnx.data").is_file() == (rows > 1000)
     x = random.normal(size=(3, columns)).astype(np.float32)
     paths = (tmp_path / "two.onnx", prepacked)
-    results = [OrtGraph(path, optimised=path == prepacked).run({"x": x})["y"] for path in paths]
+    results = [OrtGraph(path, optimized=path == prepacked).run({"x": x})["y"] for path in paths]
     assert np.isfinite(results[0]).all() and np.array_equal(*results)
     assert prepacked_graph(tmp_path / "two.onnx", prepacked.parent, SIZE) == prepacked
 

@@ -134,17 +134,17 @@ def test_matmuls_with_results_beyond_the_fp16_range_are_correct(weight_format, t
 def test_graphs_use_only_operators_of_their_runtimes(exported, tmp_path):
     for kind in KINDS:
         convert_graph(exported["int4"] / "decoder.onnx", tmp_path / f"{kind}.onnx", kind, context=CONTEXT)
-    standard, decomposed, half = (onnx.load(str(tmp_path / f"{kind}.onnx")) for kind in KINDS)
+    standard, decomposed, fp16 = (onnx.load(str(tmp_path / f"{kind}.onnx")) for kind in KINDS)
     for model, opset in ((standard, 24), (decomposed, 21)):
         onnx.checker.check_model(model)
         assert [(each.domain, each.version) for each in model.opset_import] == [("", opset)]
     layers = read_manifest(exported["int4"]).text.layers
     assert _count(standard, "TensorScatter") == 2 * layers and _count(standard, "Attention") == layers
     assert {node.op_type for node in decomposed.graph.node} <= DECOMPOSED
-    assert _count(half, "GroupQueryAttention") == layers and _count(half, "MatMulNBits") > 0
+    assert _count(fp16, "GroupQueryAttention") == layers and _count(fp16, "MatMulNBits") > 0
     # ONNX Runtime would run these on the CPU, with copies from and to the GPU.
-    assert not {node.op_type for node in half.graph.node} & {"Neg", "Slice", "Shape", "Range"}
-    for model in (standard, decomposed, half):
+    assert not {node.op_type for node in fp16.graph.node} & {"Neg", "Slice", "Shape", "Range"}
+    for model in (standard, decomposed, fp16):
         kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
         assert all(kinds[name] == FLOAT16 for name in kinds if name.startswith("past_"))
         assert kinds["inputs_embeds"] == FLOAT
@@ -216,13 +216,13 @@ class _ConvertedDecoder:
                       model.proto_.graph.input}  # fmt: skip
         self._inputs = set(inputs)
         self._states = {name: np.zeros(inputs[name], np.float16) for name in inputs if name.startswith("past_")}
-        self._tables = {name: np.zeros(inputs[name], np.float16) for name in ("cos", "sin") if kind == "half"}
+        self._tables = {name: np.zeros(inputs[name], np.float16) for name in ("cos", "sin") if kind == "fp16"}
 
     def step(self, embeds, cos, sin, past: int, deepstack, keep: int):
         end, names = past + len(embeds), self._outputs
         feeds = {"inputs_embeds": embeds[None], "deepstack": deepstack, **self._states,
                  "rows": np.arange(len(embeds) - keep, len(embeds))}  # fmt: skip
-        if self._kind == "half":
+        if self._kind == "fp16":
             self._tables["cos"][past:end], self._tables["sin"][past:end] = cos, sin
             feeds |= self._tables | {"last": np.array([end - 1], np.int32), "total": np.array(end, np.int32)}
         else:

@@ -16,7 +16,13 @@ from gog_edge.engines.tensorrt.plan import import_tensorrt, supported_sms
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.conversion.convert import convert_graph
 from gog_edge.exporting.engines.builder import build_in_subprocess
-from gog_edge.exporting.engines.plan import PlanRequest, build_plan, graph_bytes, load_timing_cache, save_timing_cache
+from gog_edge.exporting.engines.plan import (
+    PlanRequest,
+    build_plan,
+    graph_weights_bytes,
+    load_timing_cache,
+    save_timing_cache,
+)
 from gog_edge.exporting.engines.profiles import decoder_profiles, image_profiles, text_profiles, vision_profiles
 from gog_edge.policy.manifest import read_manifest
 
@@ -218,7 +224,7 @@ def test_unreferenced_external_data_is_not_counted(tmp_path):
     onnx.save(model, path, save_as_external_data=True, location="beside.onnx.data", size_threshold=0)
     with (tmp_path / "beside.onnx.data").open("ab") as file:
         file.write(bytes(10**6))
-    assert graph_bytes(path) == path.stat().st_size + 256 * 256 * 2
+    assert graph_weights_bytes(path) == path.stat().st_size + 256 * 256 * 2
 
 
 def test_a_killed_process_is_an_error(tmp_path):

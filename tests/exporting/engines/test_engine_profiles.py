@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gog_edge.engines.base import PREFILL_CHUNK
 from gog_edge.engines.tensorrt.plan import choose_profile
 from gog_edge.errors import CheckpointError, PictureError
 from gog_edge.exporting.engines.profiles import (
@@ -14,7 +15,6 @@ from gog_edge.exporting.engines.profiles import (
     max_image_tokens,
     vision_profiles,
 )
-from gog_edge.policy.decoding import PREFILL_CHUNK
 from gog_edge.policy.manifest import TextSpec
 from gog_edge.policy.vision import Grid, VisionSpec, grid_feeds, smart_resize
 from gog_edge.types import Size

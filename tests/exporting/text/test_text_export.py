@@ -1,6 +1,6 @@
-"""Sentence encoders through optimum: every model type, both poolings, and what is refused.
+"""Export of sentence encoders through optimum: model types, poolings, folders of sentence-transformers, errors.
 
-Runs where the extra `text` is installed, in an environment of its own; elsewhere it is skipped.
+It is skipped where the extra `text` is not installed; there test_text_environment.py runs it in another environment.
 """
 
 import json
@@ -32,7 +32,7 @@ OWN = {
 
 
 def write_model(folder, model_type="bert", seed=0, **tokenizer_config):
-    """A random network with a tokenizer of letters."""
+    """Write a random network with a tokenizer of letters."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **(SMALL | OWN.get(model_type, {})))
     AutoModel.from_config(config).save_pretrained(folder)
@@ -66,6 +66,27 @@ def test_every_model_type_keeps_its_vectors(tmp_path, model_type, pooling):
     vectors = encoder.embed_queries(["what is it?", "a", ""])
     assert vectors.shape == (3, 32)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-6)
+
+
+def test_a_sentence_transformers_folder_is_exported_with_its_pooling_and_prompts(tmp_path):
+    folder = write_model(tmp_path / "e5-tiny")
+    types = "sentence_transformers.models."
+    modules = [{"path": "", "type": f"{types}Transformer"}, {"path": "1_Pooling", "type": f"{types}Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps({"prompts": {"query": "query: ", "document": "passage: "}})
+    )
+    manifest = export_text_encoder(folder, tmp_path / "out")
+    assert (manifest["name"], manifest["text"]["pooling"]) == ("e5-tiny", "mean")
+    encoder, network = TextEncoder.open(tmp_path / "out"), AutoModel.from_pretrained(folder).eval()
+    for embed, prefix in ((encoder.embed_queries, "query: "), (encoder.embed_passages, "passage: ")):
+        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(prefix + "what is it?").ids
+        with torch.inference_mode():
+            mean = network(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(dim=0).numpy()
+        vectors = embed(["what is it?", "a much longer text, so that the first one is padded"])
+        np.testing.assert_allclose(vectors[0], mean / np.linalg.norm(mean), atol=1e-5)
 
 
 def test_the_same_folder_gives_the_same_manifest_but_for_the_graph(tmp_path):

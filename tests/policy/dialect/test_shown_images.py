@@ -4,14 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scripted_policy import ScriptedPolicy
 
-from gog_edge.agent.loop import Budget, run_episode
-from gog_edge.config import GazeConfig
+from gog_edge.agent.loop import run_episode
+from gog_edge.config import Budget, GazeConfig
 from gog_edge.picture import Picture
 from gog_edge.policy.dialect.actions import BOX_FRAMES, ShownImage, ShownImages
 from gog_edge.policy.dialect.dialect import CropRules
 from gog_edge.policy.dialect.loader import load_dialect
-from gog_edge.policy.scripted import ScriptedPolicy
 from gog_edge.types import Box, GazeSearch, ImageSearch, Observation, SearchResult, Size
 
 IMAGES = ShownImages(Size(2000, 1000), Size(500, 250)).with_crop(Box(400, 100, 800, 300), Size(100, 50))

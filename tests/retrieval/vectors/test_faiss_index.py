@@ -8,7 +8,7 @@ import pytest
 from vector_files import DIM, NO_IDS, exact_ids, unit_vectors, write_shards
 
 from gog_edge.errors import PackError
-from gog_edge.indexing.index_writer import build_index
+from gog_edge.indexing.vectors.index_writer import build_index
 from gog_edge.retrieval.vectors.faiss_index import MAX_K, MAX_ROWS_FETCHED, VectorIndex, read_index
 from gog_edge.retrieval.vectors.shards import VectorShards
 

@@ -21,9 +21,9 @@ from tiny_encoder import write_tiny_encoder
 from gog_edge.config import MilvusConfig
 from gog_edge.errors import BackendError, PackError
 from gog_edge.indexing.build import build_pack
+from gog_edge.indexing.distribution.milvus_loading import collection_name, load_export
+from gog_edge.indexing.distribution.parquet_export import export_parquet, read_export_info
 from gog_edge.indexing.generation import PackOptions, PackWriter, Snapshot
-from gog_edge.indexing.milvus_loading import collection_name, load_export
-from gog_edge.indexing.parquet_export import export_parquet, read_export_info
 from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import read_manifest

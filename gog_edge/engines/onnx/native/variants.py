@@ -40,7 +40,7 @@ class BuildVariant:
 
     @property
     def file(self) -> str:
-        """File name of the compiled library, in the folder of its sources."""
+        """Return the file name of the compiled library, in the folder of its sources."""
         return f"operators-{self.name}.so"
 
 

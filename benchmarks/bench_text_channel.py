@@ -1,8 +1,8 @@
 """Measure what dense paragraph vectors add to search: questions about countries the text encoder was not trained on.
 
-    python -m atlas.text_encoder runs/text --facts gog_edge/data/atlas/packs/atlas/countries.json
+    python -m atlas.train_text_encoder runs/text --facts gog_edge/data/atlas/packs/atlas/countries.json
     gog-edge export text runs/text out/text          # in an environment with gog_edge[text]
-    python -m benchmarks.text_channel --encoder out/text
+    python -m benchmarks.bench_text_channel --encoder out/text
 
 It builds the atlas pack twice, with and without vectors of paragraphs, and asks both with `Retriever.search`. The
 questions are about the held-out fifth of the atlas's countries, in groups:
@@ -15,15 +15,16 @@ questions are about the held-out fifth of the atlas's countries, in groups:
 
 Recall of articles counts evidence, recall of paragraphs counts passages in the order of the result; a paragraph is
 cited if it is among the passages of a search with default settings. Wordings, seed and groups were fixed before the
-first measurement. The depth of the fused rankings, `RetrieverConfig.text_depth`, was chosen on one half of the held-out
-countries, for which the shares of cited paragraphs at each of DEPTHS are reported; all other figures are of the other
-half, at the default depth.
+first measurement. All figures are of one half of the held-out countries, at the default depth of the fused rankings,
+`RetrieverConfig.text_depth`. That depth, 10, was fixed before this benchmark; the other half only checks it. The share
+of cited paragraphs there is reported for each of DEPTHS; with the encoder above it is 0.912 at 5 and 0.911 at 10.
+
+--out receives text_channel.json. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -34,12 +35,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gog_edge.cli.common import command_imports
+from gog_edge.cli.common import command_imports, command_main
 
 with command_imports(__name__):
     import numpy as np
-    import psutil
-    from rich.console import Console
     from rich.table import Table
 
     from atlas.countries import COUNTRIES_FILE, SECTIONS, Country, fact_value, held_out, load_countries
@@ -47,10 +46,9 @@ with command_imports(__name__):
     from atlas.questions import FACT_QUESTIONS
     from atlas.text.pairs import misspell
     from atlas.text.wordings import NAMED, REVERSE
-    from benchmarks.reporting import machine_card
+    from benchmarks.support.reporting import RESULTS, load_average, machine_card, print_results
     from gog_edge.bundle import DEFAULT_BUNDLE
-    from gog_edge.errors import GogEdgeError
-    from gog_edge.files import MODEL_MANIFEST, read_json, write_json
+    from gog_edge.files import MODEL_MANIFEST, read_json
     from gog_edge.indexing.calibration import calibrate_texts, write_calibration
     from gog_edge.indexing.generation import PackWriter
     from gog_edge.retrieval.encoder import Encoder
@@ -248,7 +246,7 @@ def _p50(work: Callable[[str], object], values: Iterable[str]) -> float:
 # --- report --------------------------------------------------------------------------------------
 
 
-def table_of(results: Mapping[str, Mapping[str, Mapping[str, float]]], counts: Mapping[str, int]) -> Table:
+def as_table(results: Mapping[str, Mapping[str, Mapping[str, float]]], counts: Mapping[str, int]) -> Table:
     """Return a table of each figure, as "words -> words+paragraphs", by group."""
     names = list(results[METHODS[0]]["all"])
     table = Table("group", "questions", *names, title=" -> ".join(METHODS))
@@ -267,14 +265,14 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     retrievers = {method: Retriever(encoder, [pack], text_encoder=text_encoder) for method, pack in packs.items()}
     sizes = {method: sum(entry.size for entry in pack.manifest.files) for method, pack in packs.items()}
     countries = load_countries(args.bundle / "packs" / "atlas" / COUNTRIES_FILE)
-    choosing, questions = split(make_questions(countries))
+    other_half, questions = split(make_questions(countries))
     counts = {group: sum(one.group == group for one in questions) for group in GROUPS} | {"all": len(questions)}
     calibrations = {method: pack.manifest.text_calibration for method, pack in packs.items()}
-    found = {
+    results = {
         "encoder": text_encoder.fingerprint.name, "dim": text_encoder.dim,
         "parity": read_json(args.encoder / MODEL_MANIFEST, what="text encoder").get("parity"),
         "threads": args.threads, "seed": SEED, "paragraphs": packs[METHODS[1]].manifest.counts.paragraphs,
-        "pack_bytes": sizes, "depth": DEPTH, "cited_by_depth": cited_by_depth(retrievers[METHODS[1]], choosing),
+        "pack_bytes": sizes, "depth": DEPTH, "cited_by_depth": cited_by_depth(retrievers[METHODS[1]], other_half),
         "questions": counts,
         "results": {method: by_group(questions, measure(own, questions)) for method, own in retrievers.items()},
         "calibration": {method: None if one is None else one.to_json() for method, one in calibrations.items()},
@@ -282,28 +280,25 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     for pack in packs.values():
         pack.close()
-    return found
+    return results
 
 
+@command_main
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark and return the exit status, 1 if an artefact cannot be opened."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", type=Path, required=True, help="folder that `gog-edge export text` wrote")
-    parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, help="the atlas bundle")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of text_channel.json")
+    parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, help="default: the atlas")
+    parser.add_argument("--threads", type=int, default=1, help="number of cores (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default %(default)s)")
     args = parser.parse_args(argv)
-    load = round(psutil.getloadavg()[0], 2)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            found = run(args, Path(folder))
-    except GogEdgeError as exc:
-        sys.stderr.write(f"error: {exc}\n")
-        return 1
-    Console(width=200).print(table_of(found["results"], found["questions"]))
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "text_channel.json", {**found, "load_before": load, "machine": machine_card()})
-    print(json.dumps({key: found[key] for key in ("questions", "depth", "cited_by_depth", "speed")}))
+    load = load_average()
+    with tempfile.TemporaryDirectory() as folder:
+        results = run(args, Path(folder))
+    card = machine_card()
+    line = {**results, "load_before": load, "machine": card}
+    table = as_table(results["results"], results["questions"])
+    print_results(card, [table], line, args.out / "text_channel.json", width=200)
     return 0
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from gog_edge.errors import PackError
-from gog_edge.indexing import index_writer
-from gog_edge.indexing.index_planning import EXACT_ROWS, exact_nearest, list_count, plans
-from gog_edge.indexing.index_writer import build_index
+from gog_edge.indexing.vectors import index_writer
+from gog_edge.indexing.vectors.index_planning import EXACT_ROWS, exact_nearest, list_count, plans
+from gog_edge.indexing.vectors.index_writer import build_index
 from gog_edge.retrieval.vectors.faiss_index import VectorIndex
 from gog_edge.retrieval.vectors.shards import VectorShards
 
@@ -97,9 +97,9 @@ def test_without_queries_noisy_stored_vectors_are_used_and_marked(tmp_path, shar
 
 def test_a_slow_exact_index_is_kept_if_no_other_reaches_the_recall(tmp_path, monkeypatch, shards):
     monkeypatch.setattr(index_writer, "EXACT_MS", 0.0)
-    monkeypatch.setattr("gog_edge.indexing.index_planning.CANDIDATES", (10,))
-    monkeypatch.setattr("gog_edge.indexing.index_planning.NPROBES", (1,))
-    monkeypatch.setattr("gog_edge.indexing.index_planning.EF_SEARCHES", (10,))
+    monkeypatch.setattr("gog_edge.indexing.vectors.index_planning.CANDIDATES", (10,))
+    monkeypatch.setattr("gog_edge.indexing.vectors.index_planning.NPROBES", (1,))
+    monkeypatch.setattr("gog_edge.indexing.vectors.index_planning.EF_SEARCHES", (10,))
     entry = build_index(tmp_path, "a.faiss", shards, clustered(100, 3), recall=0.999)
     assert entry.factory == "SQfp16" and entry.recall == 1.0
     assert VectorIndex.open(tmp_path, entry, shards, tombstones=NONE).search(clustered(1, 5), 3).ids.min() >= 0

@@ -19,7 +19,7 @@ import numpy as np
 from gog_edge.errors import PackError
 from gog_edge.files import sync_files
 from gog_edge.indexing import OnProgress
-from gog_edge.indexing.index_planning import EXACT_MS, Plan, Trial, make_trial, measure, plan_of, plans, tune
+from gog_edge.indexing.vectors.index_planning import EXACT_MS, Plan, Trial, make_trial, measure, plan_of, plans, tune
 from gog_edge.retrieval.manifest import IndexEntry
 from gog_edge.retrieval.vectors.faiss_index import SUPPORTED_TEXT, SUPPORTED_TYPES, VectorIndex, omp_threads
 from gog_edge.retrieval.vectors.shards import Ids, VectorShards

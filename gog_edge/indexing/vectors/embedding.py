@@ -21,7 +21,7 @@ from PIL import Image
 from gog_edge.errors import PackError
 from gog_edge.files import write_array
 from gog_edge.indexing import OnProgress
-from gog_edge.indexing.encoders import Encoders
+from gog_edge.indexing.vectors.encoders import Encoders
 from gog_edge.picture import decode_picture
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import Segment, Shard
@@ -151,7 +151,7 @@ def _embed_tiles(plan: ShardPlan, reader: SegmentReader, encoder: Encoder) -> It
 
 
 def cut_tiles(pixels: Pixels) -> list[Pixels]:
-    """Return the parts of an image that `TILE_BOXES` lists."""
+    """Return the parts of an image [height, width, 3] that `TILE_BOXES` lists: views of it, of at least 1 x 1 pixel."""
     height, width = pixels.shape[:2]
     return [
         pixels[int(y0 * height) : max(int(y0 * height) + 1, round(y1 * height)),
@@ -275,7 +275,11 @@ def sample_images(readers: Sequence[SegmentReader], deleted: Ids, count: int, se
 
 
 def random_view(pixels: Pixels, rng: np.random.Generator) -> Pixels:
-    """Return a random crop of an image with changed brightness, tint and resolution."""
+    """Return a random crop of an image with changed brightness, tint and resolution.
+
+    Each side of the crop is MIN_VIEW_SHARE to 1 of the image's, and is then scaled by 0.5 to 1: [height, width, 3]
+    uint8, at least 1 x 1 pixel.
+    """
     height, width = pixels.shape[:2]
     share = rng.uniform(MIN_VIEW_SHARE, 1.0, 2)
     h, w = (max(1, int(side * part)) for side, part in zip((height, width), share, strict=True))

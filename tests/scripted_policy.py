@@ -1,4 +1,4 @@
-"""Policies for tests and checks that need no model: one that plays a script, and one that records another policy."""
+"""A policy that generates given texts, so that the agent loop is tested without a model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 
 from gog_edge.errors import GogEdgeError
 from gog_edge.picture import Picture
-from gog_edge.policy.base import Conversation, Policy
 from gog_edge.policy.dialect.actions import ShownImages
-from gog_edge.policy.dialect.dialect import Dialect, LoopRules, Segment, TurnParser
+from gog_edge.policy.dialect.dialect import Dialect, LoopRules, TurnParser
 from gog_edge.policy.dialect.loader import load_dialect
 from gog_edge.types import Action, Observation, Size, Utterance
 
@@ -98,58 +97,3 @@ class ScriptedPolicy:
     def observations(self) -> list[Observation]:
         """Return the observations of the latest conversation."""
         return self.conversations[-1].observations
-
-
-class RecordedConversation:
-    """A conversation that forwards to another one and keeps the segments of each user turn."""
-
-    def __init__(self, inner: Conversation, dialect: Dialect, picture: Picture, question: str) -> None:
-        self._inner, self._dialect, self._question = inner, dialect, question
-        self.turns: list[tuple[Segment, ...]] = [dialect.render_question(picture.pixels, question)]
-
-    def generate(
-        self,
-        *,
-        max_tokens: int,
-        deadline: float | None,
-        force_answer: bool = False,
-        on_text: Callable[[str], None] | None = None,
-        on_action: Callable[[Action], None] | None = None,
-    ) -> Utterance:
-        """Forward to the recorded conversation; see `Conversation.generate`."""
-        return self._inner.generate(
-            max_tokens=max_tokens, deadline=deadline, force_answer=force_answer, on_text=on_text, on_action=on_action
-        )
-
-    def observe(self, observation: Observation) -> None:
-        """Record the turn and forward it; see `Conversation.observe`."""
-        self.turns.append(self._dialect.render_observation(observation, self._question))
-        self._inner.observe(observation)
-
-    def close(self) -> None:
-        """Forward to the recorded conversation; see `Conversation.close`."""
-        self._inner.close()
-
-
-class RecordedPolicy:
-    """A policy that forwards to another one and keeps every conversation."""
-
-    def __init__(self, inner: Policy, dialect: Dialect) -> None:
-        self._inner, self._dialect = inner, dialect
-        self.conversations: list[RecordedConversation] = []  # oldest first
-
-    @property
-    def name(self) -> str:
-        """Return the name of the recorded policy."""
-        return self._inner.name
-
-    @property
-    def rules(self) -> LoopRules:
-        """Return the rules of the recorded policy."""
-        return self._inner.rules
-
-    def begin(self, picture: Picture, question: str) -> RecordedConversation:
-        """Start a conversation and add it to `conversations`; see `Policy.begin`."""
-        inner = self._inner.begin(picture, question)
-        self.conversations.append(RecordedConversation(inner, self._dialect, picture, question))
-        return self.conversations[-1]

@@ -19,13 +19,13 @@ from tiny_encoder import write_tiny_encoder
 
 from gog_edge.errors import PackError
 from gog_edge.indexing.build import build_pack, read_snapshot
+from gog_edge.indexing.distribution.ray_embedding import RayWorkers, embed_with_ray, resume_build
 from gog_edge.indexing.generation import PackOptions
-from gog_edge.indexing.ray_embedding import RayWorkers, embed_with_ray, resume_build
 from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.pack import verify_pack
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 SHARDS = 12
 
 

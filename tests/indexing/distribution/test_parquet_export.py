@@ -12,12 +12,12 @@ from little_world import FLAGS, SNAPSHOT
 
 from gog_edge.errors import PackError
 from gog_edge.indexing.build import build_pack
-from gog_edge.indexing.parquet_export import GROUP_ROWS, export_parquet, read_export_info, read_vectors
+from gog_edge.indexing.distribution.parquet_export import GROUP_ROWS, export_parquet, read_export_info, read_vectors
 from gog_edge.retrieval.manifest import read_manifest
 from gog_edge.retrieval.pack import open_shards
 from gog_edge.retrieval.vectors.milvus import Origin
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def test_each_vector_is_a_row_with_its_image(little_pack_folder, tiny_encoder, tmp_path):

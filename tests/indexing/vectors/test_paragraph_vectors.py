@@ -10,15 +10,15 @@ from tiny_text_encoder import DIM, write_tiny_text_encoder
 
 from gog_edge.errors import PackError
 from gog_edge.files import read_json
-from gog_edge.indexing import embedding
 from gog_edge.indexing.build import build_pack, read_snapshot
 from gog_edge.indexing.calibration import calibrate_pack, fit_calibration
 from gog_edge.indexing.compact import compact
-from gog_edge.indexing.embedding import PARAGRAPHS, plan_shards
+from gog_edge.indexing.distribution.ray_embedding import ShardEmbedder, resume_build
 from gog_edge.indexing.generation import PackOptions, PackWriter
-from gog_edge.indexing.ray_embedding import ShardEmbedder, resume_build
 from gog_edge.indexing.sources.base import ArticleRecord
 from gog_edge.indexing.tombstones import remove
+from gog_edge.indexing.vectors import embedding
+from gog_edge.indexing.vectors.embedding import PARAGRAPHS, plan_shards
 from gog_edge.retrieval.manifest import (
     DENSE_TEXT_FEATURES,
     Counts,

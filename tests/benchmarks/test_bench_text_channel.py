@@ -5,7 +5,7 @@ import json
 from tiny_text_encoder import write_tiny_text_encoder
 
 from atlas.countries import COUNTRIES_FILE, held_out, load_countries
-from benchmarks.text_channel import DEPTHS, GROUPS, METHODS, Places, figures, main, make_questions, split
+from benchmarks.bench_text_channel import DEPTHS, GROUPS, METHODS, Places, figures, main, make_questions, split
 from gog_edge.bundle import DEFAULT_BUNDLE
 
 COUNTRIES = load_countries(DEFAULT_BUNDLE / "packs" / "atlas" / COUNTRIES_FILE)
@@ -42,9 +42,9 @@ def test_halves_share_no_country():
 
 
 def test_a_run_builds_both_packs_and_writes_every_figure(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("benchmarks.text_channel.SPEED_ROUNDS", 1)
+    monkeypatch.setattr("benchmarks.bench_text_channel.SPEED_ROUNDS", 1)
     few = [question for question in make_questions(COUNTRIES) if question.title in ("Argentina", "Belgium")]
-    monkeypatch.setattr("benchmarks.text_channel.make_questions", lambda _: few)
+    monkeypatch.setattr("benchmarks.bench_text_channel.make_questions", lambda _: few)
     encoder = write_tiny_text_encoder(tmp_path / "encoder")
     assert main(["--encoder", str(encoder), "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "text_channel.json").read_text())
@@ -53,9 +53,11 @@ def test_a_run_builds_both_packs_and_writes_every_figure(tmp_path, capsys, monke
     assert found["results"][METHODS[0]]["plain"]["article recall@10"] == 1.0
     assert found["pack_bytes"][METHODS[1]] > found["pack_bytes"][METHODS[0]] + found["paragraphs"] * 2 * found["dim"]
     assert len(found["calibration"][METHODS[1]]["features"]) == 6
-    assert found["speed"]["passages_per_s"] > 0 and '"questions"' in capsys.readouterr().out
+    assert found["speed"]["passages_per_s"] > 0 and found["machine"]["processor"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
 
 
 def test_a_missing_encoder_is_reported(tmp_path, capsys):
     assert main(["--encoder", str(tmp_path)]) == 1
-    assert "manifest.json" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "manifest.json" in error and error.count("\n") == 1

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gog_edge.errors import BackendError, PackError
 from gog_edge.indexing import OnProgress
-from gog_edge.indexing.parquet_export import read_export_info, read_vectors
+from gog_edge.indexing.distribution.parquet_export import read_export_info, read_vectors
 from gog_edge.retrieval.vectors.milvus import (
     DTYPES,
     LOAD_TIMEOUT_S,

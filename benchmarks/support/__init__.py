@@ -1,0 +1,1 @@
+"""What the benchmarks share: machine cards and tables, resource measurements, a synthetic ZIM file."""

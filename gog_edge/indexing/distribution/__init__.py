@@ -1,0 +1,1 @@
+"""More than one machine: embed with Ray Data, export Parquet, load Milvus."""
