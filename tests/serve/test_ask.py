@@ -279,6 +279,7 @@ def test_questions_beyond_the_queue_are_refused(start, make_runtime):
         for thread in threads:
             thread.start()
         wait_for(lambda: client.get("/readyz").status_code == 503)
+        wait_for(lambda: policy.opened)  # a job counts as admitted before its worker opens the conversation
         assert len(policy.opened) == 1  # the other one waits
         refused = ask_sample(client)
         check_error(refused, 503, "Busy", "2 questions")
