@@ -17,12 +17,12 @@ from gog_edge.cli.common import command_imports, command_main
 
 with command_imports(__name__):
     from benchmarks.bench_atlas import Bench, load_test_set
+    from benchmarks.support.recorded_policy import RecordedPolicy
     from gog_edge.agent.events import Workflow
     from gog_edge.bundle import DEFAULT_BUNDLE
     from gog_edge.cli.render_export import show_parity
     from gog_edge.exporting.policy.checkpoint import Checkpoint
     from gog_edge.exporting.policy.parity import ParityEpisode, measure_parity
-    from gog_edge.policy.recorded import RecordedPolicy
 
 MAX_TOKENS = 96  # generated after each turn; the turns of the atlas policy are shorter
 

@@ -202,6 +202,8 @@ def _folder(root: Path, name: str, section: str, where: str) -> Path:
 
 
 def _inside(root: Path, name: str, key: str, where: str) -> Path:
+    if "\0" in name:
+        raise BundleError(f"{where}: {key} = {name!r} must not contain a NUL character")
     path = root / name
     if not path.resolve().is_relative_to(root.resolve()):
         raise BundleError(f"{where}: {key} = '{name}' is outside the bundle")

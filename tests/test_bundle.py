@@ -158,6 +158,7 @@ def test_limits_and_samples_may_be_left_out(folder):
         ('[policy]\npath = "policy"', "", r"requires the key 'policy'"),
         ('path = "policy"', 'path = "elsewhere"', "'elsewhere' is not a folder"),
         ('path = "policy"', 'path = "../.."', "outside the bundle"),
+        ('path = "policy"', 'path = "a\\u0000b"', "must not contain a NUL"),
         ('path = "policy"', 'path = "samples"', "manifest.json' does not exist"),
         ('[[packs]]\npath = "packs/ships"', "", r"requires the key 'packs'"),
         ('path = "packs/ships"', 'path = "packs/trains"', "packs/trains"),

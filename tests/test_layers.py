@@ -30,7 +30,7 @@ LAYERS = (
 )
 # Within these packages, the layers of their modules and subpackages.
 INNER = {
-    "policy": (("dialect", "vision"), ("manifest", "decoding", "base", "remote"), ("model", "recorded"),
+    "policy": (("dialect", "vision"), ("manifest", "decoding", "base", "remote"), ("model",),
                ("session", "draft_cost"), ("prompt_cache",), ("local",), ("probe",)),
     "indexing": (("commit", "vectors", "sources"), ("calibration", "tombstones", "store_writer"), ("generation",),
                  ("compact", "build", "distribution")),

@@ -19,7 +19,8 @@ from gog_edge.errors import GogEdgeError
 from gog_edge.files import is_disk_full
 
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Folder of a bundle; default: the atlas.")]
-ThreadsOption = Annotated[int, typer.Option("--threads", help="Number of threads; 0 for one per core.")]
+# Thousands of threads take minutes to start, and speed up no model that runs here.
+ThreadsOption = Annotated[int, typer.Option("--threads", min=0, max=256, help="Number of threads; 0 for one per core.")]
 EngineOption = Annotated[str, typer.Option("--engine", help=f"What runs the graphs: {', '.join(ENGINES)}.")]
 EnginesOption = Annotated[Path | None, typer.Option("--engines", help="Folder of built engines; default: "
                                                     "engines/ENGINE in the bundle.")]

@@ -22,7 +22,7 @@ from gog_edge.indexing.commit import LOCK, current_manifest, prune, write_lock
 from gog_edge.indexing.generation import GenerationBuilder, PackOptions
 from gog_edge.indexing.sources.base import ArticleRecord, Chunk, ImageRecord, Record, RedirectRecord, Skipped, Source
 from gog_edge.indexing.store_writer import RecordError, StoreWriter
-from gog_edge.indexing.vectors.encoders import Encoders, fingerprint_of
+from gog_edge.indexing.vectors.embedding import Encoders, fingerprint_of
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import BUILD, COMMAND, MANIFEST, Manifest
 from gog_edge.retrieval.text.encoder import TextEncoder

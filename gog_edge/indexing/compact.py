@@ -20,12 +20,14 @@ from gog_edge.indexing.generation import SPACES, PackOptions
 from gog_edge.indexing.store_writer import create_tables, create_word_index, open_database
 from gog_edge.indexing.vectors.embedding import (
     CAPTIONS,
+    Encoders,
     ShardPlan,
+    check_encoders,
     distinct_captions,
     embed_captions,
     held_out_queries,
+    memory_shares,
 )
-from gog_edge.indexing.vectors.encoders import Encoders, check_encoders, memory_shares
 from gog_edge.indexing.vectors.index_writer import build_index
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import BUILD, Counts, IdRange, IndexTarget, Manifest, Segment, Shard, Space

@@ -40,12 +40,15 @@ from gog_edge.indexing.vectors.embedding import (
     IMAGES,
     PARAGRAPHS,
     TILES,
+    Encoders,
     ShardPlan,
+    check_encoders,
     embed_shards,
+    fingerprint_of,
     held_out_queries,
+    memory_shares,
     plan_shards,
 )
-from gog_edge.indexing.vectors.encoders import Encoders, check_encoders, fingerprint_of, memory_shares
 from gog_edge.indexing.vectors.index_planning import plans
 from gog_edge.indexing.vectors.index_writer import build_index, golden_image
 from gog_edge.picture import decode_picture

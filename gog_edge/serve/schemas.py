@@ -427,8 +427,9 @@ class Readiness(ResponseBody):
 
 
 def error_body(exc: Exception) -> dict[str, Any]:
-    """Return the JSON of an error; see ErrorBody."""
-    return {"error": {"type": type(exc).__name__, "message": str(exc)}}
+    """Return the JSON of an error; see ErrorBody. Lone surrogates, which UTF-8 cannot encode, are escaped."""
+    message = str(exc).encode("utf-8", "backslashreplace").decode()
+    return {"error": {"type": type(exc).__name__, "message": message}}
 
 
 def sse(kind: str, data: Mapping[str, Any]) -> bytes:

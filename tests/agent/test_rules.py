@@ -6,6 +6,7 @@ import pytest
 from scripted_policy import FORCED_ANSWER, ScriptedConversation, ScriptedPolicy
 from scripted_world import GAZE_GREEN, GAZE_INVENTED, GAZE_RED, ColourRetriever, answer
 
+from benchmarks.support.recorded_policy import RecordedPolicy
 from gog_edge.agent.events import Refused, Workflow
 from gog_edge.agent.loop import run_episode
 from gog_edge.agent.trace import TraceWriter, read_trace
@@ -13,7 +14,6 @@ from gog_edge.config import Budget
 from gog_edge.errors import BudgetExceeded
 from gog_edge.policy.dialect.dialect import GIVE_UP, CropRules, LoopRules, SearchLimits
 from gog_edge.policy.dialect.loader import load_dialect
-from gog_edge.policy.recorded import RecordedPolicy
 from gog_edge.types import Box, GazeSearch, ImageSearch, TextQuery, TextSearch
 
 CANNOT_TELL = "I cannot tell."

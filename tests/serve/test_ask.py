@@ -175,6 +175,18 @@ def test_invalid_questions(client, question):
     check_error(response, 400, "QuestionError")
 
 
+@pytest.mark.parametrize(
+    ("body", "status", "kind"),
+    [
+        (b'{"sample": "\\ud800", "question": "what?"}', 404, "NotFound"),
+        (b'{"sample": "three flags.png", "question": "what?", "\\ud800": 1}', 422, "RequestError"),
+    ],
+)
+def test_a_lone_surrogate_in_a_name_is_escaped_in_the_error(client, body, status, kind):
+    reply = client.post("/v1/ask", content=body, headers={"content-type": "application/json"})
+    check_error(reply, status, kind, "\\ud800")
+
+
 def test_lone_surrogate(client):
     body = b'{"sample": "three flags.png", "question": "what \\ud800?"}'
     response = client.post("/v1/ask", content=body, headers={"Content-Type": "application/json"})

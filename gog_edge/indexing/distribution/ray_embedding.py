@@ -18,8 +18,7 @@ from gog_edge.errors import BackendError, PackError
 from gog_edge.indexing import OnProgress
 from gog_edge.indexing.commit import current_manifest, unfinished_build, write_lock
 from gog_edge.indexing.generation import GenerationBuilder, PackOptions
-from gog_edge.indexing.vectors.embedding import ShardPlan, embed_shard
-from gog_edge.indexing.vectors.encoders import Encoders
+from gog_edge.indexing.vectors.embedding import Encoders, ShardPlan, embed_shard
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import Snapshot
 from gog_edge.retrieval.text.encoder import TextEncoder

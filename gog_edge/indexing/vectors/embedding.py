@@ -1,4 +1,4 @@
-"""Embeds images, captions and paragraphs of a segment shard by shard, and the queries that indexes are measured with.
+"""Embed images, captions and paragraphs of a segment shard by shard, and the queries that indexes are measured with.
 
 A shard whose file exists is complete and is never embedded again.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,9 @@ from PIL import Image
 from gog_edge.errors import PackError
 from gog_edge.files import write_array
 from gog_edge.indexing import OnProgress
-from gog_edge.indexing.vectors.encoders import Encoders
 from gog_edge.picture import decode_picture
 from gog_edge.retrieval.encoder import Encoder
-from gog_edge.retrieval.manifest import Segment, Shard
+from gog_edge.retrieval.manifest import Fingerprint, Manifest, Segment, Shard
 from gog_edge.retrieval.text.encoder import TextEncoder, passage_text
 from gog_edge.retrieval.text.segment import SegmentReader
 from gog_edge.retrieval.vectors.shards import Ids
@@ -41,6 +40,56 @@ TILE_BOXES = ((0, 0, 0.6, 0.6), (0.4, 0, 1, 0.6), (0, 0.4, 0.6, 1), (0.4, 0.4, 1
 HELD_OUT_QUERIES = 256  # views of stored images, or titles of paragraphs, that an index is measured with
 MIN_VIEW_SHARE = 0.55  # of each side of the image that a random view shows
 Embedded: TypeAlias = tuple[Ids, Vectors]  # ids [n] and float32 vectors [n, dim]
+
+
+# --- the encoders of a pack ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Encoders:
+    """The encoders that a pack is built with."""
+
+    image: Encoder | None = None  # None: a pack without vectors of images and captions
+    text: TextEncoder | None = None  # None: a pack without vectors of paragraphs
+
+    def of(self, space: str) -> Encoder | TextEncoder | None:
+        """Return the encoder of "images", "captions" or "paragraphs"."""
+        return self.text if space == "paragraphs" else self.image
+
+    def dim_of(self, space: str) -> int:
+        """Return the length of the vectors of a space; 0 without its encoder."""
+        encoder = self.of(space)
+        return 0 if encoder is None else encoder.dim
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fingerprints as the settings of a build contain them."""
+        return {key: None if encoder is None else asdict(encoder.fingerprint)
+                for key, encoder in (("encoder", self.image), ("text_encoder", self.text))}
+
+
+def fingerprint_of(encoder: Encoder | TextEncoder | None) -> Fingerprint | None:
+    """Return the fingerprint of an encoder; None without one."""
+    return None if encoder is None else encoder.fingerprint
+
+
+def check_encoders(manifest: Manifest, encoders: Encoders) -> None:
+    """Raise PackError if the encoders are not those that a pack was built with."""
+    for kind, wanted, given in (("encoder", manifest.encoder, fingerprint_of(encoders.image)),
+                                ("text encoder", manifest.text_encoder, fingerprint_of(encoders.text))):
+        if wanted != given:
+            names = ["none" if one is None else f"'{one.name}'" for one in (wanted, given)]
+            raise PackError(f"pack '{manifest.name}' was built with another {kind} ({names[0]}, now {names[1]}); use "
+                            "that one, or build a new pack")
+
+
+def memory_shares(rows: Mapping[str, int], encoders: Encoders) -> dict[str, float]:
+    """Return the share of a memory limit for each space that has rows, by the size of its vectors."""
+    sizes = {space: count * encoders.dim_of(space) for space, count in rows.items()}
+    total = sum(sizes.values())
+    return {space: size / total for space, size in sizes.items() if size}
+
+
+# --- shards ---------------------------------------------------------------------------------------
 
 
 # --- shards -------------------------------------------------------------------------------------
