@@ -27,11 +27,23 @@ with command_imports(__name__):
     from rich.console import Console
     from rich.table import Table
 
+    from gog_edge.config import Limits
     from gog_edge.exporting.policy.checkpoint import DEFAULT_MAX_PIXELS, Checkpoint
+    from gog_edge.exporting.policy.config import ModelConfig
     from gog_edge.exporting.policy.export import DEFAULT_BLOCK
     from gog_edge.exporting.policy.random_checkpoint import SHAPES, shape_of
+    from gog_edge.exporting.policy.weights import WeightFiles
     from gog_edge.files import write_json
-    from gog_edge.planner import FP16_BYTES, MemoryPlan, format_size, kv_bytes, parse_size, prefill_bytes, vision_bytes
+    from gog_edge.planner import (
+        FP16_BYTES,
+        MemoryPlan,
+        format_size,
+        kv_bytes,
+        parse_size,
+        picture_bytes,
+        prefill_bytes,
+        vision_bytes,
+    )
     from gog_edge.policy.manifest import TextSpec
     from gog_edge.policy.vision import VisionSpec
 
@@ -100,6 +112,7 @@ def compute_budget(name: str, precision: str, context: int, args: argparse.Names
         pictures=vision_bytes(replace(vision, max_pixels=args.max_pixels)),
         prefill=prefill_bytes(text),
         index=args.index,
+        decoding=picture_bytes(Limits(concurrent=args.concurrent)),
     )
     left = {board.name: board.memory * 2**30 - args.system - plan.total for board in BOARDS}
     tokens = {board.name: round(board.bandwidth * 1e9 / (engines.decoder + cache), 1)
@@ -119,7 +132,9 @@ def _specs(name: str) -> tuple[TextSpec, VisionSpec]:
     config = json.loads(shape.config.to_json_string(use_diff=False)) | {"architectures": [shape.architecture.__name__]}
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "preprocessor_config.json", shape.processor)
-        checkpoint = Checkpoint(Path(folder), config, {})
+        write_json(Path(folder) / "config.json", config)
+        no_weights = WeightFiles(Path(folder), {}, (), ())
+        checkpoint = Checkpoint(Path(folder), ModelConfig.open(Path(folder)), no_weights)
         return checkpoint.text, checkpoint.vision
 
 

@@ -18,12 +18,10 @@ from urllib.parse import urlsplit
 from annotated_types import Ge, Gt, Le, MinLen
 
 from gog_edge.errors import BundleError
-from gog_edge.picture import MAX_BYTES, MAX_PIXELS
-from gog_edge.tables import build
+from gog_edge.picture import DECODED_PIXELS, MAX_BYTES, MAX_PIXELS
+from gog_edge.tables import Name, Positive, build
 
-Positive = Annotated[int, Ge(1)]
 Seconds = Annotated[float, Gt(0)]
-Name = Annotated[str, MinLen(1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +60,7 @@ class Limits(Budget):
     question_chars: Positive = 2_000
     picture_bytes: Positive = MAX_BYTES
     picture_pixels: Positive = MAX_PIXELS
+    decoded_pixels: Positive = DECODED_PIXELS  # larger pictures are reduced while they are decoded
     concurrent: Positive = 1  # questions answered at the same time; others wait or are refused
 
     @classmethod

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from gog_edge.bundle import Bundle
+from gog_edge.config import Limits
 from gog_edge.engines.base import PREFILL_CHUNK
 from gog_edge.engines.manifest import DECODER, IMAGE, TEXT, VISION
 from gog_edge.engines.registry import CPU_SEARCH, EngineSet
 from gog_edge.errors import BackendError, InputError, NotEnoughMemory
 from gog_edge.files import folder_bytes
+from gog_edge.picture import RESULT_BYTES, decoding_bytes
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
     NATIVE_DECODER_GRAPH,
@@ -35,12 +37,14 @@ PROCESS_BYTES = 160 * 2**20  # Python, ONNX Runtime, FAISS and the server; measu
 # ONNX Runtime's own operators allocate more for the vision tower than `vision_bytes` counts. Measured on towers of the
 # width of Qwen2.5-VL-7B, 0.2 to 3 million pixels: 1.4 to 1.6 times as much; of the width of Qwen3-VL: 0.9 to 1.1 times.
 ORT_VISION_FACTOR = 1.6
+# A decoded picture takes 3 bytes a pixel, and 4 in each of the copies that the policy and the search resize.
+DECODED_BYTES = 11
 MEMINFO = "proc/meminfo"
 CONTROL_GROUP = "sys/fs/cgroup"
 
 # Parts of the plan that built engines, or a search on the GPU, place in a discrete GPU's own memory.
 ENGINE_PARTS, SEARCH_PARTS = ("weights", "conversations", "pictures", "prefill"), ("vectors",)
-PARTS = (*ENGINE_PARTS, *SEARCH_PARTS, "index", "switch", "program")
+PARTS = (*ENGINE_PARTS, *SEARCH_PARTS, "index", "switch", "decoding", "program")
 
 # What to do when one part is too large.
 _ADVICE = {
@@ -49,6 +53,7 @@ _ADVICE = {
     "([limits] concurrent in bundle.toml)",
     "pictures": "set a smaller max_pixels in the checkpoint's preprocessor_config.json and export it again",
     "vectors": "remove a pack, or search on the CPU",
+    "decoding": "accept smaller pictures ([limits] picture_pixels and decoded_pixels in bundle.toml)",
     "index": "remove a pack, or build it with a smaller index",
 }
 
@@ -67,6 +72,7 @@ class MemoryPlan:
     index: int  # the packs' indexes, the text encoder, and the encoder unless on a GPU; texts are read on demand
     switch: int = 0  # the largest index a second time: a new pack generation is opened before the old one is closed
     program: int = PROCESS_BYTES
+    decoding: int = 0  # the picture that is being decoded, and decoded pictures
     vectors: int = 0  # of packs searched on a GPU, the largest twice as for `switch`, and scratch memory
     on_device: tuple[str, ...] = ()  # names of the parts in a discrete GPU's own memory
 
@@ -146,7 +152,8 @@ def plan_memory(
     on_device = _device_parts(engines, search) if not integrated else ()
     towers = 0 if engines is None else engines.bytes((IMAGE, TEXT))
     if not isinstance(bundle.policy, Path):  # the policy runs on a remote server
-        return MemoryPlan(towers, 0, 0, 0, index, switch, vectors=vectors, on_device=on_device)
+        return MemoryPlan(towers, 0, 0, 0, index, switch, decoding=picture_bytes(bundle.limits), vectors=vectors,
+                          on_device=on_device)
     manifest = read_manifest(bundle.policy)
     pictures = vision_bytes(manifest.vision)
     if engines is None:
@@ -164,6 +171,7 @@ def plan_memory(
         prefill=prefill_bytes(manifest.text),
         index=index,
         switch=switch,
+        decoding=picture_bytes(bundle.limits),
         vectors=vectors,
         on_device=on_device,
     )
@@ -188,6 +196,16 @@ def prefill_bytes(spec: TextSpec) -> int:
     Counts 5 tensors [PREFILL_CHUNK, intermediate] and 12 tensors [PREFILL_CHUNK, hidden] that are alive at once.
     """
     return PREFILL_CHUNK * (5 * spec.intermediate + 12 * spec.hidden) * FP32_BYTES
+
+
+def picture_bytes(limits: Limits) -> int:
+    """Return the memory of the pictures of all questions at once, in bytes.
+
+    One picture is decoded at a time, while its search may hold another. Every other question uses a decoded picture.
+    """
+    pixels = min(limits.decoded_pixels, limits.picture_pixels)
+    decoding = decoding_bytes(limits.picture_pixels, limits.decoded_pixels) + RESULT_BYTES * pixels
+    return max(decoding, DECODED_BYTES * pixels) + (limits.concurrent - 1) * DECODED_BYTES * pixels
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

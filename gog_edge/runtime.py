@@ -116,7 +116,9 @@ class Runtime:
 
     def decode(self, picture: bytes) -> Picture:
         """Decode a picture file within the limits of the bundle. Raises PictureError."""
-        return decode_picture(picture, max_bytes=self.limits.picture_bytes, max_pixels=self.limits.picture_pixels)
+        limits = self.limits
+        return decode_picture(picture, max_bytes=limits.picture_bytes, max_pixels=limits.picture_pixels,
+                              decoded_pixels=limits.decoded_pixels)
 
     def search(self, queries: Sequence[Query]) -> tuple[SearchResult, ...]:
         """Search the packs without the policy, and return one result for each query."""

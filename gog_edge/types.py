@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 Pixels: TypeAlias = NDArray[np.uint8]  # [height, width, 3] uint8 RGB, 0..255
 Vectors: TypeAlias = NDArray[np.float32]  # [n, dim] float32, each row of unit length
 
+BAND_PIXELS = 2**18  # large pictures are worked through in bands of rows
+
 
 @dataclass(frozen=True, slots=True)
 class Size:
@@ -18,6 +21,12 @@ class Size:
 
     width: int
     height: int
+
+    def bands(self, factor: int = 1) -> Iterator[tuple[int, int]]:
+        """Yield the first row and the row after the last of bands of about BAND_PIXELS, multiples of `factor` high."""
+        step = max(1, BAND_PIXELS // (self.width * factor)) * factor
+        for top in range(0, self.height, step):
+            yield top, min(top + step, self.height)
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,7 +188,7 @@ class LocalPolicy:
 
     def begin(self, picture: Picture, question: str) -> LocalConversation:
         """Start a conversation about a picture; picture and question are computed by the first `generate`."""
-        images = ShownImages(given=picture.size, resized=self.model.vision.resized(picture.size))
+        images = ShownImages(given=picture.size, resized=self.model.vision.resized(picture.resolution))
         conversation = LocalConversation(self, self._acquire(), images, question)
         opening = self.dialect.render_question(picture.pixels, question)
         conversation.queue(*opening, TemplateText(self.model.manifest.chat.user_close))

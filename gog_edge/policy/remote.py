@@ -96,7 +96,7 @@ class RemoteConversation:
 
     def __init__(self, policy: RemotePolicy, picture: Picture, question: str) -> None:
         self._config, self._dialect, self._server = policy.config, policy.dialect, policy.server
-        self._images = ShownImages(given=picture.size, resized=smart_resize(picture.size, self._config))
+        self._images = ShownImages(given=picture.size, resized=smart_resize(picture.resolution, self._config))
         self._question = question
         self._resized: Callable[[Size], Size] = lambda size: smart_resize(size, self._config)  # of the next image
         opening = self._message(self._dialect.render_question(picture.pixels, question))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import typer
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with the arguments of the process, or with others. Exits as `gog-edge serve` does."""
     from gog_edge.cli import serve  # not above: the commands are a layer above the server
+    from gog_edge.cli.common import App
 
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = App()
     app.command()(serve)
     app(arguments, prog_name="python -m gog_edge.serve")
 

@@ -284,7 +284,7 @@ class Service:
     def _queries(self, runtime: Runtime, queries: Sequence[SearchQuery]) -> Iterator[Query]:
         """Yield each text and region. All pictures stay in memory during the search, so their sum is bounded."""
         check = partial(check_question, max_chars=runtime.limits.question_chars)
-        most = PICTURES_HELD * runtime.limits.picture_pixels
+        most = PICTURES_HELD * min(runtime.limits.picture_pixels, runtime.limits.decoded_pixels)
         pixels = 0
         for query in queries:
             question = (query.text or "") if query.question is None else query.question
@@ -293,7 +293,7 @@ class Service:
                 yield TextQuery(check(query.text), question)
             if query.has_picture:
                 picture = runtime.decode(self._picture_bytes(query))
-                pixels += picture.size.width * picture.size.height
+                pixels += picture.resolution.width * picture.resolution.height
                 if pixels > most:
                     raise TooLarge(f"the pictures of this search have more than {most} pixels together; send smaller "
                                    "ones, or several searches")

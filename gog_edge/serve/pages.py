@@ -12,10 +12,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gog_edge.picture import media_type
+
 KIOSK_PAGE = Path(__file__).parent / "kiosk" / "index.html"
 API_PAGE = Path(__file__).parent / "kiosk" / "api.html"
 PICTURE_CACHE = "private, max-age=3600"
-_MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
 
 async def page_response(request: Request, path: Path) -> Response:
@@ -25,12 +26,10 @@ async def page_response(request: Request, path: Path) -> Response:
     return _cacheable(request, page.encode(), "text/html; charset=utf-8", headers)
 
 
-def picture_response(request: Request, data: bytes, media_type: str | None = None) -> Response:
-    """Return a picture file; its media type is recognised by its first bytes if it is not given."""
-    if media_type is None:
-        known = (kind for magic, kind in _MEDIA_TYPES.items() if data.startswith(magic))
-        media_type = next(known, "application/octet-stream")
-    return _cacheable(request, data, media_type, {"Cache-Control": PICTURE_CACHE})
+def picture_response(request: Request, data: bytes, kind: str | None = None) -> Response:
+    """Return a picture file of a media type, which is recognised by its first bytes if it is not given."""
+    kind = kind or media_type(data) or "application/octet-stream"
+    return _cacheable(request, data, kind, {"Cache-Control": PICTURE_CACHE})
 
 
 def page_policy(page: str) -> str:

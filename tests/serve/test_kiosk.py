@@ -1,11 +1,15 @@
 """The kiosk page in a real browser: questions about samples, the boxes of gazes, citations."""
 
+import io
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playback import BOXES, QUESTION, SCRIPT, PlaybackPolicy
+
+from gog_edge.picture import MEDIA_TYPES
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -121,6 +125,30 @@ def test_a_file_that_is_not_a_picture(start, make_runtime, open_page):
     page.wait_for_selector("#answer.oops:has-text('cannot be shown as a picture')")
     keep(page, "oops")
     assert page.is_disabled("#go") and page.locator(".chip").count() == 0
+
+
+@pytest.mark.parametrize("name, kind, body", [
+    ("a.svg", "image/svg+xml", b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>"),
+    ("a.tif", "image/tiff", b"II*\0"), ("a", "", b"no picture"),
+])  # fmt: skip
+def test_a_file_of_a_type_that_is_not_accepted(start, make_runtime, open_page, name, kind, body):
+    """A browser shows a drawing, which the server refuses."""
+    page = open_page(start(make_runtime()))
+    page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": body})
+    page.wait_for_selector("#answer.oops:has-text('Choose a JPEG, PNG, WebP, GIF, BMP or AVIF file.')")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF"])
+def test_what_the_page_shows_is_accepted(start, make_runtime, open_page, form):
+    page = open_page(start(make_runtime()))
+    assert MEDIA_TYPES[form] in page.get_attribute("#file", "accept").split(",")
+    stream = io.BytesIO()
+    Image.new("RGB", (300, 200), (200, 50, 50)).save(stream, form)
+    page.set_input_files("#file", {"name": "a", "mimeType": MEDIA_TYPES[form], "buffer": stream.getvalue()})
+    page.fill("#question", QUESTION)
+    page.click("#go")
+    page.wait_for_selector("#answer .says")
+    assert page.faults == []
 
 
 def test_a_passage_without_the_answer_is_shown_as_related(start, make_runtime, open_page):
