@@ -6,14 +6,16 @@ A passage is a citation only if it contains the answer after normalisation. Anyt
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gog_edge.retrieval.text.tokens import fold, ngram_size
 from gog_edge.types import Citation, SearchResult
 
 # Results less likely than this to show the subject have no related passage: "not in my snapshot" needs none.
 MIN_RELATED_FOUND = 0.5
+_THOUSANDS = re.compile(r"(?<=\d)[,\u066c](?=\d)")
+_DECIMAL_POINT = re.compile(r"(?<=\d)[.\u066b](?=\d)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +46,24 @@ def find_sources(answer: str, results: Sequence[SearchResult]) -> Sources:
 
 
 def normalize_answer(text: str) -> str:
-    """Return the text in lower case without accents, articles and punctuation; numbers keep their decimal point.
+    """Return the folded words of a text without articles and punctuation; numbers keep their decimal point.
 
-    This extends the answer normalisation of SQuAD by accents and by thousands separators.
+    This extends the answer normalisation of SQuAD by the folding of the word search and by thousands separators.
     """
-    text = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
-    text = re.sub(r"(?<=\d),(?=\d)", "", text)
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w\s.]|_", " ", text)
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+    folded = ".".join(map(fold, _DECIMAL_POINT.split(_THOUSANDS.sub("", text))))
+    return " ".join(word for word in folded.split() if word not in ("a", "an", "the"))
 
 
 def contains_answer(citation: Citation, answer: str) -> bool:
-    """Return whether a passage contains a normalised, non-empty answer at word boundaries."""
-    return bool(answer) and f" {answer} " in f" {normalize_answer(citation.passage.text)} "
+    """Return whether a passage contains a normalised, non-empty answer at word boundaries.
+
+    In a script without blanks between words, an answer may begin and end anywhere.
+    """
+    if not answer:
+        return False
+    start, end = ("" if ngram_size(char) else boundary for char, boundary in ((answer[0], r"(?<!\S)"),
+                                                                              (answer[-1], r"(?!\S)")))  # fmt: skip
+    return re.search(start + re.escape(answer) + end, normalize_answer(citation.passage.text)) is not None
 
 
 def _passages(result: SearchResult) -> tuple[Citation, ...]:

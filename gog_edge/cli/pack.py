@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from gog_edge.cli.common import print_errors
+from gog_edge.cli.common import App, print_errors
 from gog_edge.cli.pack_distribution import embed_ray, export_parquet, load_milvus
 from gog_edge.errors import InputError
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from gog_edge.retrieval.manifest import Manifest
     from gog_edge.retrieval.text.encoder import TextEncoder
 
-app = typer.Typer(name="pack", no_args_is_help=True, help="Build packs, inspect them, and change them while they are "
-                                                          "served.")
+app = App(name="pack", no_args_is_help=True, help="Build packs, inspect them, and change them while they are "
+                                                    "served.")
 CALIBRATING = "calibrating"  # a stage
 RESUME = "completed steps are kept; run the same command again to resume"
 
@@ -37,9 +37,15 @@ TextEncoderOption = Annotated[Path | None, typer.Option("--text-encoder", help="
 ImagesOption = Annotated[Path | None, typer.Option(help="Folder of images, for snapshots that contain addresses "
                                                    "only.")]
 KindOption = Annotated[str | None, typer.Option(help="Format of SOURCE; default: detected from its first bytes.")]
-LanguageOption = Annotated[str, typer.Option(help="Language of the WIT rows to read; empty for all.")]
+LanguageOption = Annotated[str, typer.Option(help="Language of the WIT rows to read, empty for all; or the variant of "
+                                             "a dump's language to choose, such as zh-hant.")]
 LicenceOption = Annotated[str | None, typer.Option(help="Licence of texts, and of a folder's pictures, where SOURCE "
                                                    "does not state one.")]
+ColumnOption = Annotated[list[str] | None, typer.Option("--column", metavar="FIELD=NAME", help="Column of a folder's "
+                                                        "tables with the file, title, caption, text, licence or "
+                                                        "attribution, where its name is not recognised; repeatable.")]
+NoChecksumOption = Annotated[bool, typer.Option("--no-checksum", help="Do not compare the checksum of a ZIM file "
+                                                "before it is read; its damaged entries are then skipped.")]
 WorkersOption = Annotated[int, typer.Option(help="Number of processes that parse; 0 for one per core.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 MemoryOption = Annotated[str | None, typer.Option("--memory", help="Maximum memory of a search, for example 2G; "
@@ -72,6 +78,7 @@ def build(
     kind: KindOption = None,
     language: LanguageOption = "en",
     licence: LicenceOption = None,
+    column: ColumnOption = None,
     memory: MemoryOption = None,
     recall: RecallOption = None,
     tiles: Annotated[bool, typer.Option("--tiles", help="Embed parts of lead images too: six vectors instead of "
@@ -83,6 +90,7 @@ def build(
     shard_rows: Annotated[int | None, typer.Option(help="Maximum images of a shard. A build that is killed "
                                                    "loses one shard at most. Default: 16,384.")] = None,
     workers: WorkersOption = 0,
+    no_checksum: NoChecksumOption = False,
     stop_after: Annotated[str | None, typer.Option(metavar="reading", help="Leave the embedding to `gog-edge pack "
                                                    "embed-ray`; the same command without this option completes the "
                                                    "build.")] = None,
@@ -93,7 +101,7 @@ def build(
     Wiki6M (with --images), a MediaWiki XML dump, or a folder of pictures with captions in a table or in text files.
     A build that was stopped or killed is resumed by the same command. The last line of the output is a JSON object.
     """
-    with print_errors(1, interrupted=RESUME):
+    with print_errors(interrupted=RESUME):
         from gog_edge.cli.render_pack import StageProgress, pack_json, print_pack
         from gog_edge.indexing.build import READING, build_pack, read_snapshot
         from gog_edge.indexing.calibration import calibrate_pack
@@ -117,8 +125,9 @@ def build(
                 "name": name or (out.resolve().name if before is None else before.name), "encoder": opened,
                 "options": options, "workers": _workers(workers), "update": update,
                 "command": _command_line(context), "on_progress": progress, "text_encoder": opened_text,
+                "verify": not no_checksum,
             }  # fmt: skip
-            snapshot = _open_source(source, kind, images, language, licence)
+            snapshot = _open_source(source, kind, images, language, licence, column)
             if stop_after is not None:
                 read_snapshot(snapshot, out, **settings)
                 manifest = None
@@ -157,7 +166,7 @@ def verify(pack: PackArgument, as_json: JsonOption = False) -> None:
 
     Vectors that a Milvus server searches, according to the bundle that contains the pack, may be missing.
     """
-    with print_errors(1):
+    with print_errors():
         from gog_edge.cli.render_pack import StageProgress
         from gog_edge.retrieval.manifest import read_manifest
         from gog_edge.retrieval.pack import verify_pack
@@ -180,27 +189,31 @@ def add(
     kind: KindOption = None,
     language: LanguageOption = "en",
     licence: LicenceOption = None,
+    column: ColumnOption = None,
     workers: WorkersOption = 0,
+    no_checksum: NoChecksumOption = False,
     memory: MemoryOption = None,
     recall: RecallOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Add a snapshot; articles of the same key are replaced. Build a separate pack for a collection of your own."""
     with print_errors(interrupted=RESUME):
-        from gog_edge.cli.render_pack import StageProgress
+        from gog_edge.cli.render_pack import StageProgress, print_report
         from gog_edge.indexing.build import build_pack
         from gog_edge.indexing.generation import PackOptions
         from gog_edge.retrieval.manifest import read_manifest
 
         with StageProgress() as progress:
             before = read_manifest(pack)
-            snapshot = _open_source(source, kind, images, language, licence)
+            snapshot = _open_source(source, kind, images, language, licence, column)
             options = _change_options(PackOptions.from_manifest(before), memory, recall)
             manifest = build_pack(
                 snapshot, pack, name=before.name, encoder=_open_encoder(pack, before, encoder), options=options,
-                workers=_workers(workers), add=True, on_progress=progress,
+                workers=_workers(workers), add=True, on_progress=progress, verify=not no_checksum,
                 text_encoder=_open_text_encoder(pack, before, text_encoder),
             )  # fmt: skip
+    if not as_json:
+        print_report(pack, manifest)
     _print_result(manifest, f"has {manifest.counts.articles - before.counts.articles:+,} articles", as_json)
 
 
@@ -280,13 +293,39 @@ def compact(
     _print_result(manifest, f"went from {sizes} MiB{freed}", as_json)
 
 
+@app.command("reindex")
+def reindex_command(pack: PackArgument, as_json: JsonOption = False) -> None:
+    """Convert a pack that an earlier version built: its words are indexed again, in a new generation.
+
+    Nothing is embedded and no encoder is needed. The pack can be served meanwhile. An interrupted conversion is resumed
+    by the same command.
+    """
+    with print_errors(interrupted=RESUME):
+        from gog_edge.cli.render_pack import StageProgress, calibration_changes, describe_superseded
+        from gog_edge.indexing.reindex import reindex
+        from gog_edge.retrieval.manifest import read_manifest
+
+        with StageProgress() as progress:
+            before = read_manifest(pack)
+            manifest = reindex(pack, progress)
+        freed = describe_superseded(pack, manifest)
+    if manifest.generation == before.generation:
+        _print_result(manifest, "has the words of this version already", as_json)
+        return
+    if not as_json:
+        typer.echo("\n".join(calibration_changes(before, manifest)))
+    _print_result(manifest, f"is indexed again{freed}", as_json)
+
+
 # --- shared parts -------------------------------------------------------------------------------
 
 
-def _open_source(source: Path, kind: str | None, images: Path | None, language: str, licence: str | None) -> Source:
+def _open_source(source: Path, kind: str | None, images: Path | None, language: str, licence: str | None,
+                 columns: list[str] | None) -> Source:
     from gog_edge.indexing.sources.open import open_source  # needs the extra `index`, which --help does not
 
-    return open_source(source, kind=cast("Kind | None", kind), images=images, language=language, licence=licence)
+    return open_source(source, kind=cast("Kind | None", kind), images=images, language=language, licence=licence,
+                       columns=columns or ())
 
 
 def _change_options(options: PackOptions, memory: str | None, recall: float | None,
@@ -327,6 +366,8 @@ def _command_line(context: typer.Context) -> str:
             words.append(str(value))
         elif value is True:
             words.append(parameter.opts[0])
+        elif isinstance(value, list | tuple):  # of an option that may be repeated
+            words += [word for one in value for word in (parameter.opts[0], str(one))]
         elif value != parameter.default:
             words += [parameter.opts[0], str(value)]
     return shlex.join(words)

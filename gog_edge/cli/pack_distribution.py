@@ -36,7 +36,7 @@ def embed_ray(
     command completes the pack. The last line of the output is a JSON object.
     """
     started = time.perf_counter()
-    with print_errors(1, interrupted="completed shards are kept; run the same command again to resume"):
+    with print_errors(interrupted="completed shards are kept; run the same command again to resume"):
         from gog_edge.cli.render_pack import StageProgress
         from gog_edge.indexing.distribution.ray_embedding import RayWorkers, embed_with_ray
 
@@ -59,7 +59,7 @@ def export_parquet(
     JSON object.
     """
     started = time.perf_counter()
-    with print_errors(1, interrupted="run the same command again"):
+    with print_errors(interrupted="run the same command again"):
         from gog_edge.indexing.distribution.parquet_export import export_parquet as write_parquet
         from gog_edge.indexing.distribution.parquet_export import read_export_info
         from gog_edge.retrieval.vectors.milvus import DTYPES
@@ -91,7 +91,7 @@ def load_milvus(
     is a JSON object.
     """
     started = time.perf_counter()
-    with print_errors(1, interrupted="searches use the old collections; run the same command again"):
+    with print_errors(interrupted="searches use the old collections; run the same command again"):
         from gog_edge.cli.render_pack import StageProgress
         from gog_edge.config import MilvusConfig
         from gog_edge.indexing.distribution.milvus_loading import INDEX_TYPES, load_export

@@ -6,6 +6,8 @@ if the images of their articles were not stored, and generated names that resemb
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Collection, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -200,6 +202,8 @@ MODEL_TITLES = 20_000  # that the letter model is built from
 MODEL_PARAGRAPHS = 8  # of an article, whose sections are used in queries
 MAX_WORD_LETTERS = 14  # of a generated word
 MAX_TRIES = 50  # to generate a name that does not exist
+# A word as written, with the vowel signs that \w does not include.
+_WORD = re.compile(r"[^\W_](?:[^\W_]|[^\x00-\xbf\s\u2000-\u206f\u3000-\u303f\uff00-\uff0f])*")
 
 
 def held_out_text_queries(store: Store, manifest: Manifest, count: int, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -209,7 +213,7 @@ def held_out_text_queries(store: Store, manifest: Manifest, count: int, seed: in
     """
     rng = np.random.default_rng([seed, 19])
     articles = _sample_articles(manifest, max(count, MODEL_TITLES), rng)
-    titles = store.titles(articles)
+    titles = {article: title for reader in store.readers for article, title in reader.titles(articles).items()}
     generator = NameGenerator(list(titles.values()))
     present: list[str] = []
     absent: list[str] = []
@@ -258,8 +262,9 @@ class NameGenerator:
 
     def __init__(self, titles: Sequence[str]) -> None:
         self._next_letters: dict[str, list[str]] = {}  # by the two letters before
-        self._lengths = [len(tokenize(title)) for title in titles]
-        for word in (word for title in titles for word in tokenize(title)):
+        words = [_WORD.findall(unicodedata.normalize("NFC", title)) for title in titles]
+        self._lengths = list(map(len, words))
+        for word in (word for own in words for word in own):
             letters = f"\n\n{word}\n"
             for at in range(2, len(letters)):
                 self._next_letters.setdefault(letters[at - 2 : at], []).append(letters[at])
@@ -269,7 +274,7 @@ class NameGenerator:
         for _ in range(MAX_TRIES if self._next_letters else 0):
             words = [self._word(rng) for _ in range(max(1, self._lengths[int(rng.integers(len(self._lengths)))]))]
             name = " ".join(words)
-            if not store.find_names([name_key(name)]) and any(store.frequency(word.lower()) == 0 for word in words):
+            if not store.find_names([name_key(name)]) and not all(map(store.knows, tokenize(name))):
                 return name
         return None
 

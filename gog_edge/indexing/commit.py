@@ -6,7 +6,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -103,14 +103,13 @@ def write_tombstones(folder: Path, generation: int, articles: Ids, images: Ids) 
     return files
 
 
-def write_report(folder: Path, generation: int, skipped: Sequence[tuple[str, int, list[str]]]) -> str | None:
-    """Write what was skipped as (reason, count, examples) and return the name of the file; None if it is empty."""
-    if not skipped:
+def write_report(folder: Path, generation: int, report: Mapping[str, Sequence[Any]]) -> str | None:
+    """Write what became of the snapshot's items and return the name of the file; None if there is nothing to tell."""
+    if not any(report.values()):
         return None
     name = f"reports/{generation:06d}.json"
     (folder / "reports").mkdir(exist_ok=True)
-    write_json(folder / name, {"skipped": [{"reason": reason, "count": count, "examples": examples}
-                                           for reason, count, examples in skipped]})  # fmt: skip
+    write_json(folder / name, report)
     return name
 
 

@@ -17,7 +17,7 @@ from gog_edge.files import full_disk_as, write_array
 from gog_edge.indexing import OnProgress
 from gog_edge.indexing.commit import commit_generation, modify_pack, prune
 from gog_edge.indexing.generation import SPACES, PackOptions
-from gog_edge.indexing.store_writer import create_tables, create_word_index, open_database
+from gog_edge.indexing.store_writer import create_tables, finish_tables, open_database
 from gog_edge.indexing.vectors.embedding import (
     CAPTIONS,
     Encoders,
@@ -34,7 +34,7 @@ from gog_edge.retrieval.manifest import BUILD, Counts, IdRange, IndexTarget, Man
 from gog_edge.retrieval.pack import open_shards, read_tombstones
 from gog_edge.retrieval.text.encoder import TextEncoder
 from gog_edge.retrieval.text.segment import SegmentReader
-from gog_edge.retrieval.text.store import paragraphs_of
+from gog_edge.retrieval.text.store import Store, paragraphs_of
 from gog_edge.retrieval.vectors.shards import Ids
 
 TEXTS = "texts"  # a stage
@@ -57,21 +57,23 @@ _COPIES = {
         "WHERE p.article NOT IN deleted_articles ORDER BY p.id"
     ),
     "names": "INSERT OR IGNORE INTO names SELECT * FROM old.names WHERE article NOT IN deleted_articles",
-    "images": (
-        "INSERT INTO images SELECT i.id, i.sha256, i.media_type, l.id, i.attribution, i.lead FROM old.images i "
-        "JOIN old.licences o ON o.id = i.licence JOIN licences l ON l.name = o.name "
-        "WHERE i.id NOT IN deleted_images ORDER BY i.id"
-    ),
+    "images": "INSERT INTO images SELECT * FROM old.images WHERE id NOT IN deleted_images ORDER BY id",
     "pixels": "INSERT INTO pixels SELECT * FROM old.pixels WHERE image NOT IN deleted_images ORDER BY image",
     # known = 0: there is no earlier segment that a caption could have been embedded with
     "links": (
-        "INSERT INTO links SELECT image, article, position, caption, 0 FROM old.links "
-        "WHERE image NOT IN deleted_images AND article NOT IN deleted_articles"
+        "INSERT INTO links SELECT k.image, k.article, k.position, k.caption, 0, l.id, k.attribution FROM old.links k "
+        "JOIN old.licences o ON o.id = k.licence JOIN licences l ON l.name = o.name "
+        "WHERE k.image NOT IN deleted_images AND k.article NOT IN deleted_articles"
     ),
     "skipped": (
         "INSERT INTO skipped SELECT * FROM old.skipped WHERE true "
-        "ON CONFLICT (reason) DO UPDATE SET count = count + excluded.count"
+        "ON CONFLICT (reason, kind) DO UPDATE SET count = count + excluded.count"
     ),
+    "items": (
+        "INSERT INTO items SELECT * FROM old.items WHERE true "
+        "ON CONFLICT (kind) DO UPDATE SET present = present + excluded.present, used = used + excluded.used"
+    ),
+    "notices": "INSERT OR IGNORE INTO notices SELECT * FROM old.notices",
 }
 OnCopy = Callable[[int, int], None]  # called with (tables copied, tables in total)
 
@@ -104,7 +106,7 @@ def copy_live_rows(path: Path, stores: Sequence[Path], articles: Ids, images: Id
         for number, store in enumerate(stores):
             _copy_segment(db, store, number * len(_COPIES), len(stores) * len(_COPIES), on_copy)
         with db.atomic():
-            create_word_index(db)
+            finish_tables(db)
         return Counts(*db.execute("SELECT articles, paragraphs, images FROM counted").fetchone())
     finally:
         db.close()
@@ -146,6 +148,7 @@ def compact(folder: Path, encoder: Encoder | None, options: PackOptions | None =
     with modify_pack(folder) as parent, full_disk_as(folder, PackError):
         encoders = Encoders(encoder, text_encoder)
         check_encoders(parent, encoders)
+        Store.open(folder, parent.segments).close()  # raises for a segment of another schema
         prune(folder, parent)
         (folder / BUILD).mkdir()
         articles, images = read_tombstones(folder, parent)

@@ -65,7 +65,7 @@ from gog_edge.retrieval.manifest import (
 )
 from gog_edge.retrieval.pack import open_shards, read_tombstones
 from gog_edge.retrieval.text.encoder import TextEncoder
-from gog_edge.retrieval.text.segment import SegmentReader
+from gog_edge.retrieval.text.segment import STORE_SCHEMA, SegmentReader
 from gog_edge.retrieval.text.store import paragraphs_of
 from gog_edge.retrieval.vectors.faiss_index import VectorIndex
 from gog_edge.retrieval.vectors.shards import Ids, VectorShards
@@ -133,7 +133,8 @@ class GenerationBuilder:
 
     def _start_or_resume(self) -> None:
         settings = {
-            "generation": self.number, "name": self.name, "snapshot": asdict(self.snapshot),
+            "store_schema": STORE_SCHEMA, "generation": self.number, "name": self.name,
+            "snapshot": asdict(self.snapshot),
             **self.encoders.to_json(),
             "options": asdict(self.options),
         }  # fmt: skip
@@ -237,7 +238,7 @@ class GenerationBuilder:
             return space
         measured = self.folder / BUILD / f"index-{kind}.json"
         if measured.is_file():
-            return Space(space.shards, IndexEntry(**read_json(measured, what="pack", error=PackError)))
+            return Space(space.shards, IndexEntry.from_json(read_json(measured, what="pack", error=PackError)))
         options = self.options
         entry = build_index(
             self.folder, f"index/{self.number:06d}-{kind}.faiss", self._open_shards(kind, space), queries,
@@ -284,7 +285,7 @@ class GenerationBuilder:
                 paragraphs = paragraphs_of(readers, articles.tolist())
                 spaces = self._build_indexes(spaces, readers, images, paragraphs, on_progress)
                 counts = live_counts(readers, articles, images)
-                report = write_report(self.folder, self.number, new.skipped())
+                report = write_report(self.folder, self.number, new.report())
             finally:
                 new.close()
             parent = self.parent

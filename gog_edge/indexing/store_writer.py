@@ -14,14 +14,14 @@ from sqlite_utils import Database
 
 from gog_edge.errors import PackError
 from gog_edge.files import full_disk_as
-from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord, RedirectRecord, Skipped
+from gog_edge.indexing.sources.base import ArticleRecord, ImageRecord, RedirectRecord, Skipped, Used
+from gog_edge.indexing.store_report import MAX_EXAMPLES, ReportWriter
+from gog_edge.indexing.word_index import OnRows, create_word_index
 from gog_edge.retrieval.manifest import Counts, IdRange, Segment
 from gog_edge.retrieval.text.segment import STORE_SCHEMA, SegmentReader
 from gog_edge.retrieval.text.tokens import name_key
 
 MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}  # by first bytes
-COMMON_PARAGRAPHS = 256  # terms of at least so many paragraphs have a stored count: counting them takes long
-MAX_EXAMPLES = 20  # stored per reason for skipping
 PARAGRAPH_SEPARATOR = 2  # characters: the blank line between two paragraphs of an article's text
 MAX_CACHED_IDS = 100_000  # of section titles and licences
 
@@ -35,29 +35,25 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...] | None]] = {
     "sections": ({"id": int, "title": str}, "id"),
     "paragraphs": ({"id": int, "article": int, "section": int, "start": int, "text": str}, "id"),
     "names": ({"key": str, "article": int, "redirect": int, "name": str}, ("key", "redirect", "article")),
-    "images": ({"id": int, "sha256": bytes, "media_type": str, "licence": int, "attribution": str, "lead": int}, "id"),
+    "images": ({"id": int, "sha256": bytes, "media_type": str, "lead": int}, "id"),
     "pixels": ({"image": int, "data": bytes}, "image"),
     # known: the caption was embedded with an earlier segment
-    "links": ({"image": int, "article": int, "position": int, "caption": str, "known": int}, ("image", "article")),
-    "skipped": ({"reason": str, "count": int, "examples": str}, "reason"),
+    "links": ({"image": int, "article": int, "position": int, "caption": str, "known": int, "licence": int,
+               "attribution": str}, ("image", "article")),
+    # kind: of item; empty for parts of items
+    "skipped": ({"reason": str, "kind": str, "count": int, "examples": str}, ("reason", "kind")),
+    "items": ({"kind": str, "present": int, "used": int}, "kind"),
+    "notices": ({"text": str, "number": int}, "text"),
     # kept: articles of earlier segments that this segment's snapshot contains unchanged
     "kept": ({"key": str, "article": int}, "key"),
     "build_chunks": ({"number": int}, "number"),
-    "build_redirects": ({"key": str, "name": str, "article": str}, None),
+    "build_redirects": ({"key": str, "name": str, "article": str, "kind": str}, None),
+    "build_files": ({"kind": str, "item": str, "rank": int, "reason": str}, ("kind", "item")),
 }  # fmt: skip
 UNIQUE_COLUMNS = {"licences": "name", "articles": "key", "sections": "title", "images": "sha256"}
-WITHOUT_ROWID = ("names", "links", "kept")
-BUILD_TABLES = ("build_chunks", "build_redirects")  # dropped when the segment is finished
+WITHOUT_ROWID = ("names", "links", "kept", "build_files")
+BUILD_TABLES = ("build_chunks", "build_redirects", "build_files")  # dropped when the segment is finished
 
-_PASSAGES = (
-    "SELECT p.id AS id, a.title AS title, s.title AS section, p.text AS text FROM paragraphs p "
-    "JOIN articles a ON a.id = p.article JOIN sections s ON s.id = p.section"
-)
-# An external content table (https://sqlite.org/fts5.html#external_content_tables): the texts are stored once.
-_WORDS = (
-    "CREATE VIRTUAL TABLE words USING fts5(title, section, text, content='passages', content_rowid='id', "
-    "tokenize='porter unicode61 remove_diacritics 2')"
-)
 _COUNTED = (
     "CREATE TABLE counted AS SELECT (SELECT count(*) FROM articles) AS articles, "
     "(SELECT count(*) FROM paragraphs) AS paragraphs, (SELECT count(*) FROM images) AS images"
@@ -84,18 +80,15 @@ def _create_table(db: Database, name: str, columns: dict[str, type], primary_key
     db.execute(f"{sql.strip().rstrip(';')} WITHOUT ROWID" if name in WITHOUT_ROWID else sql)
 
 
-def create_word_index(db: Database) -> None:
-    """Build the FTS5 index over all paragraphs and the counts that readers use. Call it in a transaction."""
+def finish_tables(db: Database, *, stems: bool | None = None, on_rows: OnRows | None = None) -> None:
+    """Build what readers use besides the rows: the word index and the counts. Call it in a transaction.
+
+    Args:
+        db: a segment with its rows.
+        stems, on_rows: as in `create_word_index`.
+    """
     db.table("links").create_index(["article", "image"], index_name="links_by_article")
-    db.create_view("passages", _PASSAGES)
-    db.execute(_WORDS)  # sqlite-utils cannot create an FTS5 table over a view
-    db.execute("INSERT INTO words(words, rank) VALUES ('rank', 'bm25(0.5, 1.0, 1.0)')")
-    for command in ("rebuild", "optimize"):
-        db.execute("INSERT INTO words(words) VALUES (?)", [command])
-    db.execute("CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab('main', 'words', 'row')")
-    db.execute("CREATE TABLE common (term TEXT PRIMARY KEY, paragraphs INTEGER NOT NULL) WITHOUT ROWID")
-    db.execute("INSERT INTO common SELECT term, doc FROM temp.vocabulary WHERE doc >= ?", [COMMON_PARAGRAPHS])
-    db.execute("DROP TABLE temp.vocabulary")
+    create_word_index(db, stems=stems, on_rows=on_rows)
     db.execute(_COUNTED)
     for name in BUILD_TABLES:
         db.table(name).drop()
@@ -105,10 +98,14 @@ def create_word_index(db: Database) -> None:
 # --- the writer ---------------------------------------------------------------------------------
 
 _KEY_EXISTS = "SELECT (SELECT count(*) FROM articles WHERE key = ?) + (SELECT count(*) FROM kept WHERE key = ?)"
-_COUNT_SKIPPED = (
-    "INSERT INTO skipped VALUES (?, 1, ?) ON CONFLICT (reason) DO UPDATE SET count = count + 1, "
-    "examples = excluded.examples"
+# A redirect to a redirect gets the target of that one.
+_FOLLOW_REDIRECTS = (
+    "UPDATE build_redirects AS r SET article = (SELECT b.article FROM build_redirects b WHERE b.name = r.article) "
+    "WHERE EXISTS (SELECT 1 FROM build_redirects b WHERE b.name = r.article) "
+    "AND NOT EXISTS (SELECT 1 FROM articles a WHERE a.key = r.article) "
+    "AND NOT EXISTS (SELECT 1 FROM kept s WHERE s.key = r.article)"
 )
+_MAX_REDIRECTS = 4  # in a row
 _RESOLVE_REDIRECTS = (
     "INSERT OR IGNORE INTO names (key, article, redirect, name) SELECT r.key, a.id, 1, r.name FROM build_redirects r "
     "JOIN articles a ON a.key = r.article WHERE NOT EXISTS "
@@ -168,6 +165,7 @@ class StoreWriter:
                 with self._db.atomic():
                     create_tables(self._db)
         self._db.execute("PRAGMA synchronous = NORMAL")
+        self.report = ReportWriter(self._db)
         self._article = self._next_id("articles", self._first.article)
         self._paragraph = self._next_id("paragraphs", self._first.paragraph)
         self._image = self._next_id("images", self._first.image)
@@ -242,7 +240,7 @@ class StoreWriter:
     def add_redirect(self, record: RedirectRecord) -> None:
         """Write a redirect, whose article may be added later. A name without a word is ignored."""
         if name_key(record.name):
-            self._add_rows("build_redirects", [(name_key(record.name), record.name, record.article)])
+            self._add_rows("build_redirects", [(name_key(record.name), record.name, record.article, record.kind)])
 
     def _unchanged(self, key: str, digest: bytes) -> int | None:
         """Return the id of the live article of this key if its digest is the same."""
@@ -288,11 +286,10 @@ class StoreWriter:
         image = self._find_image(digest)
         if image is None:
             image = self._image
-            row = (image, digest, kind, self._licence(record.licence), record.attribution, int(record.lead))
-            self._db.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", row)
+            self._db.execute("INSERT INTO images VALUES (?, ?, ?, ?)", (image, digest, kind, int(record.lead)))
             self._add_rows("pixels", [(image, record.data)])
             self._image += 1
-        self._link(image, [article for article in articles if article is not None], record.caption)
+        self._link(image, [article for article in articles if article is not None], record)
         return image
 
     def _find_article(self, key: str) -> int | None:
@@ -311,15 +308,16 @@ class StoreWriter:
             return int(found[0])
         return next((image for reader in self._earlier if (image := reader.image_by_digest(digest)) is not None), None)
 
-    def _link(self, image: int, articles: Sequence[int], caption: str) -> None:
+    def _link(self, image: int, articles: Sequence[int], record: ImageRecord) -> None:
         position = int(self._value("SELECT count(*) FROM links WHERE image = ?", image))
         embedded = self._embedded_captions(image)
         for number, article in enumerate(articles):
             if article < self._first.article:
                 continue  # an unchanged article of an earlier segment has its links
-            known = int((caption or self._title(article)) in embedded)
-            self._db.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?, ?, ?)",
-                             (image, article, position + number, caption, known))
+            known = int((record.caption or self._title(article)) in embedded)
+            row = (image, article, position + number, record.caption, known, self._licence(record.licence),
+                   record.attribution)
+            self._db.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def _embedded_captions(self, image: int) -> set[str]:
         """Return the texts that were embedded as captions of an image with earlier segments."""
@@ -334,20 +332,7 @@ class StoreWriter:
     def _title(self, article: int) -> str:
         return str(self._db.execute("SELECT title FROM articles WHERE id = ?", [article]).fetchone()[0])
 
-    # --- skipped records and the end ----------------------------------------------------------
-
-    def skip(self, skipped: Skipped) -> None:
-        """Count a record that is left out."""
-        row = self._db.execute("SELECT examples FROM skipped WHERE reason = ?", [skipped.reason]).fetchone()
-        examples = json.loads(row[0]) if row else []
-        if len(examples) < MAX_EXAMPLES:
-            examples.append(skipped.item[:300])
-        self._db.execute(_COUNT_SKIPPED, (skipped.reason, json.dumps(examples, ensure_ascii=False)))
-
-    def skipped_reasons(self) -> str:
-        """Return the reasons for skipping with their counts, the most frequent first."""
-        rows = self._db.execute("SELECT reason, count FROM skipped ORDER BY count DESC")
-        return ", ".join(f"{reason}: {count}" for reason, count in rows)
+    # --- the end ------------------------------------------------------------------------------
 
     def finish(self, store: str) -> Segment:
         """Build the word index and close the file.
@@ -361,9 +346,10 @@ class StoreWriter:
             if not self.finished:
                 with self._db.atomic():
                     self._resolve_redirects()
+                    self.report.count_files()
                 self._db.disable_wal()  # a write-ahead log would contain the whole word index a second time
                 with self._db.atomic():
-                    create_word_index(self._db)
+                    finish_tables(self._db, stems=self._earlier[0].stems() if self._earlier else None)
             self._db.disable_wal()
             self._shrink()
         counts = self.counts
@@ -377,16 +363,22 @@ class StoreWriter:
         )
 
     def _resolve_redirects(self) -> None:
+        self._db.table("build_redirects").create_index(["name"], if_not_exists=True)
+        for _ in range(_MAX_REDIRECTS):
+            if not self._db.execute(_FOLLOW_REDIRECTS).rowcount:
+                break
         self._db.execute(_RESOLVE_REDIRECTS)
         earlier = [(key, article, name) for key, article, name in self._db.execute(_REDIRECTS_TO_EARLIER)
                    if all(match.article != article for reader in self._earlier for match in reader.find_names([key]))]
         for row in earlier:
             self._db.execute("INSERT OR IGNORE INTO names (key, article, redirect, name) VALUES (?, ?, 1, ?)", row)
-        unresolved = self._value(f"SELECT count(*) {_UNRESOLVED}")
-        if unresolved:
-            names = [row[0] for row in self._db.execute(f"SELECT r.name {_UNRESOLVED} LIMIT {MAX_EXAMPLES}")]
-            self._db.execute("INSERT OR REPLACE INTO skipped VALUES ('redirect to a missing article', ?, ?)",
-                             (unresolved, json.dumps(names, ensure_ascii=False)))
+        missing = dict(self._db.execute(f"SELECT r.kind, count(*) {_UNRESOLVED} GROUP BY r.kind"))
+        for kind, count in self._db.execute("SELECT kind, count(*) FROM build_redirects GROUP BY kind").fetchall():
+            sql = f"SELECT r.name {_UNRESOLVED} AND r.kind = ? LIMIT {MAX_EXAMPLES}"
+            names = [row[0] for row in self._db.execute(sql, [kind])] if kind in missing else []
+            self.report.skip_all("redirect to a missing article", kind, missing.get(kind, 0), names)
+            if kind:
+                self.report.write(Used(kind, "", count=count - missing.get(kind, 0)))
 
     def _shrink(self) -> None:
         """Rewrite the file if more than a tenth of its pages is unused."""

@@ -8,6 +8,8 @@ paragraphs. Each channel ranks articles; scores of different channels do not com
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,10 +18,10 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gog_edge.retrieval.pack import Pack
+from gog_edge.retrieval.pack import Pack, WordPack
 from gog_edge.retrieval.text.segment import NameMatch, ParagraphMatch
 from gog_edge.retrieval.text.store import ImageRow
-from gog_edge.retrieval.text.tokens import search_terms, tokenize, word_spans
+from gog_edge.retrieval.text.tokens import name_spans, replace_spans, search_terms, split_units, tokenize
 from gog_edge.retrieval.vectors.shards import Ids
 from gog_edge.types import ChannelRank, Vectors
 
@@ -330,7 +332,7 @@ class _ParsedQuery:
     named: tuple[int, ...]  # articles whose full name is in the query
 
 
-def rank_articles(pack: Pack, text: str) -> WordRanking:
+def rank_articles(pack: WordPack, text: str) -> WordRanking:
     """Rank articles by the BM25 score of their best paragraph, then the first few by how many terms they contain."""
     query = _parse_query(pack, text)
     grouped: dict[int, list[ParagraphMatch]] = {}
@@ -401,37 +403,38 @@ def fuse_paragraphs(words: Sequence[int], dense: Sequence[int]) -> tuple[int, ..
     return tuple(paragraph for _, paragraph in fuse(Ranking("", rank_keys(own)) for own in keys))
 
 
-def _parse_query(pack: Pack, text: str) -> _ParsedQuery:
+def _parse_query(pack: WordPack, text: str) -> _ParsedQuery:
     """Recognise titles and redirects in a query, longest first and without overlap; redirects become titles."""
-    words = tokenize(text)
-    spans = word_spans(words)
-    names = [name for name in pack.store.find_names(spans) if _is_mentioned(name, words, spans)]
+    units = split_units(tokenize(text))
+    spans = name_spans(units)
+    names = [name for name in pack.store.find_names(spans) if _is_mentioned(name, text, len(units))]
     titles = pack.store.titles({name.article for name in names})
-    used: set[int] = set()
     named: dict[int, None] = {}
-    replaced: dict[int, list[str]] = {}  # first position of a span -> words that replace the span
-    for key in sorted({name.key for name in names}, key=lambda key: (-key.count(" "), spans[key][0])):
+    replaced: dict[tuple[int, int], list[str]] = {}  # spans of names -> words that replace them
+    for key in sorted({name.key for name in names}, key=lambda key: _longest_first(spans[key][0])):
         same_key = [name for name in names if name.key == key]
         same_key = [name for name in same_key if not name.redirect] or same_key
         for start, stop in spans[key]:
-            if used.isdisjoint(range(start, stop)):
-                used.update(range(start, stop))
+            if all(stop <= other[0] or other[1] <= start for other in replaced):
                 named.update(dict.fromkeys(name.article for name in same_key))
-                replaced[start] = [word for name in same_key for word in tokenize(titles[name.article])]
-    terms: list[str] = []
-    for position, word in enumerate(words):
-        terms += replaced.get(position, [] if position in used else [word])
-    return _ParsedQuery(search_terms(terms), tuple(named))
+                replaced[start, stop] = [word for name in same_key for word in tokenize(titles[name.article])]
+    words = replace_spans(units, replaced, lambda term: pack.store.frequency(term) > 0)
+    return _ParsedQuery(search_terms(words), tuple(named))
 
 
-def _is_mentioned(name: NameMatch, words: Sequence[str], spans: dict[str, list[tuple[int, int]]]) -> bool:
+def _longest_first(span: tuple[int, int]) -> tuple[int, int]:
+    start, stop = span
+    return start - stop, start
+
+
+def _is_mentioned(name: NameMatch, text: str, units: int) -> bool:
     """Return whether a name counts: a code ('IT') must be in capitals ('is it' is no match) or the whole query."""
-    if len(name.name) > MAX_CODE_CHARS or not name.name.isupper() or len(words) == 1:
+    if len(name.name) > MAX_CODE_CHARS or not name.name.isupper() or units == 1:
         return True
-    return any(" ".join(words[start:stop]) == name.name for start, stop in spans[name.key])
+    return re.search(rf"(?<!\w){re.escape(name.name)}(?!\w)", unicodedata.normalize("NFKC", text)) is not None
 
 
-def _rarities(pack: Pack, terms: Sequence[str]) -> dict[str, float]:
+def _rarities(pack: WordPack, terms: Sequence[str]) -> dict[str, float]:
     """Return the idf of each term that the pack contains, relative to a term in no paragraph: 0 to 1."""
     size = pack.manifest.counts.paragraphs + 1.0
     counts = {term: pack.store.frequency(term) for term in terms}

@@ -81,6 +81,18 @@ class SpaceIndex(Protocol):
         """Release threads and memory. No search may be running."""
 
 
+class WordPack(Protocol):
+    """What a search of words needs of a pack."""
+
+    @property
+    def store(self) -> Store:
+        """Return the open store."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Return the manifest."""
+
+
 # Arguments: manifest, "images", "captions" or "paragraphs", deleted ids of this kind.
 IndexOpener: TypeAlias = Callable[[Manifest, str, Ids], SpaceIndex]
 # Arguments: vectors of the space, deleted ids.

@@ -274,11 +274,22 @@ class Retriever:
                 break
             if key not in seen:
                 own = group_of.get(key)
-                keys = tuple(dict.fromkeys((key, *own.keys))) if own else (key,)
+                keys = _sharing_keys(key, own) if own else (key,)
                 seen.update(keys)
                 count = min(later_passages, passages) if selected else passages
                 selected.append(_Selection(keys, own.best if own else None, score, channel_ranks(key, rankings), count))
         return selected
+
+
+def _sharing_keys(key: ArticleKey, group: MatchGroup) -> tuple[ArticleKey, ...]:
+    """Return an article and the others of a group of images, without those that show the best image under other terms.
+
+    Articles of one evidence are cited with one licence and attribution of their image.
+    """
+    row = group.best.row
+    terms = {(group.best.pack.name, link.article): (link.licence, link.attribution) for link in row.links}
+    own = terms.get(key, next(iter(terms.values()), ("", "")))
+    return tuple(dict.fromkeys((key, *(other for other in group.keys if terms.get(other, own) == own))))
 
 
 def _top_articles(rankings: Sequence[Ranking]) -> frozenset[ArticleKey]:
@@ -324,11 +335,13 @@ def _build_evidence(packs: Mapping[str, Pack], selected: Sequence[_Selection],
         images |= _keyed(name, _main_images(pack, _ids(name, (one.keys[0] for one in own if one.match is None))))
         rows = pack.store.paragraphs(_ids(name, (paragraph for keys in chosen for paragraph in keys)))
         passages |= _keyed(name, {number: _passage(pack, row) for number, row in rows.items()})
+    for name, paragraph in (key for keys in chosen for key in keys if key not in passages):
+        raise PackError(f"pack '{name}': the paragraph {paragraph} is missing from the store; build the pack again")
     return tuple(
         Evidence(
             titles=tuple(dict.fromkeys(titles[key] for key in one.keys)),
             passages=tuple(passages[paragraph] for paragraph in keys),
-            image=_image_ref(one.match.pack, one.match.row) if one.match else images.get(one.keys[0]),
+            image=_matched_image(one.match, one.keys) if one.match else images.get(one.keys[0]),
             score=one.score,
             ranks=one.ranks,
         )
@@ -361,7 +374,7 @@ def _round_robin(per_article: Sequence[Sequence[_ParagraphKey]], count: int) -> 
 def _main_images(pack: Pack, articles: Sequence[int]) -> dict[int, ImageRef]:
     images = pack.main_images(articles) if articles else {}
     rows = pack.store.images(list(images.values()))
-    return {article: _image_ref(pack, rows[image]) for article, image in images.items()}
+    return {article: _image_ref(pack, rows[image], article) for article, image in images.items()}
 
 
 def _ids(name: str, keys: Iterable[tuple[str, int]]) -> list[int]:
@@ -373,8 +386,16 @@ def _keyed(name: str, values: Mapping[int, _T]) -> dict[tuple[str, int], _T]:
     return {(name, number): value for number, value in values.items()}
 
 
-def _image_ref(pack: Pack, row: ImageRow) -> ImageRef:
-    return ImageRef(pack.name, row.id, row.caption, row.licence, row.attribution)
+def _matched_image(match: Candidate, keys: Sequence[ArticleKey]) -> ImageRef:
+    """Return the stored image that matched, as the first of some articles shows it."""
+    article = next((article for name, article in keys if name == match.pack.name), -1)
+    return _image_ref(match.pack, match.row, article)
+
+
+def _image_ref(pack: Pack, row: ImageRow, article: int) -> ImageRef:
+    link = row.link_to(article)
+    licence, attribution = (link.licence, link.attribution) if link else ("", "")
+    return ImageRef(pack.name, row.id, (link.caption if link else "") or row.caption, licence, attribution)
 
 
 def _passage(pack: Pack, row: ParagraphRow) -> Passage:

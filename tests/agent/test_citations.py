@@ -83,3 +83,21 @@ def test_without_a_search_there_is_nothing_to_cite():
 )
 def test_normalisation(text, normalized):
     assert normalize_answer(text) == normalized
+
+
+@pytest.mark.parametrize(("answer", "passage"), [
+    ("柏林", "德國的首都是柏林。"), ("베를린", "베를린은 독일의 수도이다."), ("Ελλάδα", "Η ΕΛΛΆΔΑ, χώρα."),
+    ("बर्लिन", "राजधानी बर्लिन है।"), ("กรุงเทพ", "เมืองหลวงคือกรุงเทพฯ"), ("1234.5", "المساحة ١٬٢٣٤٫٥ كم"),
+    ("ألمانيا", "برلين في المانيا."), ("東京", "ﾄｳｷｮｳ（東京）は"), ("пʼять", "Їх п'ять."),
+    ("Côte d’Ivoire", "Co\u0302te d'Ivoire is a country."), ("東京 2020", "これは東京2020です"),
+])  # fmt: skip
+def test_an_answer_is_found_in_every_script(answer, passage):
+    assert cited(find_sources(answer, [result(passage)])) == [passage]
+
+
+@pytest.mark.parametrize(("answer", "passage"), [
+    ("लन", "राजधानी बर्लिन है।"), ("がら", "からの"), ("3", "It has 3.5 million people."), ("йод", "иод"),
+    ("柏林", "柏、林"), ("20", "東京2020"),
+])  # fmt: skip
+def test_an_answer_is_not_found_in_other_words(answer, passage):
+    assert cited(find_sources(answer, [result(passage)])) == []

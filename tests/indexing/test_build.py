@@ -49,7 +49,8 @@ def test_a_pack_is_built_from_a_snapshot(tmp_path, tiny_encoder):
     assert titles == ("Norway", "Svalbard")
     assert best_evidence(tmp_path / "pack", tiny_encoder, TextQuery("Hispania"))[0] == ("Spain",)
     report = json.loads((tmp_path / "pack" / manifest.report).read_text())
-    assert report["skipped"] == [{"reason": "redirect to a missing article", "count": 1, "examples": ["Atlantis"]}]
+    assert report["skipped"] == [
+        {"reason": "redirect to a missing article", "kind": "", "count": 1, "examples": ["Atlantis"]}]
 
 
 def test_worker_processes_yield_the_same_rows(tmp_path, tiny_encoder):

@@ -176,12 +176,12 @@ def test_skipped_records_are_added_up_over_all_segments(tmp_path):
         with writer.chunk(0):
             writer.add_article(ArticleRecord(f"Place {number}", (("", "It is there."),), "CC0"))
             for one in range(2 + number):
-                writer.skip(Skipped("image does not decode", f"{number}-{one}.png"))
+                writer.report.write(Skipped("image does not decode", f"{number}-{one}.png"))
         writers.append(writer.finish(f"{number}.sqlite"))
     stores = [tmp_path / segment.store for segment in writers]
     copy_live_rows(tmp_path / "one.sqlite", stores, np.empty(0, np.int64), np.empty(0, np.int64))
     reader = SegmentReader.open(tmp_path / "one.sqlite")
-    assert [(reason, count) for reason, count, _ in reader.skipped()] == [("image does not decode", 5)]
+    assert [(one["reason"], one["count"]) for one in reader.report()["skipped"]] == [("image does not decode", 5)]
     reader.close()
 
 

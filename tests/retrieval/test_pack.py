@@ -104,7 +104,7 @@ def test_another_store_schema_is_refused(copied, tiny_encoder):
         db.execute("PRAGMA user_version = 77")
     db.close()
     rewrite(copied)
-    refused(copied, tiny_encoder, "schema 2, got 77")
+    refused(copied, tiny_encoder, "schema 3, got 77; update gog_edge")
 
 
 def test_a_store_that_is_not_a_database_is_refused(copied, tiny_encoder):

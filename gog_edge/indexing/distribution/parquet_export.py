@@ -143,8 +143,8 @@ def _columns(manifest: Manifest, store: Store, ids: Ids, vectors: Vectors, first
         "articles": [image.articles for image in images],
         "titles": [image.titles for image in images],
         "caption": [image.caption for image in images],
-        "licence": [image.licence for image in images],
-        "attribution": [image.attribution for image in images],
+        "licence": [image.links[0].licence if image.links else "" for image in images],  # of the main article
+        "attribution": [image.links[0].attribution if image.links else "" for image in images],
         "snapshot": [manifest.snapshot.uuid] * len(ids),
     }  # fmt: skip
 

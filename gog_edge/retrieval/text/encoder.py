@@ -5,20 +5,22 @@ The graph returns the hidden state of every token. Pooling and normalisation fol
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Le
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gog_edge.engines.base import Floats, GraphEngine
 from gog_edge.engines.onnx.session import CPU_PROVIDERS, OrtGraph
 from gog_edge.errors import ArtifactError
-from gog_edge.files import MODEL_MANIFEST, read_json, verify_files
+from gog_edge.files import MODEL_MANIFEST, FileEntry, open_tokenizer, read_json, verify_files
 from gog_edge.retrieval.manifest import Fingerprint
+from gog_edge.tables import build, shown
 from gog_edge.types import Vectors
 
 SCHEMA = 1
@@ -27,6 +29,7 @@ GRAPH, TOKENIZER = "model.onnx", "tokenizer.json"
 POOLINGS = ("mean", "cls")  # over the tokens: their mean, or the first one
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 MIN_TOKENS = 4  # of one text: the special tokens and at least one other
+MAX_TOKENS = 131_072  # of one text
 MAX_BATCH = 64  # texts per run of the graph
 MAX_BATCH_TOKENS = 1_024  # padded tokens per run; the activations of larger batches exceed the CPU caches
 
@@ -35,12 +38,22 @@ MAX_BATCH_TOKENS = 1_024  # padded tokens per run; the activations of larger bat
 class TextEncoderSpec:
     """How texts are tokenized and pooled."""
 
-    max_tokens: int  # of one text, with special tokens; longer texts are truncated
-    pad_id: int
-    inputs: tuple[str, ...]  # of the graph, some of INPUTS
-    pooling: str  # one of POOLINGS
+    # of one text, with special tokens; longer texts are truncated
+    max_tokens: Annotated[int, Ge(MIN_TOKENS), Le(MAX_TOKENS)]
+    pad_id: Annotated[int, Ge(0), Le(2**31 - 1)]
+    inputs: tuple[Literal["input_ids", "attention_mask", "token_type_ids"], ...]  # of the graph
+    pooling: Literal["mean", "cls"]
     query_prefix: str  # of every query, for example "query: " of E5
     passage_prefix: str
+    normalize: Literal[True] = True  # vectors have unit length
+
+
+@dataclass(frozen=True, slots=True)
+class _ManifestTable:
+    """The fields of the manifest that are read besides those of `Fingerprint`."""
+
+    text: TextEncoderSpec
+    files: tuple[FileEntry, ...]
 
 
 class TextEncoder:
@@ -74,17 +87,16 @@ class TextEncoder:
         if manifest.get("kind") != KIND or manifest.get("schema") != SCHEMA:
             raise ArtifactError(
                 f"text encoder: the manifest of '{folder}' must have kind '{KIND}' and schema {SCHEMA}, got "
-                f"{manifest.get('kind')!r} and {manifest.get('schema')!r}; export it again with this version"
+                f"{shown(manifest.get('kind'))} and {shown(manifest.get('schema'))}; export it again with this version"
             )
-        try:
-            fingerprint = Fingerprint.from_json(manifest)
-            spec = parse_text_spec(manifest["text"])
-            verify_files(folder, manifest["files"], what="text encoder")
-        except (KeyError, TypeError, ValueError) as exc:
-            raise ArtifactError(
-                f"text encoder: invalid manifest in '{folder}' ({exc!r}); export it again"
-            ) from exc
-        tokenizer = open_tokenizer(folder / TOKENIZER)
+        where = f"text encoder: invalid manifest in '{folder}'; export it again"
+        fingerprint = Fingerprint.from_json(manifest, where=where)
+        table = build(_ManifestTable, manifest, "", error=ArtifactError, where=where, known_only=True)
+        spec = table.text
+        if not set(INPUTS[:2]) <= set(spec.inputs):
+            raise ArtifactError(f"{where}: [text] 'inputs' must include {' and '.join(INPUTS[:2])}, got {spec.inputs}")
+        verify_files(folder, table.files, what="text encoder")
+        tokenizer = open_tokenizer(folder / TOKENIZER, what="text encoder")
         # Threads that spin while they wait would take cores from a policy that generates at the same time.
         graph = OrtGraph(folder / GRAPH, threads=threads, providers=providers, spinning=False)
         return cls(fingerprint, spec, graph, tokenizer)
@@ -124,7 +136,11 @@ class TextEncoder:
                 f"text encoder '{self.fingerprint.name}': the graph must return {(*ids.shape, self.dim)}, got "
                 f"{hidden.shape}; export it again"
             )
-        return unit(pool(hidden, mask, self.spec.pooling))
+        vectors = unit(pool(hidden, mask, self.spec.pooling))
+        if not np.isfinite(vectors).all():
+            raise ArtifactError(f"text encoder '{self.fingerprint.name}': a vector is not finite; export or copy it "
+                                "again")  # fmt: skip
+        return vectors
 
 
 def pool(hidden: NDArray[Any], mask: NDArray[np.int64], pooling: str) -> Floats:
@@ -157,40 +173,6 @@ def batches_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
         batch.append(place)
     if batch:
         yield batch
-
-
-def open_tokenizer(path: Path, error: type[ArtifactError] = ArtifactError) -> Tokenizer:
-    """Read a tokenizer.json. Raises `error` if the tokenizers library cannot read it."""
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as exc:  # the library raises Exception itself
-        raise error(f"text encoder: cannot read '{path}' as a tokenizer ({exc}); copy or export it again") from exc
-
-
-def parse_text_spec(raw: Mapping[str, Any]) -> TextEncoderSpec:
-    """Parse the field `text` of a manifest.
-
-    Raises:
-        KeyError, TypeError, ValueError: A field is missing, has another type, or is out of range.
-    """
-    pooling, inputs = str(raw["pooling"]), tuple(str(name) for name in raw["inputs"])
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got '{pooling}'")
-    if not set(INPUTS[:2]) <= set(inputs) <= set(INPUTS):
-        raise ValueError(f"inputs must be {', '.join(INPUTS[:2])} and at most {INPUTS[2]}, got {', '.join(inputs)}")
-    if raw["normalize"] is not True:
-        raise ValueError(f"normalize must be true, got {raw['normalize']!r}")
-    max_tokens = int(raw["max_tokens"])
-    if max_tokens < MIN_TOKENS:
-        raise ValueError(f"max_tokens must be at least {MIN_TOKENS}, got {max_tokens}")
-    return TextEncoderSpec(
-        max_tokens=max_tokens,
-        pad_id=int(raw["pad_id"]),
-        inputs=inputs,
-        pooling=pooling,
-        query_prefix=str(raw["query_prefix"]),
-        passage_prefix=str(raw["passage_prefix"]),
-    )
 
 
 def passage_text(title: str, section: str, text: str) -> str:

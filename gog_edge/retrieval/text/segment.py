@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from gog_edge.errors import PackError
 from gog_edge.retrieval.manifest import Counts
-from gog_edge.retrieval.text.tokens import fts5_all, fts5_any
+from gog_edge.retrieval.text.tokens import fold, fts5_all, fts5_any, fts5_word, is_prefix
 
-STORE_SCHEMA = 2  # PRAGMA user_version of a finished store; 0 while it is being written
-SECTION_COLUMN = 1  # of the FTS5 table `words`, whose columns are title, section and text
+# PRAGMA user_version of a finished store; 0 while it is being written. Schema 2 had words that were folded otherwise.
+STORE_SCHEMA = 3
+REINDEXED_SCHEMA = 2  # that `gog-edge pack reindex` converts
 MAX_NAMES_SCANNED = 64  # by `redirects_from`
 # All connections are opened at once: the file may be deleted later, when newer generations have replaced this one.
 CONNECTIONS = 4
@@ -32,17 +33,20 @@ _RANK = (
 )
 # The paragraphs of an article have consecutive ids, so that FTS5 can restrict a search to a range of rows.
 _IN_ARTICLE = "AND rowid BETWEEN (SELECT first FROM articles WHERE id = ?) AND (SELECT last FROM articles WHERE id = ?)"
-# highlight() marks each occurrence; bm25() would count the term over the whole segment on every call.
-_SECTION_COUNTS = (
-    f"SELECT rowid, highlight(words, {SECTION_COLUMN}, '', char(1)) FROM words WHERE words MATCH ? {_IN_ARTICLE}"
+_MATCHES_IN_ARTICLE = f"SELECT rowid FROM words WHERE words MATCH ? {_IN_ARTICLE}"
+_TEXTS_OF_ARTICLE = (
+    "SELECT p.id, a.title, s.title, p.text FROM articles a JOIN paragraphs p ON p.id BETWEEN a.first AND a.last "
+    "JOIN sections s ON s.id = p.section WHERE a.id = ?"
 )
 _UNRANKED = (
     "SELECT f.rowid, p.article, 0.0 FROM (SELECT rowid FROM words WHERE words MATCH ? LIMIT ?) f "
     "JOIN paragraphs p ON p.id = f.rowid"
 )
 _TERM_SCORES = "SELECT rowid, -rank FROM words WHERE words MATCH ?"
-_CONTAINS = f"SELECT 1 FROM words WHERE words MATCH ? {_IN_ARTICLE} LIMIT 1"
 _FREQUENCY = "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ?)"
+_LINKS = (
+    "SELECT image, article, position, caption, name, attribution FROM links JOIN licences ON licences.id = licence"
+)
 _IN_JSON = "IN (SELECT value FROM json_each(?))"  # a list of any length as one parameter
 
 
@@ -85,13 +89,6 @@ class ImageLink:
     article: int
     position: int
     caption: str
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLicence:
-    """Licence and attribution of an image."""
-
-    id: int
     licence: str
     attribution: str
 
@@ -102,6 +99,10 @@ class ImageFile:
 
     data: bytes
     media_type: str
+
+
+# A view in place of a table may compute rows without end.
+_FOREIGN = "SELECT type, name FROM sqlite_master WHERE type NOT IN ('table', 'index') LIMIT 1"
 
 
 class SegmentReader:
@@ -126,12 +127,17 @@ class SegmentReader:
         try:
             reader._connect()
             version = reader._connections[0].execute("PRAGMA user_version").fetchone()[0]
+            foreign = reader._connections[0].execute(_FOREIGN).fetchone()
         except sqlite3.Error as exc:
             reader.close()
             raise PackError(f"pack: '{path}' is not an SQLite database ({exc}); copy or build the pack again") from exc
         if version != STORE_SCHEMA:
             reader.close()
-            raise PackError(f"pack: '{path}' must have store schema {STORE_SCHEMA}, got {version}; build it again")
+            raise PackError(f"pack: '{path}' must have store schema {STORE_SCHEMA}, got {version}; "
+                            f"{_how_to_convert(path, version)}")
+        if foreign is not None:
+            reader.close()
+            raise PackError(f"pack: '{path}' contains the {foreign[0]} '{foreign[1]}', which no pack has; do not use it")
         return reader
 
     def close(self) -> None:
@@ -182,6 +188,8 @@ class SegmentReader:
     def image_file(self, image: int) -> ImageFile | None:
         """Return the stored file of an image, or None if the id is unknown."""
         rows = self._rows("SELECT data, media_type FROM pixels JOIN images ON id = image WHERE image = ?", image)
+        if rows and not isinstance(rows[0][0], bytes):
+            raise PackError(f"pack: '{self._path}' has no file of image {image}; copy or build the pack again")
         return ImageFile(*rows[0]) if rows else None
 
     def image_files(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
@@ -190,26 +198,23 @@ class SegmentReader:
             sql = "SELECT image, data FROM pixels WHERE image BETWEEN ? AND ? ORDER BY image"
             yield from connection.execute(sql, (first, last))
 
-    def image_licences(self, ids: Iterable[int]) -> list[ImageLicence]:
-        """Return licence and attribution of images; ids of other segments are skipped."""
-        sql = ("SELECT images.id, licences.name, attribution FROM images JOIN licences ON licences.id = licence "
-               f"WHERE images.id {_IN_JSON}")
-        return [ImageLicence(*row) for row in self._rows(sql, _json(ids))]
+    def known_images(self, ids: Iterable[int]) -> list[int]:
+        """Return those of some ids that this segment has an image of."""
+        return [row[0] for row in self._rows(f"SELECT id FROM images WHERE id {_IN_JSON}", _json(ids))]
 
     def links_of_images(self, images: Iterable[int]) -> list[ImageLink]:
         """Return this segment's links of images, which may be stored in other segments."""
-        sql = f"SELECT image, article, position, caption FROM links WHERE image {_IN_JSON} ORDER BY image, position"
+        sql = f"{_LINKS} WHERE image {_IN_JSON} ORDER BY image, position"
         return [ImageLink(*row) for row in self._rows(sql, _json(images))]
 
     def links_of_articles(self, articles: Iterable[int]) -> list[ImageLink]:
         """Return this segment's links of articles, by position."""
-        sql = f"SELECT image, article, position, caption FROM links WHERE article {_IN_JSON} ORDER BY position, image"
+        sql = f"{_LINKS} WHERE article {_IN_JSON} ORDER BY position, image"
         return [ImageLink(*row) for row in self._rows(sql, _json(articles))]
 
     def captions(self, after: tuple[int, int], count: int) -> list[ImageLink]:
         """Return the next `count` links after (image, article) whose captions are not embedded yet, in that order."""
-        sql = ("SELECT image, article, position, caption FROM links WHERE (image, article) > (?, ?) AND NOT known "
-               "ORDER BY image, article LIMIT ?")
+        sql = f"{_LINKS} WHERE (image, article) > (?, ?) AND NOT known ORDER BY image, article LIMIT ?"
         return [ImageLink(*row) for row in self._rows(sql, *after, count)]
 
     def titles(self, articles: Iterable[int]) -> dict[int, str]:
@@ -264,10 +269,16 @@ class SegmentReader:
         return int(self._value(f"SELECT coalesce(sum(last - first + 1), 0) FROM articles WHERE id {_IN_JSON}",
                                _json(articles)))
 
-    def skipped(self) -> list[tuple[str, int, list[str]]]:
-        """Return what the build skipped: (reason, count, examples), the most frequent reason first."""
-        rows = self._rows("SELECT reason, count, examples FROM skipped ORDER BY count DESC, reason")
-        return [(reason, count, json.loads(examples)) for reason, count, examples in rows]
+    def report(self) -> dict[str, list[dict[str, Any]]]:
+        """Return what became of the snapshot's items, as JSON: "items" by kind, "skipped" by reason, and "notices"."""
+        skipped = self._rows("SELECT reason, kind, count, examples FROM skipped ORDER BY count DESC, reason, kind")
+        return {
+            "items": [dict(zip(("kind", "present", "used"), row, strict=True))
+                      for row in self._rows("SELECT kind, present, used FROM items ORDER BY kind")],
+            "skipped": [{"reason": reason, "kind": kind, "count": count, "examples": json.loads(examples)}
+                        for reason, kind, count, examples in skipped],
+            "notices": [row[0] for row in self._rows("SELECT text FROM notices ORDER BY number")],
+        }  # fmt: skip
 
     def image_by_digest(self, digest: bytes) -> int | None:
         """Return the id of the image whose file has this sha256, or None."""
@@ -304,19 +315,43 @@ class SegmentReader:
         """Return the first `limit` paragraphs with all of `terms`, with score 0."""
         return [ParagraphMatch(*row) for row in self._rows(_UNRANKED, fts5_all(terms), limit)]
 
-    def section_counts(self, article: int, term: str) -> dict[int, int]:
-        """Return the paragraphs of an article with a term: paragraph id -> occurrences in its section's title."""
-        rows = self._rows(_SECTION_COUNTS, fts5_any([term]), article, article)
-        return {paragraph: section.count("\x01") for paragraph, section in rows}
+    def section_matches(self, article: int, term: str) -> dict[int, bool]:
+        """Return the paragraphs of an article with a term: paragraph id -> whether its section's title has it too."""
+        if is_prefix(term):
+            return {paragraph: term in section for paragraph, title, section, text in self._folded_texts(article)
+                    if term in f"{title} {section} {text}"}
+        expression = fts5_any([term])
+        found, in_section = (self._rows(_MATCHES_IN_ARTICLE, match, article, article)
+                             for match in (expression, f"section : ({expression})"))
+        return {row[0]: row in in_section for row in found}
 
     def frequency(self, term: str) -> int:
         """Return the number of paragraphs with a term."""
         rows = self._rows("SELECT paragraphs FROM common WHERE term = ?", term)
         return int(rows[0][0]) if rows else int(self._value(_FREQUENCY, fts5_any([term])))
 
+    def knows(self, word: str) -> bool:
+        """Return whether any paragraph has a folded word; in a script without blanks, as part of any run."""
+        return bool(self._rows("SELECT 1 FROM words WHERE words MATCH ? LIMIT 1", fts5_word(word)))
+
     def contains(self, article: int, term: str) -> bool:
         """Return whether an article, its title or a section title contains a term."""
-        return bool(self._rows(_CONTAINS, fts5_any([term]), article, article))
+        if is_prefix(term):
+            return any(term in one for texts in self._folded_texts(article) for one in texts[1:])
+        return bool(self._rows(f"{_MATCHES_IN_ARTICLE} LIMIT 1", fts5_any([term]), article, article))
+
+    def stems(self) -> bool:
+        """Return whether the words of the index have their English endings removed."""
+        return bool(self._value("SELECT instr(sql, 'porter') FROM sqlite_master WHERE name = 'words'"))
+
+    def _folded_texts(self, article: int) -> Iterator[tuple[int, str, str, str]]:
+        """Yield id, title, section title and text of the paragraphs of an article, folded.
+
+        For a part of an n-gram this is faster than FTS5, which merges the rows of all n-grams that begin with it.
+        """
+        for paragraph, *texts in self._rows(_TEXTS_OF_ARTICLE, article):
+            title, section, text = map(fold, texts)
+            yield paragraph, title, section, text
 
     # --- connections --------------------------------------------------------------------------
 
@@ -357,3 +392,9 @@ class SegmentReader:
 
 def _json(values: Iterable[int] | Iterable[str]) -> str:
     return json.dumps([value if isinstance(value, str) else int(value) for value in values])
+
+
+def _how_to_convert(store: Path, version: int) -> str:
+    if version == REINDEXED_SCHEMA:
+        return f"convert the pack with `gog-edge pack reindex {store.parent.parent}`, which embeds nothing again"
+    return "update gog_edge, or build the pack again" if version > STORE_SCHEMA else "build the pack again"

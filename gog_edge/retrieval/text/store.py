@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gog_edge.errors import PackError
 from gog_edge.retrieval.manifest import Counts, Segment
 from gog_edge.retrieval.text.segment import (
     ImageFile,
@@ -39,14 +40,25 @@ DOMINANT_SHARE = 0.95  # a segment with this share of the pack's paragraphs has 
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """An image without its pixels; `articles` are ids, the main one first."""
+    """An image without its pixels, with its links to live articles, the main one first."""
 
     id: int
-    caption: str
-    licence: str
-    attribution: str
-    articles: tuple[int, ...]
-    titles: tuple[str, ...]
+    links: tuple[ImageLink, ...]
+    titles: tuple[str, ...]  # of the linked articles
+
+    @property
+    def articles(self) -> tuple[int, ...]:
+        """Return the ids of the articles."""
+        return tuple(link.article for link in self.links)
+
+    @property
+    def caption(self) -> str:
+        """Return the first caption."""
+        return next((link.caption for link in self.links if link.caption), "")
+
+    def link_to(self, article: int) -> ImageLink | None:
+        """Return the link to an article, else to the main one: equal files may have other licences elsewhere."""
+        return next((link for link in self.links if link.article == article), self.links[0] if self.links else None)
 
 
 class Store:
@@ -118,25 +130,16 @@ class Store:
         return found
 
     def _read_images(self, ids: Sequence[int]) -> dict[int, ImageRow]:
-        rows = [row for reader, own in self._split("images", ids) for row in reader.image_licences(own)]
-        links: dict[int, list[ImageLink]] = {row.id: [] for row in rows}
+        links: dict[int, list[ImageLink]] = {
+            image: [] for reader, own in self._split("images", ids) for image in reader.known_images(own)}
         for link in (link for reader in self._readers for link in reader.links_of_images(links)):
             if link.article not in self._deleted:
                 links[link.image].append(link)
         for own in links.values():
             own.sort(key=lambda link: link.position)  # merges segments; a stable sort keeps the order within each
         titles = self.titles({link.article for own in links.values() for link in own})
-        return {
-            row.id: ImageRow(
-                id=row.id,
-                caption=next((link.caption for link in links[row.id] if link.caption), ""),
-                licence=row.licence,
-                attribution=row.attribution,
-                articles=tuple(link.article for link in links[row.id]),
-                titles=tuple(titles[link.article] for link in links[row.id]),
-            )
-            for row in rows
-        }
+        return {image: ImageRow(image, tuple(own), tuple(titles[link.article] for link in own))
+                for image, own in links.items()}
 
     def main_images(self, articles: Iterable[int], without: Collection[int] = ()) -> dict[int, int]:
         """Return the main image of each article, skipping images in `without`: article id -> image id."""
@@ -154,10 +157,14 @@ class Store:
         return next((one[0] for one in found if one is not None and one[0] not in self._deleted), None)
 
     def titles(self, articles: Iterable[int]) -> dict[int, str]:
-        """Return titles by article id."""
+        """Return titles by article id. Raises PackError for an article that the store does not have."""
         found: dict[int, str] = {}
-        for reader, own in self._split("articles", articles):
+        wanted = list(articles)
+        for reader, own in self._split("articles", wanted):
             found |= reader.titles(own)
+        if missing := [article for article in wanted if article not in found]:
+            raise PackError(f"pack: an image, a name or a paragraph belongs to article {missing[0]}, which is missing "
+                            "from the store; build the pack again")  # fmt: skip
         return found
 
     def paragraphs(self, ids: Iterable[int]) -> dict[int, ParagraphRow]:
@@ -212,16 +219,16 @@ class Store:
     def rank_within(self, article: int, terms: Sequence[str], limit: int) -> list[ParagraphMatch]:
         """Return up to `limit` paragraphs of one article with any of `terms`, best first.
 
-        The score is BM25 with b = 0 and a term frequency of one, plus one for each occurrence in the section's title:
-        length and repetition say little among the paragraphs of one article. FTS5's bm25() would count each term over
-        the whole segment.
+        The score is BM25 with b = 0 and a term frequency of one, or two if the section's title has the term too: length
+        and repetition say little among the paragraphs of one article. FTS5's bm25() would count each term over the
+        whole segment.
         """
         reader = self._reader_of("articles", article)
         if reader is None:
             return []
         scores: dict[int, float] = {}
         for term, weight in self._idfs(terms).items():
-            for paragraph, in_title in reader.section_counts(article, term).items():
+            for paragraph, in_title in reader.section_matches(article, term).items():
                 count = 1 + in_title
                 scores[paragraph] = scores.get(paragraph, 0.0) + weight * count * (K1 + 1) / (count + K1)
         best = sorted(scores, key=lambda paragraph: (-scores[paragraph], paragraph))[:limit]
@@ -230,6 +237,10 @@ class Store:
     def frequency(self, term: str) -> int:
         """Return the number of paragraphs that contain a term, deleted ones included. Results are cached."""
         return sum(self._segment_frequencies(term))
+
+    def knows(self, word: str) -> bool:
+        """Return whether any paragraph, deleted ones included, has a folded word (see `SegmentReader.knows`)."""
+        return any(reader.knows(word) for reader in self._readers)
 
     def contains(self, article: int, term: str) -> bool:
         """Return whether an article, its title or a section title contains a term."""

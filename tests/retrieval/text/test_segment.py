@@ -32,6 +32,19 @@ def store(little_pack_folder, tmp_path):
     return path
 
 
+def data_pages(path):
+    """Return the numbers, from 0, of the pages without the schema, whose b-tree begins in the first page.
+
+    See https://sqlite.org/fileformat.html, sections 1.6 and 2.6.
+    """
+    data = path.read_bytes()
+    schema = {0}
+    if data[100] == 5:  # an interior page: pointers to children in the cells and, to the last one, in the header
+        cells = [int.from_bytes(data[at : at + 2], "big") for at in range(112, 112 + 2 * data[104], 2)]
+        schema |= {int.from_bytes(data[at : at + 4], "big") - 1 for at in (*cells, 108)}
+    return [page for page in range(len(data) // PAGE) if page not in schema]
+
+
 def overwrite(path, pages, byte):
     data = bytearray(path.read_bytes())
     for page in pages:
@@ -42,7 +55,7 @@ def overwrite(path, pages, byte):
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("byte", [0, 7, 255])
 def test_damaged_pages_are_errors_that_name_the_file(store, read, byte):
-    overwrite(store, range(1, store.stat().st_size // PAGE), byte)  # all but the first page, which has the schema
+    overwrite(store, data_pages(store), byte)
     reader = SegmentReader.open(store)
     for _ in range(CONNECTIONS + 1):  # each connection is returned
         with pytest.raises(PackError, match="damaged.sqlite' is damaged"):
@@ -52,8 +65,7 @@ def test_damaged_pages_are_errors_that_name_the_file(store, read, byte):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_damaged_page_anywhere_gives_rows_or_an_error(store, seed):
-    pages = store.stat().st_size // PAGE
-    overwrite(store, [int(np.random.default_rng(seed).integers(1, pages))], 7)
+    overwrite(store, [int(np.random.default_rng(seed).choice(data_pages(store)))], 7)
     reader = SegmentReader.open(store)
     errors = 0
     for read in READS:
