@@ -35,25 +35,41 @@ def print_pack(folder: Path, manifest: Manifest, *, seconds: Mapping[str, float]
         for stage, took in seconds.items():
             table.add_row(stage, f"{took:,.1f} s")
     console.print(table)
-    skipped = read_skipped(folder, manifest)
-    if skipped:
-        console.print(_skipped_table(skipped))
+    print_report(folder, manifest, console)
+
+
+def print_report(folder: Path, manifest: Manifest, console: Console | None = None) -> None:
+    """Print what became of the snapshot's items."""
+    console = console or Console()
+    report = read_report(folder, manifest)
+    if report["items"]:
+        console.print(_items_table(report["items"]))
+    if report["skipped"]:
+        console.print(_skipped_table(report["skipped"]))
+    for notice in report["notices"]:
+        console.print(f"warning: {notice}", markup=False, highlight=False, soft_wrap=True)
 
 
 def pack_json(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Return the contents as a JSON object: the manifest without its files, skipped input, and sizes in bytes."""
+    """Return the contents as a JSON object: the manifest without its files, the report, and sizes in bytes."""
     value = manifest.to_json()
     value.pop("files")
-    value |= {"skipped": read_skipped(folder, manifest), "bytes": _pack_bytes(manifest),
+    value |= {**read_report(folder, manifest), "bytes": _pack_bytes(manifest),
               "bytes_on_disk": folder_bytes(folder), "bytes_superseded": superseded_bytes(folder, manifest)}
     return value
 
 
-def read_skipped(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """Return what was skipped when this generation was built: reason, count, examples; the most frequent first."""
-    if manifest.report is None:
-        return []
-    return list(read_json(folder / manifest.report, what="pack", error=PackError)["skipped"])
+def read_report(folder: Path, manifest: Manifest) -> dict[str, list[Any]]:
+    """Return what became of the snapshot's items when this generation was built.
+
+    "items" holds the kinds of items with the numbers that were present, used and skipped; "skipped" the reasons with
+    kind, count and examples, the most frequent first; "notices" what the owner of the snapshot should know.
+    """
+    stored = {} if manifest.report is None else read_json(folder / manifest.report, what="pack", error=PackError)
+    skipped = list(stored.get("skipped", ()))
+    items = [{**item, "skipped": sum(one["count"] for one in skipped if one.get("kind") == item["kind"])}
+             for item in stored.get("items", ())]
+    return {"items": items, "skipped": skipped, "notices": list(stored.get("notices", ()))}
 
 
 def _properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -132,10 +148,24 @@ def _pack_bytes(manifest: Manifest) -> int:
     return sum(entry.size for entry in manifest.files)
 
 
+def _items_table(items: Iterable[Mapping[str, Any]]) -> Table:
+    """Return the numbers of items; a last column appears if some of them were neither used nor skipped."""
+    numbers = [(item, item["present"] - item["used"] - item["skipped"]) for item in items]
+    columns = [Column(name, justify="right") for name in ("present", "used", "skipped")]
+    table = Table("items", *columns, title="snapshot")
+    if any(missing for _, missing in numbers):
+        table.add_column("not accounted for", justify="right")
+    for item, missing in numbers:
+        counts = (item["present"], item["used"], item["skipped"], *((missing,) if len(table.columns) > 4 else ()))
+        table.add_row(escape(item["kind"]), *(f"{count:,}" for count in counts))
+    return table
+
+
 def _skipped_table(skipped: Iterable[Mapping[str, Any]]) -> Table:
-    table = Table("reason", Column("count", justify="right"), "examples", title="skipped")
+    table = Table("reason", "kind", Column("count", justify="right"), "examples", title="skipped")
     for entry in skipped:
-        table.add_row(escape(entry["reason"]), f"{entry['count']:,}", escape("\n".join(entry["examples"][:2])))
+        examples = escape("\n".join(entry["examples"][:2]))
+        table.add_row(escape(entry["reason"]), escape(entry.get("kind", "")), f"{entry['count']:,}", examples)
     return table
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +21,18 @@ from gog_edge.files import write_atomic
 from gog_edge.indexing import OnProgress
 from gog_edge.indexing.commit import LOCK, current_manifest, prune, write_lock
 from gog_edge.indexing.generation import GenerationBuilder, PackOptions
-from gog_edge.indexing.sources.base import ArticleRecord, Chunk, ImageRecord, Record, RedirectRecord, Skipped, Source
+from gog_edge.indexing.sources.base import (
+    ArticleRecord,
+    Chunk,
+    ImageRecord,
+    Record,
+    RedirectRecord,
+    SharedFile,
+    Skipped,
+    Source,
+    Used,
+    Verifiable,
+)
 from gog_edge.indexing.store_writer import RecordError, StoreWriter
 from gog_edge.indexing.vectors.embedding import Encoders, fingerprint_of
 from gog_edge.retrieval.encoder import Encoder
@@ -43,6 +55,7 @@ def build_pack(
     command: str = "",
     on_progress: OnProgress | None = None,
     text_encoder: TextEncoder | None = None,
+    verify: bool = True,
 ) -> Manifest:
     """Build a pack from a snapshot, or the next generation of one, and return its manifest.
 
@@ -61,10 +74,11 @@ def build_pack(
         command: command line that resumes this build, for the message when an unfinished pack is opened.
         on_progress: called with (stage, done, total).
         text_encoder: embeds the paragraphs; None for a pack whose paragraphs are searched by words only.
+        verify: compare the checksum of a snapshot that contains one before anything is read.
 
     Raises:
         PackError: the folder contains something else, the pack is being written, or the disk is full.
-        SourceError: the snapshot cannot be read. What was read before remains.
+        SourceError: the snapshot cannot be read, or its checksum differs. What was read before remains.
     """
     _check_folder(folder)
     encoders = Encoders(encoder, text_encoder)
@@ -73,6 +87,8 @@ def build_pack(
         if current is not None and not update and not add and _is_result(current, source, name, encoders):
             prune(folder, current)
             return current
+        if verify:
+            _verify(source, folder, on_progress)
         with _generation(source, folder, current, name, encoders, options, change=update or add) as generation:
             _ensure_store(generation, source, workers, command, on_progress)
             return generation.finish(delete_missing=update, on_progress=on_progress)
@@ -91,6 +107,7 @@ def read_snapshot(
     command: str = "",
     on_progress: OnProgress | None = None,
     text_encoder: TextEncoder | None = None,
+    verify: bool = True,
 ) -> None:
     """Write the store only, the first step of `build_pack`. The vectors can then be embedded by `ray_embedding`.
 
@@ -100,6 +117,8 @@ def read_snapshot(
     encoders = Encoders(encoder, text_encoder)
     with write_lock(folder):
         current = current_manifest(folder)
+        if verify:
+            _verify(source, folder, on_progress)
         with _generation(source, folder, current, name, encoders, options, change=update or add) as generation:
             _ensure_store(generation, source, workers, command, on_progress)
 
@@ -109,6 +128,12 @@ def _is_result(current: Manifest, source: Source, name: str, encoders: Encoders)
     built_with = current.encoder, current.text_encoder
     return (current.parent is None and current.name == name and current.snapshot == source.snapshot()
             and built_with == (fingerprint_of(encoders.image), fingerprint_of(encoders.text)))
+
+
+def _verify(source: Source, folder: Path, on_progress: OnProgress | None) -> None:
+    """Compare the checksum of the snapshot, unless a call that this one resumes did so before it started the build."""
+    if isinstance(source, Verifiable) and not (folder / BUILD).is_dir():
+        source.verify(on_progress)
 
 
 @contextmanager
@@ -155,7 +180,7 @@ def _write_store(generation: GenerationBuilder, source: Source, workers: int, on
             _write_chunks(source, writer, workers, on_progress)
         if not writer.counts.articles and generation.parent is None:
             raise PackError(f"'{generation.folder}': no article of the snapshot could be read; skipped: "
-                            f"{writer.skipped_reasons() or 'nothing'}")
+                            f"{writer.report.reasons() or 'nothing'}")
         if on_progress is not None:
             on_progress(WORDS, 0, 1)
         generation.finish_store(writer)
@@ -221,20 +246,25 @@ def _parse(chunk: Chunk) -> list[Record]:
 
 
 def write_records(writer: StoreWriter, records: Sequence[Record]) -> None:
-    """Write the records of a chunk. Those that the writer rejects are counted as skipped."""
+    """Write the records of a chunk. Those that the writer rejects, and the items they are from, count as skipped."""
     images: dict[str, list[ImageRecord]] = {}  # by the key of their article
     for record in records:
         if isinstance(record, ImageRecord):
             for key in record.articles:
                 images.setdefault(key, []).append(record)
+    rejected: dict[str, list[Skipped]] = {}  # by the key of their article
     for record in records:
         try:
-            _write_record(writer, record, images)
+            _write_record(writer, record, images, rejected)
         except RecordError as error:
-            writer.skip(error.skipped)
+            rejected.setdefault(_article_of(record), []).append(error.skipped)
+    counted = {record.article for record in records if isinstance(record, Used)}
+    for skipped in (one for key, own in rejected.items() if key not in counted for one in own):
+        writer.report.write(skipped)
 
 
-def _write_record(writer: StoreWriter, record: Record, images: dict[str, list[ImageRecord]]) -> None:
+def _write_record(writer: StoreWriter, record: Record, images: dict[str, list[ImageRecord]],
+                  rejected: dict[str, list[Skipped]]) -> None:
     match record:
         case ArticleRecord():
             writer.add_article(record, images.get(record.identity, ()))
@@ -242,5 +272,18 @@ def _write_record(writer: StoreWriter, record: Record, images: dict[str, list[Im
             writer.add_image(record)
         case RedirectRecord():
             writer.add_redirect(record)
-        case Skipped():
-            writer.skip(record)
+        case Used() if record.article in rejected:
+            writer.report.skip_all(rejected[record.article][0].reason, record.kind, record.count, [record.item])
+        case SharedFile() if record.article in rejected and not record.reason:
+            writer.report.write(replace(record, reason=rejected[record.article][0].reason))
+        case _:
+            writer.report.write(record)
+
+
+def _article_of(record: Record) -> str:
+    match record:
+        case ArticleRecord():
+            return record.identity
+        case ImageRecord():
+            return record.articles[0] if record.articles else ""
+    return ""

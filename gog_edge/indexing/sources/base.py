@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from gog_edge.indexing import OnProgress
 from gog_edge.retrieval.manifest import Snapshot
 
 UNKNOWN_LICENCE = "unknown"
@@ -38,7 +39,7 @@ class ImageRecord:
 
     data: bytes  # the file as it will be served: PNG, JPEG or WebP
     caption: str
-    licence: str
+    licence: str  # licence and attribution may differ between articles that show the same file
     attribution: str
     articles: tuple[str, ...]  # keys of its articles
     lead: bool = False  # shows the subject of its article; lead images may be embedded in tiles too
@@ -50,17 +51,69 @@ class RedirectRecord:
 
     name: str
     article: str  # key of the article
+    kind: str = ""  # of item, if it counts as one: as used, or as skipped if its article is not in the pack
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A part of the snapshot that is left out of the pack."""
+    """A part of the snapshot that is left out of the pack.
+
+    With a `kind`, it is an item that a `Present` record counts; without one, it is a part of an item.
+    """
 
     reason: str  # short, and the same for all parts of a kind, so that they can be counted: "image does not decode"
     item: str  # path, address or title of the part
+    kind: str = ""  # of item: "file", "table row", "page"
+    count: int = 1
 
 
-Record: TypeAlias = ArticleRecord | ImageRecord | RedirectRecord | Skipped
+@dataclass(frozen=True, slots=True)
+class Present:
+    """Items that the snapshot contains.
+
+    Each of them is reported once, in the same chunk, as `Used`, `Skipped`, a `RedirectRecord` or a `SharedFile`.
+    """
+
+    kind: str
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """Items whose content is in the preceding records of the chunk.
+
+    With an `article`, the key of one of these records, they count as skipped if the writer rejects that article or an
+    image of it.
+    """
+
+    kind: str
+    item: str  # path, address or title
+    article: str = ""
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SharedFile:
+    """An item that several articles may show, in other chunks too. It is counted once, when all chunks are written.
+
+    One of these records is the item's own, and each article that refers to it yields another one. The item is used if
+    one of these has no reason; otherwise it is skipped by the reason of an article, if there is one, or by its own.
+    """
+
+    item: str
+    kind: str
+    reason: str = ""  # empty: the article shows it
+    article: str = ""  # key of the article; empty in the item's own record
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something about the snapshot that its owner should know; each text is reported once."""
+
+    text: str
+
+
+Record: TypeAlias = ArticleRecord | ImageRecord | RedirectRecord | Skipped | Present | Used | SharedFile | Notice
 
 
 def wikipedia_text_licence(date: str) -> str:
@@ -111,7 +164,23 @@ class Source(Protocol):
     def parse(self, chunk: Chunk) -> Iterator[Record]:
         """Yield the records of a chunk; content that cannot be used is yielded as `Skipped`.
 
+        A source that yields `Present` records accounts for every item of that kind: items used and items skipped add
+        up to the items present.
+
         Images follow their article within the same chunk, because an article is compared with its earlier version by
         text and images together.
+        """
+        ...
+
+
+@runtime_checkable
+class Verifiable(Protocol):
+    """A source whose snapshot contains a checksum."""
+
+    def verify(self, on_progress: OnProgress | None = None) -> None:
+        """Read the whole snapshot and compare its checksum; `on_progress` is called with (stage, done, total).
+
+        Raises:
+            SourceError: it differs.
         """
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import lzma
 import re
 import zipfile
 import zlib
@@ -23,7 +24,9 @@ CHUNK_PIECES = 256  # lines or pages of a chunk, at most
 CHUNK_BYTES = 4 * 2**20
 MAX_PIECE_BYTES = 32 * 2**20  # longer lines and pages are truncated, after which they fail to parse
 _DATE = re.compile(r"(?<!\d)(20\d\d)-?(0[1-9]|1[0-2])(?:-?(0[1-9]|[12]\d|3[01]))?(?!\d)")
-_DAMAGE = (EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipFile)  # RuntimeError: an encrypted zip file
+# RuntimeError: an encrypted zip file
+_DAMAGE = (EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipFile, lzma.LZMAError)
+_OTHER_ARCHIVES = {b"7z\xbc\xaf": "7z", b"\x28\xb5\x2f\xfd": "Zstandard", b"Rar!": "RAR"}  # by first bytes
 _Piece = TypeVar("_Piece")
 
 
@@ -137,6 +140,10 @@ def _decompressed(raw: BinaryIO) -> Any:
         return gzip.GzipFile(fileobj=raw)
     if head.startswith(b"BZh"):
         return bz2.BZ2File(raw)
+    if head == b"\xfd7zX":
+        return lzma.LZMAFile(raw)
+    if head in _OTHER_ARCHIVES:
+        raise OSError(f"it is a {_OTHER_ARCHIVES[head]} file, which is not read: unpack it, or get a .bz2 or .gz file")
     if head == b"PK\x03\x04":
         archive = zipfile.ZipFile(raw)
         return archive.open(max(archive.infolist(), key=lambda member: member.file_size))

@@ -1,46 +1,43 @@
-"""Images of a snapshot: found in a folder by their address, checked, and converted to small files that can be served.
-
-SVG files are rendered only after a check, because the renderer would read local files and recurse without limit.
-"""
+"""Images of a snapshot: found in a folder by address, checked, and converted to small files that can be served."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
+import importlib.util
 import io
 import struct
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import unquote, unquote_to_bytes
-from xml.parsers import expat
+from urllib.parse import unquote
 
 from PIL import Image
 
 from gog_edge.errors import PictureError, SourceError
 from gog_edge.indexing.sources.base import Skipped
 from gog_edge.indexing.sources.files import PickleFieldsMixin
-from gog_edge.picture import FORMATS, decode_picture
+from gog_edge.indexing.sources.formats import formats_of
+from gog_edge.indexing.sources.svg import is_svg, render_svg
+from gog_edge.picture import MAX_BYTES, OPTIONAL, decode_picture
+from gog_edge.picture.optional import optional_format
 from gog_edge.types import Pixels
 
 NO_IMAGE_FOLDER, IMAGE_MISSING = "no folder of images was given", "image is not in the folder"
-UNDECODABLE, TOO_SMALL = "image does not decode", "image is smaller than an icon"
-MAX_IMAGE_BYTES = 32 * 2**20
+UNDECODABLE, TOO_SMALL, TOO_LARGE = ("image does not decode", "image is smaller than an icon",
+                                     f"image is larger than {MAX_BYTES // 2**20} MiB")
+REDUCED_FACTOR = 4  # larger images are decoded to this multiple of the thumbnail's side, at least
+BEYOND_LIMITS = "image exceeds the limits of size"
+MORE_PAGES = "page of a picture with too many pages"
+MAX_PAGES = 50  # of a TIFF file that are stored
+MAX_FRAMES = 1000  # of a TIFF file that are counted
 CACHED_THUMBNAILS = 1024  # a flag or a map appears in many articles
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".svg", ".tif", ".tiff", "")  # of files named by a hash
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".svg", ".tif", ".tiff", ".avif", "")  # of files named by a hash
 
-MAX_SVG_BYTES = 4 * 2**20
-MAX_SVG_DEPTH = 200  # nested elements; real drawings stay below 50
-MAX_SVG_PIXELS = 16_000_000  # of all embedded pictures, which the renderer decodes at full size
-# What an <image> may reference: nested drawings would bypass the check.
-SVG_REFERENCES = ("data:image/png", "data:image/jpeg", "data:image/webp", "data:image/gif", "#")
-
-_SERVED_FORMATS = ("WEBP", "JPEG", "PNG")
-_ORIENTATION_TAG = 0x0112  # EXIF
-_PNG_DEPTH = 24  # offset of the bit depth in a PNG file
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_SUBFILE_TYPE, _REDUCED_OR_MASK = 254, 0b101  # NewSubfileType of TIFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +88,26 @@ class ImageFolder(PickleFieldsMixin):
 
 
 def load_thumbnail(path: Path, item: str, options: ThumbnailOptions) -> bytes | Skipped:
-    """Return the thumbnail of an image file; `item` names it in the report."""
+    """Return the thumbnail of an image file, of its first page if it has several; `item` names it in the report."""
+    data = _read(path, item)
+    return data if isinstance(data, Skipped) else make_thumbnail(data, item, options)
+
+
+def load_thumbnails(path: Path, item: str, options: ThumbnailOptions) -> list[bytes | Skipped]:
+    """Return the thumbnails of all pages of an image file, in order; `item` names it in the report."""
+    data = _read(path, item)
+    if isinstance(data, Skipped):
+        return [data]
+    first = make_thumbnail(data, item, options)
+    if isinstance(first, Skipped):
+        return [first]
+    return [first, *(make_thumbnail(data, f"{item}, page {page + 1}", options, page=page) if page < MAX_PAGES else
+                     Skipped(MORE_PAGES, f"{item}, page {page + 1}") for page in further_pages(data))]
+
+
+def _read(path: Path, item: str) -> bytes | Skipped:
     try:
-        if path.stat().st_size > MAX_IMAGE_BYTES:
-            return Skipped("image is too large", item)
-        return make_thumbnail(path.read_bytes(), item, options)
+        return Skipped(TOO_LARGE, item) if path.stat().st_size > MAX_BYTES else path.read_bytes()
     except OSError:
         return Skipped("image cannot be read", item)
 
@@ -103,7 +115,9 @@ def load_thumbnail(path: Path, item: str, options: ThumbnailOptions) -> bytes | 
 def candidate_names(address: str) -> Iterator[str]:
     """Yield the file names, relative to the folder, that the image of an address may have, likely ones first."""
     last = address.partition("#")[0].partition("?")[0].rpartition("/")[2]
-    for name in dict.fromkeys((PurePosixPath(unquote(last)).name, last)):
+    plain = PurePosixPath(unquote(last)).name
+    # Files that were copied by a Mac have decomposed names.
+    for name in dict.fromkeys((plain, last, unicodedata.normalize("NFC", plain), unicodedata.normalize("NFD", plain))):
         if name and name != "..":
             yield name
             digits = hashlib.md5(name.encode("utf-8", "replace"), usedforsecurity=False).hexdigest()
@@ -123,39 +137,55 @@ def _is_file(path: Path) -> bool:
 # --- thumbnails ---------------------------------------------------------------------------------
 
 
-def make_thumbnail(data: bytes, item: str, options: ThumbnailOptions = DEFAULT_THUMBNAILS) -> bytes | Skipped:
+def make_thumbnail(data: bytes, item: str, options: ThumbnailOptions = DEFAULT_THUMBNAILS,
+                   page: int = 0) -> bytes | Skipped:
     """Return the file to serve, or why the image is skipped; `item` names it in the report.
 
-    WebP, JPEG and PNG files within the limits are returned unchanged unless they are animated, rotated by EXIF, CMYK or
-    16-bit. All other images become WebP. The result is deterministic.
+    WebP, JPEG and PNG files within the limits are returned unchanged if every browser shows them with the same pixels.
+    All other images become WebP. The result is deterministic. `page`, from 0, is of a TIFF file.
     """
+    formats = formats_of(PurePosixPath(item).suffix.lower())
+    pixels = (REDUCED_FACTOR * options.max_side) ** 2
     try:
         if is_svg(data):
             data = render_svg(data, options.max_side)
-        pixels = decode_picture(data).pixels
-    except PictureError:
-        return Skipped(UNDECODABLE, item)
-    if min(pixels.shape[:2]) < options.min_side:
+        picture = decode_picture(data, decoded_pixels=pixels, formats=formats, frame=page)
+    except PictureError as exc:
+        return Skipped(_undecodable(data, str(exc)), item)
+    sides = picture.size.width, picture.size.height
+    if min(sides) < options.min_side:
         return Skipped(TOO_SMALL, item)
-    if max(pixels.shape[:2]) <= options.max_side and _can_serve_unchanged(data):
+    if max(sides) <= options.max_side and picture.plain and not page:
         return data
-    return _encode_webp(pixels, options)
+    return _encode_webp(picture.pixels, options)
 
 
-def _can_serve_unchanged(data: bytes) -> bool:
+def _undecodable(data: bytes, message: str) -> str:
+    """Return the reason for a file that does not decode: perhaps its decoder is not installed."""
+    if "the limit is" in message:
+        return BEYOND_LIMITS
+    optional = optional_format(data)
+    if optional is not None and importlib.util.find_spec(OPTIONAL[optional].module.partition(".")[0]) is None:
+        return f"{OPTIONAL[optional].name} is not read; pip install 'gog_edge[formats]'"
+    return UNDECODABLE
+
+
+def further_pages(data: bytes) -> list[int]:
+    """Return the numbers, from 1, of the pages of a TIFF file after the first one, without previews and masks."""
+    if not data.startswith(_TIFF):
+        return []
+    pages: list[int] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about unreadable EXIF
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        plain = image.format in _SERVED_FORMATS and not getattr(image, "is_animated", False)
-        deep = image.mode.startswith(("I", "F")) or (image.format == "PNG" and data[_PNG_DEPTH] == 16)
-        return plain and not deep and image.mode != "CMYK" and _is_upright(image)
-
-
-def _is_upright(image: Image.Image) -> bool:
-    try:
-        return bool(image.getexif().get(_ORIENTATION_TAG, 1) == 1)
-    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):
-        return False  # unreadable EXIF is not passed on to clients
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=["TIFF"])
+            for page in range(1, min(getattr(image, "n_frames", 1), MAX_FRAMES)):
+                image.seek(page)
+                if not image.tag_v2.get(_SUBFILE_TYPE, 0) & _REDUCED_OR_MASK:  # type: ignore[attr-defined]
+                    pages.append(page)
+        except (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error):
+            return pages  # the directory of the pages is damaged from here on
+    return pages
 
 
 def _encode_webp(pixels: Pixels, options: ThumbnailOptions) -> bytes:
@@ -164,92 +194,3 @@ def _encode_webp(pixels: Pixels, options: ThumbnailOptions) -> bytes:
     out = io.BytesIO()
     image.save(out, "WEBP", quality=options.quality)
     return out.getvalue()
-
-
-# --- SVG ----------------------------------------------------------------------------------------
-
-
-def is_svg(data: bytes) -> bool:
-    """Return whether the bytes begin like an SVG file, with or without an XML declaration and comments."""
-    head = data[:2048].lstrip(b"\xef\xbb\xbf \t\r\n")
-    return head.startswith(b"<svg") or (head.startswith((b"<?xml", b"<!--", b"<!DOCTYPE")) and b"<svg" in head)
-
-
-def render_svg(data: bytes, longest: int) -> bytes:
-    """Render an SVG file as PNG on white, with a longest side of `longest` pixels. Needs the extra `index`.
-
-    Text is not rendered: system fonts differ between machines, and so would the pictures.
-
-    Raises:
-        PictureError: the file is not a drawing that can be rendered safely.
-    """
-    import resvg_py
-
-    _check_svg(data)
-    try:
-        # With both sides given the drawing is fitted in. With one, an extreme aspect ratio would exhaust the memory.
-        rendered: bytes = resvg_py.svg_to_bytes(
-            svg_string=data.decode(), width=longest, height=longest, background="#ffffff", skip_system_fonts=True
-        )
-    except ValueError as exc:
-        raise PictureError(f"the SVG cannot be rendered ({exc}); use another picture") from exc
-    return rendered
-
-
-def decode_data_uri(uri: str) -> bytes:
-    """Return the content of a `data:` URI (RFC 2397).
-
-    Raises:
-        ValueError: its base64 is invalid.
-    """
-    header, _, text = uri.partition(",")
-    return base64.b64decode(unquote(text)) if header.lower().endswith(";base64") else unquote_to_bytes(text)
-
-
-def _check_svg(data: bytes) -> None:
-    if len(data) > MAX_SVG_BYTES:
-        raise PictureError(f"the SVG has {len(data)} bytes, the limit is {MAX_SVG_BYTES}; use a smaller one")
-    parser = expat.ParserCreate()
-    check = _SvgCheck()
-    parser.StartElementHandler, parser.EndElementHandler = check.start, check.end
-    parser.EntityDeclHandler = check.entity
-    try:
-        parser.Parse(data, True)
-    except expat.ExpatError as exc:
-        raise PictureError(f"the SVG is not well-formed XML ({exc}); use another picture") from exc
-
-
-class _SvgCheck:
-    """Handlers of an XML parser that raise PictureError for content that must not reach the renderer."""
-
-    def __init__(self) -> None:
-        self._depth, self._pixels = 0, 0
-
-    def start(self, name: str, attributes: dict[str, str]) -> None:
-        self._depth += 1
-        if self._depth > MAX_SVG_DEPTH:
-            raise PictureError(f"the SVG nests more than {MAX_SVG_DEPTH} elements; use another picture")
-        if name.rpartition(":")[2] in ("image", "feImage"):
-            for key, value in attributes.items():
-                if key.rpartition(":")[2] == "href":
-                    self._check_reference(value.strip())
-
-    def _check_reference(self, address: str) -> None:
-        if not address.lower().startswith(SVG_REFERENCES):
-            raise PictureError(f"the SVG refers to '{address[:80]}'; use one that embeds its pictures as PNG, JPEG, "
-                               "WebP or GIF")
-        if address.startswith("#"):
-            return
-        try:
-            data = decode_data_uri(address)
-        except ValueError as exc:
-            raise PictureError(f"the SVG embeds '{address[:80]}', which is not valid base64 ({exc}); use another "
-                               "picture") from exc
-        size = decode_picture(data, max_pixels=MAX_SVG_PIXELS - self._pixels).size
-        self._pixels += size.width * size.height
-
-    def end(self, name: str) -> None:
-        self._depth -= 1
-
-    def entity(self, *_: Any) -> None:
-        raise PictureError("the SVG declares entities, which are not supported; use another picture")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 MAX_CHARACTERS = 1200  # of a paragraph
 MAX_TITLE = 200  # characters of a section title, which is stored with each of its paragraphs
@@ -45,6 +46,11 @@ def clean_line(text: str) -> str:
 def clean_lines(text: str) -> str:
     """Apply `clean_line` to every line and remove empty lines."""
     return "\n".join(line for raw in text.splitlines() if (line := clean_line(raw)))
+
+
+def text_value(value: Any) -> str:
+    """Return a JSON value if it is a text, else an empty one: `str()` would cite "None" or the brackets of a list."""
+    return value if isinstance(value, str) else ""
 
 
 def split_text(text: str, limit: int = MAX_CHARACTERS) -> Iterator[str]:

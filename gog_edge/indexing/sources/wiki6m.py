@@ -18,15 +18,18 @@ from gog_edge.indexing.sources.base import (
     ArticleRecord,
     Chunk,
     ImageRecord,
+    Present,
     Record,
     Skipped,
+    Used,
     wikipedia_text_licence,
 )
 from gog_edge.indexing.sources.files import CompressedFile, SingleFileSource, group_into_chunks, snapshot_of_file
 from gog_edge.indexing.sources.images import ImageFolder
-from gog_edge.indexing.sources.text import clean_line, split_paragraphs
+from gog_edge.indexing.sources.text import clean_line, split_paragraphs, text_value
 from gog_edge.retrieval.manifest import Snapshot
 
+LINE, IMAGE = "line", "image"  # kinds of items
 WIKIPEDIA_DATE = "2022-10-01"  # of the Wikipedia dump that it was made from
 
 
@@ -62,28 +65,36 @@ class Wiki6mSource(SingleFileSource):
 
     def parse(self, chunk: Chunk) -> Iterator[Record]:
         """Yield an article and its image for each line."""
+        yield Present(LINE, len(chunk.content))
         for line in chunk.content:
             page = _json_object(line)
-            title = clean_line(str(page.get("wikipedia_title") or ""))
+            title = clean_line(text_value(page.get("wikipedia_title")))
             if title:
                 yield from self._records(title, page)
             else:
-                yield Skipped("line is not a page", line[:80].decode("utf-8", "replace"))
+                yield Skipped("line is not a page", line[:80].decode("utf-8", "replace"), LINE)
 
     def _records(self, title: str, page: dict[str, Any]) -> Iterator[Record]:
-        key = clean_line(str(page.get("wikidata_id") or "")) or title
-        text = page.get("wikipedia_content") or page.get("wikipedia_summary") or ""
-        paragraphs = tuple(split_paragraphs("", str(text)))
+        key = clean_line(text_value(page.get("wikidata_id"))) or title
+        address = clean_line(text_value(page.get("wikipedia_image_url")))
+        text = text_value(page.get("wikipedia_content")) or text_value(page.get("wikipedia_summary"))
+        paragraphs = tuple(split_paragraphs("", text))
         if not paragraphs:
-            yield Skipped("article has no text", title)
+            yield Skipped("article has no text", title, LINE)
             return
         yield ArticleRecord(title, paragraphs, self.licence, key=key)
-        if address := clean_line(str(page.get("wikipedia_image_url") or "")):
+        if page.get("wikipedia_image_url"):
+            yield Present(IMAGE)
+        if address:
             image = self.images.thumbnail(address)
             if isinstance(image, Skipped):
-                yield image
+                yield replace(image, kind=IMAGE)
             else:
                 yield ImageRecord(image, title, UNKNOWN_LICENCE, address, (key,), True)
+                yield Used(IMAGE, address, key)
+        elif page.get("wikipedia_image_url"):
+            yield Skipped("image address is not a text", title, IMAGE)
+        yield Used(LINE, title, key)
 
 
 def is_wiki6m(line: bytes) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,16 @@ from urllib.parse import quote
 
 from gog_edge.errors import SourceError
 from gog_edge.files import sha256_of
-from gog_edge.indexing.sources.base import UNKNOWN_LICENCE, ArticleRecord, Chunk, ImageRecord, Record, Skipped
+from gog_edge.indexing.sources.base import (
+    UNKNOWN_LICENCE,
+    ArticleRecord,
+    Chunk,
+    ImageRecord,
+    Present,
+    Record,
+    Skipped,
+    Used,
+)
 from gog_edge.indexing.sources.files import CompressedFile, PickleFieldsMixin
 from gog_edge.indexing.sources.images import ImageFolder
 from gog_edge.indexing.sources.text import clean_line, split_paragraphs
@@ -29,14 +38,23 @@ REQUIRED_COLUMNS = ("language", "page_url", "image_url", "page_title")
 COLUMNS = (*REQUIRED_COLUMNS, "hierarchical_section_title", "caption_reference_description",
            "caption_attribution_description", "caption_alt_text_description", "is_main_image",
            "attribution_passes_lang_id", "context_page_description", "context_section_description")  # fmt: skip
+ROW, IMAGE = "row", "image"  # kinds of items
+MALFORMED, OTHER_LANGUAGE, NO_PAGE = ("row has another number of cells than the header", "row is in another language",
+                                      "row has no address of a page")
 CHUNK_ROWS = 512
 _BATCH = 20_000  # rows of a transaction
 _COMPLETE = 1  # PRAGMA user_version of a spool that contains all rows
 _PATTERNS = ("*.tsv.gz", "*.tsv")
 _TABLES = f"""
-CREATE TABLE IF NOT EXISTS done (file TEXT PRIMARY KEY, lines INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS copied (file TEXT PRIMARY KEY, lines INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS left_out (
+    file TEXT NOT NULL, reason TEXT NOT NULL, example TEXT NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (file, reason)
+);
 CREATE TABLE IF NOT EXISTS rows (id INTEGER PRIMARY KEY, {", ".join(f"{name} TEXT NOT NULL" for name in COLUMNS)});
 """
+_LEAVE_OUT = (
+    "INSERT INTO left_out VALUES (?, ?, ?, ?) ON CONFLICT (file, reason) DO UPDATE SET count = count + excluded.count"
+)
 _INSERT = f"INSERT INTO rows ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 
 
@@ -90,20 +108,29 @@ class WitSource(PickleFieldsMixin):
 
     def _copy_rows(self, connection: sqlite3.Connection, path: Path) -> None:
         """Copy the rows of a file from the last position on; each batch is committed together with its position."""
-        found = connection.execute("SELECT lines FROM done WHERE file = ?", (path.name,)).fetchone()
+        found = connection.execute("SELECT lines FROM copied WHERE file = ?", (path.name,)).fetchone()
         done = found[0] if found else 0
-        batch: list[list[str]] = []
+        batch = _Batch([], {})
         number = 0
         with CompressedFile(path) as file:
             rows = _rows(file)
-            positions = _column_positions(path, next(rows, []))
+            header = next(rows, [])
+            positions = _column_positions(path, header)
             width = max(positions) + 1
             for number, row in enumerate(rows, 1):
-                if number > done and len(row) >= width and self.language in ("", row[positions[0]]):
-                    batch.append([row[position] if position >= 0 else "" for position in positions])
-                if number % _BATCH == 0 and number > done:
+                if number <= done:
+                    continue
+                if not width <= len(row) <= len(header):
+                    batch.leave_out(MALFORMED, f"line {number + 1}")
+                elif self.language not in ("", row[positions[0]]):
+                    batch.leave_out(OTHER_LANGUAGE, f"line {number + 1}: {row[positions[0]][:40]}")
+                elif not row[positions[1]].strip():
+                    batch.leave_out(NO_PAGE, f"line {number + 1}")
+                else:
+                    batch.rows.append([row[position] if position >= 0 else "" for position in positions])
+                if number % _BATCH == 0:
                     _commit(connection, path, number, batch)
-        _commit(connection, path, number, batch)
+        _commit(connection, path, max(number, done), batch)
 
     @property
     def size(self) -> int:
@@ -126,7 +153,9 @@ class WitSource(PickleFieldsMixin):
             yield Chunk(number, rows, (first, page))
 
     def parse(self, chunk: Chunk) -> Iterator[Record]:
-        """Yield an article for each page, and an image for each of its rows."""
+        """Yield an article for each page, and an image for each of its rows; the first chunk counts all rows."""
+        if chunk.number == 0:
+            yield from self._left_out()
         query = f"SELECT {', '.join(COLUMNS)} FROM rows WHERE page_url BETWEEN ? AND ? ORDER BY page_url, id"
         with closing(self._open()) as connection:
             connection.row_factory = sqlite3.Row
@@ -135,21 +164,31 @@ class WitSource(PickleFieldsMixin):
                 yield from self._records(address, [dict(row) for row in page])
 
     def _records(self, address: str, rows: Sequence[Mapping[str, str]]) -> Iterator[Record]:
+        yield Present(ROW, len(rows))
         title = clean_line(rows[0]["page_title"]) or address
         texts = dict.fromkeys([("", rows[0]["context_page_description"]), *(_section(row) for row in rows)])
         paragraphs = tuple(dict.fromkeys(paragraph for text in texts for paragraph in split_paragraphs(*text)))
         if not paragraphs:
-            yield Skipped("article has no text", address)
+            yield Skipped("article has no text", address, ROW, len(rows))
             return
         yield ArticleRecord(title, paragraphs, self.licence, key=address)
+        yield Present(IMAGE, len(rows))
         for row in rows:
             source = row["image_url"]
             image = self.images.thumbnail(source)
             lead = row["is_main_image"] == "true"
             if isinstance(image, Skipped):
-                yield image
+                yield replace(image, kind=IMAGE)
             else:
                 yield ImageRecord(image, _caption(row), UNKNOWN_LICENCE, source, (address,), lead)
+                yield Used(IMAGE, source, address)
+        yield Used(ROW, address, address, len(rows))
+
+    def _left_out(self) -> Iterator[Record]:
+        with closing(self._open()) as connection:
+            for reason, example, count in connection.execute("SELECT reason, example, count FROM left_out"):
+                yield Present(ROW, count)
+                yield Skipped(reason, example, ROW, count)
 
     def _open(self) -> sqlite3.Connection:
         if self.spool is None or not self.spool.is_file():
@@ -187,11 +226,26 @@ def _column_positions(path: Path, header: Sequence[str]) -> list[int]:
     return [header.index(name) if name in header else -1 for name in COLUMNS]
 
 
-def _commit(connection: sqlite3.Connection, path: Path, lines: int, batch: list[list[str]]) -> None:
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of a file that are written in one transaction, and those that are left out, by reason."""
+
+    rows: list[list[str]]
+    left_out: dict[str, tuple[str, int]]  # an example, and the number of rows
+
+    def leave_out(self, reason: str, example: str) -> None:
+        first, count = self.left_out.get(reason, (example, 0))
+        self.left_out[reason] = first, count + 1
+
+
+def _commit(connection: sqlite3.Connection, path: Path, lines: int, batch: _Batch) -> None:
+    """Write a batch together with the position in its file."""
     with connection:
-        connection.executemany(_INSERT, batch)
-        connection.execute("INSERT OR REPLACE INTO done VALUES (?, ?)", (path.name, lines))
-    batch.clear()
+        connection.executemany(_INSERT, batch.rows)
+        connection.executemany(_LEAVE_OUT, [(path.name, reason, *own) for reason, own in batch.left_out.items()])
+        connection.execute("INSERT OR REPLACE INTO copied VALUES (?, ?)", (path.name, lines))
+    batch.rows.clear()
+    batch.left_out.clear()
 
 
 def _section(row: Mapping[str, str]) -> tuple[str, str]:

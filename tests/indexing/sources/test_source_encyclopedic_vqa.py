@@ -57,6 +57,26 @@ def test_a_page_is_an_article_with_its_images(tmp_path, images, suffix):
     assert read.skipped == {IMAGE_MISSING: 600}
 
 
+def test_values_of_other_types_are_never_cited(tmp_path):
+    """`null` is not the text "None"; an address that is not a text is counted."""
+    odd = page(1, section_texts=[None, ["a"], "Fine."], section_titles=[1, None, {}], image_urls=["x.jpg", None, 7],
+               image_reference_descriptions=[3], image_section_indices=["0", None])  # fmt: skip
+    read = check_contract(EncyclopedicVqaSource(write_pages(tmp_path / "a.json", [odd]), ImageFolder(None)))
+    (article,) = read.articles.values()
+    assert article.paragraphs == (("", "Fine."),)
+    assert read.present == {"entry": 1, "image": 3} and read.skipped["image address is not a text"] == 2
+
+
+def test_deeply_nested_json_is_refused_without_taking_memory(tmp_path):
+    for text in ("[" * 100_000, '{"a": ' + '{"a":' * 100_000, '{"a": "[[[[' + "[" * 200_000 + '", "b": ' + "[" * 70):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(SourceError):
+            EncyclopedicVqaSource(tmp_path / "a.json", ImageFolder(None)).snapshot()
+    brackets = page(1, section_texts=["[[[[{{{{" * 100_000, 'quoted \\" [', "x"])
+    source = EncyclopedicVqaSource(write_pages(tmp_path / "b.json", [brackets] * 2), ImageFolder(None))
+    assert len(Read(source).of(ArticleRecord)) == 2  # brackets in texts are no nesting
+
+
 def test_malformed_pages_are_skipped(tmp_path):
     pages = [page(1), page(1, title="Again"), ("x", 5), ("y", {"title": "No sections"}),
              page(2, section_texts=["", ""]), page(3, image_urls=None, image_section_indices=None),

@@ -11,7 +11,8 @@ from zim_world import drawing, picture
 
 from gog_edge.errors import PictureError
 from gog_edge.indexing.sources.base import Skipped
-from gog_edge.indexing.sources.images import TOO_SMALL, UNDECODABLE, ThumbnailOptions, make_thumbnail, render_svg
+from gog_edge.indexing.sources.images import BEYOND_LIMITS, TOO_SMALL, UNDECODABLE, ThumbnailOptions, make_thumbnail
+from gog_edge.indexing.sources.svg import render_svg
 from gog_edge.picture import decode_picture
 
 
@@ -84,12 +85,15 @@ SVG = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1
         '<image width="60" height="60" href=" file:///etc/hostname"/>',
         "<g>" * 5000 + "</g>" * 5000,
         "<g>",
-        "<rect/>" * 700_000,
     ],
-    ids=["path", "address", "deep", "open", "large"],
+    ids=["path", "address", "deep", "open"],
 )
 def test_svg_with_external_references_or_excessive_depth_is_skipped(inside):
     assert make_thumbnail(SVG.format(inside).encode(), "a.svg") == Skipped(UNDECODABLE, "a.svg")
+
+
+def test_large_svg_is_skipped():
+    assert make_thumbnail(SVG.format("<rect/>" * 700_000).encode(), "a.svg") == Skipped(BEYOND_LIMITS, "a.svg")
 
 
 def as_uri(data, kind):
@@ -173,7 +177,7 @@ def test_icons_are_skipped_by_their_size():
 
 def test_decompression_bombs_are_skipped():
     data = saved(Image.new("L", (20_000, 20_000)), "PNG")
-    assert make_thumbnail(data, "a.png") == Skipped(UNDECODABLE, "a.png")
+    assert make_thumbnail(data, "a.png") == Skipped(BEYOND_LIMITS, "a.png")
 
 
 def test_thumbnails_are_deterministic():

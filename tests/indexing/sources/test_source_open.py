@@ -88,3 +88,8 @@ def test_unsupported_kinds_and_missing_paths_are_refused(tmp_path):
         open_source(tmp_path / "none")
     with pytest.raises(SourceError, match="must be one of zim, .*, got 'epub'"):
         open_source(tmp_path, kind="epub")
+
+
+def test_columns_of_a_snapshot_without_tables_are_refused(paths):
+    with pytest.raises(SourceError, match="of the kind 'zim'; leave out --column"):
+        open_source(paths["zim"], columns=["file=Name"])

@@ -57,6 +57,14 @@ def test_malformed_lines_are_skipped(tmp_path):
     assert read.skipped == {"line is not a page": 5, "article has no text": 1}
 
 
+def test_values_of_other_types_are_never_cited(tmp_path):
+    lines = [line(1, wikipedia_content=["a"], wikipedia_summary="Sum."), line(2, wikipedia_title=["x"]),
+             line(3, wikipedia_image_url=7), line(4, wikipedia_content=3, wikipedia_summary={})]  # fmt: skip
+    read = check_contract(Wiki6mSource(write_lines(tmp_path / "a.jsonl", lines), ImageFolder(None)))
+    assert read.articles["Q1"].paragraphs == (("", "Sum."),) and set(read.articles) == {"Q1", "Q3"}
+    assert read.present["line"] == 4 and read.skipped["image address is not a text"] == 1
+
+
 def test_unpaired_surrogates_are_removed(tmp_path):
     odd = line(1, wikipedia_title="A\ud800b", wikipedia_content="c\udfffd \u0000", wikipedia_image_url="x\ud800.jpg")
     read = Read(Wiki6mSource(write_lines(tmp_path / "a.jsonl", [odd]), ImageFolder(tmp_path)))

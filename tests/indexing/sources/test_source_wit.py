@@ -82,7 +82,8 @@ def test_each_page_is_one_article_with_all_its_images(folder, images, tmp_path):
     assert article.paragraphs[0] == ("", 'Page 7 is about "something".')
     assert article.paragraphs[1:] == tuple(("Uses / Early", f"Used with image 7_{k}.") for k in range(3))
     assert [image.caption for image in read.images_of(article.key)] == [f"Image 7_{k} of page 7" for k in range(2)]
-    assert read.skipped == {IMAGE_MISSING: 400}
+    assert read.skipped == {IMAGE_MISSING: 400, wit.OTHER_LANGUAGE: 1200}
+    assert read.present == {wit.ROW: 2400, wit.IMAGE: 1200}
     assert {image.attribution for image in read.images_of(article.key)} == {
         f"http://upload.wikimedia.org/wikipedia/commons/0/00/Image_7_{k}.jpg" for k in range(2)}
 
@@ -124,6 +125,14 @@ def test_rows_without_text_or_columns_are_skipped(tmp_path):
     read = Read(prepared(path, tmp_path))
     assert {article.title for article in read.articles.values()} == {"Page 2", "https://en.wikipedia.org/wiki/Page_3"}
     assert read.skipped["article has no text"] == 1
+
+
+def test_every_row_is_counted(tmp_path):
+    rows = [row(1, "a"), row(1, "b"), "en\tshort", row(2, "c") + "\tone more", row(3, "d", language="fr"), "",
+            row(4, "e", page_url=" ")]  # fmt: skip
+    read = check_contract(prepared(write_rows(tmp_path / "one.tsv.gz", rows), tmp_path))
+    assert read.present == {wit.ROW: 7, wit.IMAGE: 2} and read.used[wit.ROW] == 2
+    assert (read.skipped[wit.MALFORMED], read.skipped[wit.OTHER_LANGUAGE], read.skipped[wit.NO_PAGE]) == (3, 1, 1)
 
 
 def prepare_slowly(folder, work):

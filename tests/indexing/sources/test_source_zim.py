@@ -73,7 +73,8 @@ def test_other_scripts_are_kept(world, title, caption):
 def test_unusable_content_is_skipped(world):
     assert world.skipped == {
         "image does not decode": 1, "image is not in the snapshot": 2, "image is an icon": 1,
-        "image is smaller than an icon": 1, "article has no text": 1, "article was not downloaded": 1}
+        "image is smaller than an icon": 1, "article has no text": 1, "article was not downloaded": 1,
+        "redirect to a file that is not an article": 1}
     assert [image.caption for image in world.images_of("Odd_inline")] == ["Inside"]
     assert world.articles["Odd_gallery"].paragraphs == (("", "Only a picture"),)
 

@@ -1,0 +1,1 @@
+"""Parts of the parser of HTML pages (`gog_edge.indexing.sources.html`)."""

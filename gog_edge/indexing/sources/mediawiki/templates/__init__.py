@@ -1,0 +1,1 @@
+"""Renders the templates that carry numbers, units, dates, foreign words and signs."""
