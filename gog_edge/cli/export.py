@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from gog_edge.cli.common import print_errors
+from gog_edge.cli.common import App, print_errors
 from gog_edge.engines.manifest import BUILT_ENGINES, ENGINES, ENGINES_FOLDER, ORT, build_command
 
 if TYPE_CHECKING:
     from gog_edge.exporting.conversion.convert import Kind
     from gog_edge.exporting.policy.parity import ParityReport
 
-app = typer.Typer(name="export", no_args_is_help=True,
+app = App(name="export", no_args_is_help=True,
                   help="Convert checkpoints to graphs and engines. Needs the extra `export`.")
 
 KIND_ALIASES = {"half": "fp16"}  # of graph conversions: names of older versions
@@ -50,7 +50,8 @@ def policy(
     adapter: Annotated[Path | None, typer.Option(help="PEFT folder of LoRA weights to merge.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the policy; default: that of the checkpoint's "
                                              "folder.")] = None,
-    context: Annotated[int, typer.Option(help="Maximum tokens of a conversation.")] = 4096,
+    context: Annotated[int | None, typer.Option(help="Maximum tokens of a conversation; default: 4096, or what the "
+                                                "checkpoint was trained for if that is less.")] = None,
     dialect: Annotated[str | None, typer.Option(help="File or name of a dialect; default: the checkpoint's, else "
                                                 "'gog'.")] = None,
     no_parity: NoParityOption = False,
@@ -61,7 +62,7 @@ def policy(
     The last line of the output is a JSON object.
     """
     started = time.monotonic()
-    with print_errors(1):
+    with print_errors():
         from gog_edge.cli.render_export import show_files, track_layers
         from gog_edge.exporting.policy.export import CPU_LAYOUTS, NO_LAYOUT, PRECISIONS, check_cpu_layout, export_policy
 
@@ -81,6 +82,7 @@ def policy(
             dialect=Path(dialect) if dialect and Path(dialect).is_file() else dialect,
             parity=not no_parity,
             progress=track_layers,
+            notice=lambda note: typer.echo(f"note: {note}", err=True),
         )
     show_files(f"{manifest.name} -> {out}", manifest.files)
     if engine != ORT:
@@ -94,7 +96,8 @@ def clip(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder with open_clip_config.json and weights, or the "
                                          "name of a configuration that open_clip ships.")],
     out: OutArgument,
-    weights: Annotated[Path | None, typer.Option(help="Local weights; required with a name.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Local weights, a safetensors file; required with a "
+                                                 "name.")] = None,
     tag: Annotated[str | None, typer.Option(help="open_clip's tag of these weights, which selects their preprocessing "
                                             "and activation.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, or int8 for ViT models: about three times as fast, a quarter "
@@ -108,7 +111,7 @@ def clip(
     can be searched with the other. The last line of the output is a JSON object.
     """
     started = time.monotonic()
-    with print_errors(1):
+    with print_errors():
         from gog_edge.cli.render_export import show_encoder
         from gog_edge.exporting.clip.checkpoint import load_clip
         from gog_edge.exporting.clip.export import PRECISIONS, export_clip
@@ -142,7 +145,7 @@ def text(
     Needs the extra `text` in an environment of its own. The last line of the output is a JSON object.
     """
     started = time.monotonic()
-    with print_errors(1, extra="text"):
+    with print_errors(extra="text"):
         if find_spec("optimum") is None:  # first, since it is missing where only the extra `export` is installed
             raise ModuleNotFoundError("No module named 'optimum'", name="optimum")
         from gog_edge.cli.render_export import show_encoder
@@ -174,7 +177,7 @@ def engines(
     device, for its own GPU. The last line of the output is a JSON object.
     """
     sms = _parse_sms(sm)
-    with print_errors(1):
+    with print_errors():
         from gog_edge.bundle import open_bundle
         from gog_edge.cli.render_export import show_engines, show_steps
         from gog_edge.engines.manifest import default_engine_folder
@@ -229,7 +232,7 @@ def check_parity(
     seed: Annotated[int, typer.Option(help="Seed of the random conversations.")] = 0,
 ) -> None:
     """Compare an exported policy with its checkpoint in transformers; exit code 1 if a limit is exceeded."""
-    with print_errors(1):
+    with print_errors():
         from gog_edge.cli.render_export import show_parity
         from gog_edge.engines.onnx.native import unavailable_reason
         from gog_edge.errors import CheckpointError
@@ -260,7 +263,7 @@ def check_conversion(
     context: ContextOption = None,
 ) -> None:
     """Compare a bundle's graphs, converted as engines are built from them, with its own; nothing is built."""
-    with print_errors(1):
+    with print_errors():
         from gog_edge.bundle import open_bundle
         from gog_edge.exporting.conversion.convert import KINDS
         from gog_edge.exporting.conversion.parity import check_converted
@@ -286,7 +289,7 @@ def random_checkpoint(
     of the output is a JSON object.
     """
     started = time.monotonic()
-    with print_errors(1):
+    with print_errors():
         from rich.progress import track
 
         from gog_edge.exporting.policy.random_checkpoint import shape_of, write_random_checkpoint

@@ -3,24 +3,53 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Annotated, Any
 
+import torch
+from annotated_types import Ge, Le
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
 
-from gog_edge.errors import CheckpointError
+from gog_edge.errors import ArtifactError, CheckpointError
 from gog_edge.exporting.clip.tokenizer import check_tokenizer, convert_hf_tokenizer, convert_simple_tokenizer
 from gog_edge.exporting.torchvision_shim import import_torchvision
-from gog_edge.files import read_json
-from gog_edge.retrieval.encoder import rgb_floats
+from gog_edge.files import open_tokenizer, read_json
+from gog_edge.retrieval.encoder import parse_image_spec, rgb_floats
+from gog_edge.tables import Dimension, build, shown
 
 CONFIG_FILE = "open_clip_config.json"
-WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = ("open_clip_model.safetensors", "model.safetensors")
+PICKLED = ("open_clip_pytorch_model.bin", "pytorch_model.bin")
+MAX_NUMBER = 2**24  # of a configuration: sizes, token ids
+MAX_LAYERS = 1024
+SIZE_RATIO = 8  # of a model in fp32 to its file, which may hold fp16
+SMALL_BYTES = 2**28  # models up to this size are not compared with their file
+
+
+@dataclass(frozen=True, slots=True)
+class TextFields:
+    """The keys of `text_cfg` that this package reads."""
+
+    context_length: Annotated[int, Ge(1), Le(65_536)] = 77
+    pad_id: Annotated[int, Ge(0), Le(MAX_NUMBER)] = 0
+    hf_model_name: str = ""
+    hf_tokenizer_name: str = ""
+    tokenizer_mode: str = ""
+    tokenizer_kwargs: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFields:
+    """The keys of `model_cfg` that this package reads."""
+
+    embed_dim: Dimension
+    vision_cfg: Mapping[str, Any]
+    text_cfg: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +84,7 @@ def load_clip(model: str, *, weights: Path | None = None, tag: str | None = None
 
     Args:
         model: a folder with `open_clip_config.json` and weights, or the name of a configuration that open_clip ships.
-        weights: the weights (.safetensors, .bin, .pt); required with a name.
+        weights: the weights, a safetensors file; required with a name.
         tag: with a name, open_clip's tag of these weights, which selects their preprocessing and activation.
 
     Raises:
@@ -80,9 +109,19 @@ def _weights_in(folder: Path) -> Path:
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
+    pickled = next((name for name in PICKLED if (folder / name).is_file()), None)
+    if pickled is not None:
+        raise CheckpointError(_pickle_advice(folder / pickled))
     raise CheckpointError(
         f"open_clip model '{folder}': no weights; expected one of {', '.join(WEIGHT_FILES)}, or give a file with "
         "--weights"
+    )
+
+
+def _pickle_advice(path: Path) -> str:
+    return (
+        f"'{path}' is not a safetensors file: pickled weights may contain code and are not read; where you trust it, "
+        "convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'open_clip_model.safetensors')"
     )
 
 
@@ -113,32 +152,52 @@ def _named_config(name: str, tag: str | None) -> dict[str, Any]:
 
 
 def _load(name: str, config: Mapping[str, Any], weights: Path, folder: Path) -> ClipCheckpoint:
-    model_config = config.get("model_cfg")
+    model_config, where = config.get("model_cfg"), f"open_clip model '{name}': its configuration"
     if not isinstance(model_config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model_config.keys():
         raise CheckpointError(
             f"open_clip model '{name}': its configuration has no model_cfg with embed_dim, vision_cfg and text_cfg"
         )
+    fields = build(ModelFields, model_config, "model_cfg", error=CheckpointError, where=where, known_only=True)
+    given = {key: value for key, value in fields.text_cfg.items() if value is not None}
+    text = build(TextFields, given, "text_cfg", error=CheckpointError, where=where, known_only=True)
+    for path, value in _numbers(model_config):
+        limit = MAX_LAYERS if path[-1] == "layers" else MAX_NUMBER
+        if not math.isfinite(value) or abs(value) > limit:
+            raise CheckpointError(f"{where}: {'.'.join(path)} must be at most {limit}, got {shown(value)}")
     if not weights.is_file():
         raise CheckpointError(f"open_clip model '{name}': the weights file '{weights}' does not exist")
-    text = model_config["text_cfg"]
-    if text.get("hf_model_name"):
+    if weights.suffix != ".safetensors":
+        raise CheckpointError(_pickle_advice(weights))
+    if text.hf_model_name:
         raise CheckpointError(
-            f"open_clip model '{name}': its text tower is the hub model '{text['hf_model_name']}', which would have to "
+            f"open_clip model '{name}': its text tower is the hub model '{text.hf_model_name}', which would have to "
             "be downloaded; such models cannot be exported"
         )
-    length = int(text.get("context_length", 77))
-    tokenizer, pad_id = _tokenizer(name, text, folder, length)
+    preprocess = config.get("preprocess_cfg", {})
+    if not isinstance(preprocess, Mapping):
+        raise CheckpointError(f"{where}: preprocess_cfg must be an object, got {shown(preprocess)}")
+    image = _checked_preprocessing(where, fields.vision_cfg, preprocess)
+    tokenizer, pad_id = _tokenizer(name, text, folder)
     model = _build(name, model_config, weights)
-    image = preprocessing_of(model_config["vision_cfg"], config.get("preprocess_cfg", {}))
-    dim = int(model_config["embed_dim"])
-    return ClipCheckpoint(name, model, dim, image, tokenizer, length, pad_id, weights)
+    return ClipCheckpoint(name, model, fields.embed_dim, image, tokenizer, text.context_length, pad_id, weights)
+
+
+def _numbers(value: Any, path: tuple[str, ...] = ("model_cfg",)) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Yield the numbers in a configuration with their paths."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _numbers(item, (*path, str(key)))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, path)
+    elif isinstance(value, (int, float)):
+        yield path, value
 
 
 def _build(name: str, config: Mapping[str, Any], weights: Path) -> nn.Module:
     """Return the model with its weights, in evaluation mode."""
     from open_clip.factory import load_checkpoint
     from open_clip.model import CLIP, CustomTextCLIP
-    from safetensors import SafetensorError
 
     settings = {key: value for key, value in config.items() if key not in ("custom_text", "multimodal_cfg")}
     custom = bool(config.get("custom_text")) or "timm_model_name" in config["vision_cfg"]
@@ -146,34 +205,51 @@ def _build(name: str, config: Mapping[str, Any], weights: Path) -> nn.Module:
         raise CheckpointError(
             f"open_clip model '{name}' is a captioning model (CoCa); only two-tower models can be exported"
         )
+    architecture = CustomTextCLIP if custom else CLIP
     try:
-        model: nn.Module = CustomTextCLIP(**settings) if custom else CLIP(**settings)
+        with safe_open(weights, framework="np"):
+            pass
+        with torch.device("meta"):
+            needed = 4 * sum(parameter.numel() for parameter in architecture(**settings).parameters())
+        if needed > max(SMALL_BYTES, SIZE_RATIO * weights.stat().st_size):
+            raise ValueError(f"it describes a model of {needed / 2**20:.0f} MiB")
+        model: nn.Module = architecture(**settings)
         load_checkpoint(model, str(weights), weights_only=True)
-    except (RuntimeError, KeyError, TypeError, ValueError, SafetensorError, UnpicklingError) as exc:
-        reason = str(exc).splitlines()[0]
+    except (SafetensorError, OSError) as exc:
+        raise CheckpointError(f"open_clip model '{name}': '{weights}' cannot be loaded ({exc}); copy it again") from exc
+    except Exception as exc:  # open_clip, timm and torch raise many kinds
+        reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise CheckpointError(
             f"open_clip model '{name}': '{weights}' cannot be loaded into this configuration ({reason}); give the "
             "weights of this model"
         ) from exc
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"'{weights}': '{key}' has values that are NaN or infinite; give other weights")
     return model.eval().requires_grad_(False)
 
 
-def _tokenizer(name: str, text: Mapping[str, Any], folder: Path, length: int) -> tuple[Tokenizer, int]:
+def _tokenizer(name: str, text: TextFields, folder: Path) -> tuple[Tokenizer, int]:
     """Return the tokenizer as a `tokenizers` object, and its padding id."""
     import open_clip
 
-    options = dict(text.get("tokenizer_kwargs") or {})
+    options = dict(text.tokenizer_kwargs or {})
     clean = options.pop("clean", None)
-    if options or text.get("tokenizer_mode"):
+    if options or text.tokenizer_mode:
         raise CheckpointError(
-            f"open_clip model '{name}': tokenizer options {sorted(options) or text['tokenizer_mode']} cannot be "
+            f"open_clip model '{name}': tokenizer options {sorted(options) or text.tokenizer_mode} cannot be "
             "exported; only 'clean' can"
         )
-    hub = text.get("hf_tokenizer_name") or ("a SigLIP vocabulary" if "siglip" in name.lower() else None)
+    if clean is not None and not isinstance(clean, str):
+        raise CheckpointError(f"open_clip model '{name}': tokenizer option 'clean' must be text, got {shown(clean)}")
+    hub = text.hf_tokenizer_name or ("a SigLIP vocabulary" if "siglip" in name.lower() else None)
     if not hub:
-        original = open_clip.SimpleTokenizer(context_length=length, clean=clean or "lower")
+        try:
+            original = open_clip.SimpleTokenizer(context_length=text.context_length, clean=clean or "lower")
+        except Exception as exc:  # asserts, and KeyError for another mode
+            raise CheckpointError(f"open_clip model '{name}': tokenizer option 'clean' = {clean!r} ({exc!r})") from exc
         tokenizer = convert_simple_tokenizer(original, clean=clean or "lower")
-        check_tokenizer(tokenizer, original, length)
+        check_tokenizer(tokenizer, original, text.context_length)
         return tokenizer, 0
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -185,17 +261,28 @@ def _tokenizer(name: str, text: Mapping[str, Any], folder: Path, length: int) ->
     return convert_hf_tokenizer(file, clean=clean or fallback), _pad_id(file, text)
 
 
-def _pad_id(file: Path, text: Mapping[str, Any]) -> int:
+def _pad_id(file: Path, text: TextFields) -> int:
     """Return the padding id of tokenizer.json, of tokenizer_config.json, or of the model's configuration."""
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = open_tokenizer(file, what="open_clip model", error=CheckpointError)
     if tokenizer.padding:
         return int(tokenizer.padding["pad_id"])
-    config = file.with_name("tokenizer_config.json")
-    token = json.loads(config.read_text(encoding="utf-8")).get("pad_token") if config.is_file() else None
+    path = file.with_name("tokenizer_config.json")
+    config = read_json(path, what="open_clip model", error=CheckpointError) if path.is_file() else {}
+    token = config.get("pad_token")
     if isinstance(token, dict):
         token = token.get("content")
-    found = tokenizer.token_to_id(token) if token else None
-    return int(text.get("pad_id", 0)) if found is None else int(found)
+    found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    return text.pad_id if found is None else int(found)
+
+
+def _checked_preprocessing(where: str, vision: Mapping[str, Any], given: Mapping[str, Any]) -> ImagePreprocessing:
+    """Return `preprocessing_of`. Raises CheckpointError for values that no encoder can have."""
+    try:
+        image = preprocessing_of(vision, given)
+        parse_image_spec(asdict(image))
+    except (ArtifactError, TypeError, ValueError, AttributeError, OverflowError) as exc:
+        raise CheckpointError(f"{where} of the preprocessing is not possible ({exc})") from exc
+    return image
 
 
 def preprocessing_of(vision: Mapping[str, Any], given: Mapping[str, Any]) -> ImagePreprocessing:
@@ -203,6 +290,9 @@ def preprocessing_of(vision: Mapping[str, Any], given: Mapping[str, Any]) -> Ima
     from open_clip.transform import PreprocessCfg
 
     settings = {key: value for key, value in given.items() if value is not None and key != "size"}
+    numbers = (vision.get("image_size", 224), settings.get("mean", 0), settings.get("std", 1))
+    if any(isinstance(value, (str, Mapping)) for value in numbers):
+        raise TypeError(f"image_size, mean and std must be numbers, got {shown(numbers)}")
     full = asdict(PreprocessCfg(size=vision.get("image_size", 224), **settings))
     size = full["size"]
     height, width = size if isinstance(size, (list, tuple)) else (size, size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from gog_edge.exporting.output_folder import atomic_output_folder
 from gog_edge.exporting.quantization import INT7_BY_ROW
 from gog_edge.files import MODEL_MANIFEST, describe_files, sha256_of, write_json
 from gog_edge.retrieval.encoder import SCHEMA, parse_image_spec
+from gog_edge.tables import shown
 
 OPSET = 20  # of graphs written by torch.onnx
 EMBEDDED_BYTES = 2**30  # weights above this size go to an external data file; protocol buffers are limited to 2 GiB
@@ -136,10 +138,17 @@ def _manifest(checkpoint: ClipCheckpoint, out: Path, described: Mapping[str, Any
         "text": text,
         "weights_sha256": sha256_of(checkpoint.weights),
         "preprocessing_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
-        "logit_scale": float(scale.exp().mean()) if isinstance(scale, Tensor) else 1.0,
+        "logit_scale": _logit_scale(scale),
         **described,
         "files": files,
     }
+
+
+def _logit_scale(scale: Any) -> float:
+    value = float(scale.exp().mean()) if isinstance(scale, Tensor) else 1.0
+    if not math.isfinite(value):
+        raise CheckpointError(f"the model's logit_scale is e to the power of {shown(scale)}; give other weights")
+    return value
 
 
 # --- graphs written by torch.onnx ----------------------------------------------------------------

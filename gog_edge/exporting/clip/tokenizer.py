@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from gog_edge.errors import CheckpointError
+from gog_edge.files import open_tokenizer
 
 SAMPLES = (
     "", " ", "the flag of France", "What's THE Currency of São Tomé?", "it's we're I'll you'd they've i'm don't",
@@ -72,7 +73,7 @@ def convert_simple_tokenizer(original: Any, *, clean: str = "lower") -> Tokenize
 
 def convert_hf_tokenizer(file: Path, *, clean: str = "whitespace") -> Tokenizer:
     """Read a tokenizer.json and put open_clip's cleaning before its own normalization."""
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = open_tokenizer(file, what="open_clip model", error=CheckpointError)
     own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
     tokenizer.normalizer = normalizers.Sequence(_cleaning(clean) + own)
     return tokenizer

@@ -159,7 +159,7 @@ def _encoder_graphs(root: Path, folder: Path) -> tuple[GraphSource, ...]:
     image, text = folder / "image.onnx", folder / "text.onnx"
     return (
         GraphSource(IMAGE, image, _files(root, image, files), image_profiles(size.width, size.height)),
-        GraphSource(TEXT, text, _files(root, text, files), text_profiles(manifest.context_length)),
+        GraphSource(TEXT, text, _files(root, text, files), text_profiles(manifest.text.context_length)),
     )
 
 

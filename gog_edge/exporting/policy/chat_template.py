@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
+from types import FrameType
 from typing import Any
 
 from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gog_edge.errors import CheckpointError
 from gog_edge.policy.manifest import ChatFormat
+from gog_edge.tables import shown
+
+MAX_TEMPLATE = 2**18  # characters; those of released models have up to ten thousand
+MAX_SECONDS = 5.0  # for one rendering, which takes milliseconds
+MAX_FACTOR, MAX_POWER = 10**6, 64
 
 # Placeholders that no template contains.
 SYSTEM, QUESTION, AFTER_IMAGE, ANSWER = "@@system@@", "@@question@@", "@@after@@", "@@answer@@"
@@ -109,14 +119,50 @@ def _message(role: str, *parts: str | None) -> Message:
     return {"role": role, "content": content}
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, without the operators that can make values of any size."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute a product or a power of small numbers; nothing else is needed to format a conversation."""
+        numbers = all(isinstance(value, (int, float)) and abs(value) <= MAX_FACTOR for value in (left, right))
+        if not numbers or (operator == "**" and abs(right) > MAX_POWER):
+            raise SecurityError(f"it multiplies {shown(left)} by {shown(right)}")
+        return super().call_binop(context, operator, left, right)
+
+
 def _render(template: str, messages: Sequence[Message], *, prompt: bool = False) -> str:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = _raise_template_error
     try:
+        if len(template) > MAX_TEMPLATE:
+            raise TemplateError(f"it has {len(template)} characters, the limit is {MAX_TEMPLATE}")
         compiled = environment.from_string(template)
-        return compiled.render(messages=messages, add_generation_prompt=prompt, tools=None)
-    except TemplateError as exc:
-        raise CheckpointError(f"cannot render the chat template: {exc}; use the one of its base model") from exc
+        with _time_limit(MAX_SECONDS):
+            rendered = str(compiled.render(messages=messages, add_generation_prompt=prompt, tools=None))
+        rendered.encode()  # half of a character cannot be written
+    except Exception as exc:  # a template may raise anything
+        reason = " ".join((str(exc).strip() or type(exc).__name__).split())[:300]
+        raise CheckpointError(f"cannot render the chat template: {reason}; use the one of its base model") from exc
+    return rendered
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError inside the block when it takes longer; only lines of Python code are interrupted."""
+    end, before = monotonic() + seconds, sys.gettrace()
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if monotonic() > end:
+            raise TimeoutError(f"it takes more than {seconds:.0f} seconds")
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _raise_template_error(message: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ import numpy as np
 from gog_edge.engines.base import Array
 from gog_edge.engines.manifest import ORT
 from gog_edge.engines.onnx.native import HEAD_WIDTH_MULTIPLE, MAX_HEAD_WIDTH, library, unavailable_reason
-from gog_edge.errors import BackendError, CheckpointError
+from gog_edge.errors import ArtifactError, BackendError, CheckpointError
 from gog_edge.exporting.graph import Progress, WeightFormat, silent
 from gog_edge.exporting.output_folder import atomic_output_folder, check_disk_space
 from gog_edge.exporting.policy.chat_template import extract_chat_format
 from gog_edge.exporting.policy.checkpoint import Checkpoint
-from gog_edge.exporting.policy.decoder_graph import write_decoder
+from gog_edge.exporting.policy.decoder_graph import Weights, write_decoder
 from gog_edge.exporting.policy.native_graph import NativeVisionOperators, supports_native, write_native_decoder
 from gog_edge.exporting.policy.parity import ParityEpisode, check_passed, measure_parity
 from gog_edge.exporting.policy.vision_graph import write_vision
@@ -52,6 +53,7 @@ BLOCK_SIZES = (32, 64, 128, 256)
 DEFAULT_BLOCK = 128
 DEFAULT_CONTEXT = 4096  # tokens
 DEFAULT_DIALECT = "gog"
+FP16_OVERFLOW = 65_520.0  # smaller values round to a finite one
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int4": 1.9}  # int4: with scales, 8-bit parts and a CPU layout
 
 
@@ -64,11 +66,12 @@ def export_policy(
     block: int = DEFAULT_BLOCK,
     cpu_layout: str | None = None,
     name: str | None = None,
-    context: int = DEFAULT_CONTEXT,
+    context: int | None = None,
     dialect: str | Path | None = None,
     episodes: Sequence[ParityEpisode] | None = None,
     parity: bool = True,
     progress: Progress = silent,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> PolicyManifest:
     """Export a Qwen2.5-VL or Qwen3-VL checkpoint folder to a policy folder and return its manifest.
 
@@ -83,11 +86,13 @@ def export_policy(
         cpu_layout: int4: one of CPU_LAYOUTS. None chooses NATIVE if its operators support the model and run on this
             machine, so that parity can be measured, and PREFILL otherwise.
         name: name in the manifest; None for the name of `source`.
-        context: tokens of one conversation, limited to what the checkpoint was trained for.
+        context: tokens of one conversation, at most what the checkpoint was trained for; None for DEFAULT_CONTEXT, or
+            less if it was trained for less.
         dialect: a file, or the name of a dialect of the package; None for the checkpoint's dialect.toml, or 'gog'.
         episodes: conversations for the parity check; None for random ones.
         parity: whether to compare the graphs with transformers.
         progress: shows progress over layers.
+        notice: shows what was ignored in the folders.
 
     Raises:
         BackendError: the precision or CPU layout does not exist.
@@ -97,18 +102,20 @@ def export_policy(
     """
     check_precision(precision)
     check_cpu_layout(cpu_layout, precision)
-    if context < 1:
+    if context is not None and context < 1:
         raise CheckpointError(f"'context' must be at least 1 token, got {context}; give a larger --context")
     checkpoint = Checkpoint.open(source, adapter)
+    max_context = _max_context(context, checkpoint)
+    for note in checkpoint.notes:
+        notice(note)
     layout = _choose_cpu_layout(cpu_layout, checkpoint, parity) if precision == "int4" else NO_LAYOUT
     formats = weight_formats(precision, block, prefill=layout == PREFILL)
     with atomic_output_folder(out, "policy") as part:
         check_disk_space(part, int(checkpoint.parameters * BYTES_PER_WEIGHT[precision]), "the policy")
         chat, used_dialect = _write_text_files(checkpoint, part, dialect)  # first, since its errors come early
-        _write_weights(checkpoint, part, precision, formats, layout, progress)
         manifest = PolicyManifest(
             name=name or source.resolve().name,
-            architecture=checkpoint.config["architectures"][0],
+            architecture=checkpoint.architecture,
             engine=ORT,
             precision=precision,
             weights=formats,
@@ -118,11 +125,14 @@ def export_policy(
             image_token=checkpoint.image_token,
             eos=checkpoint.eos,
             box_frame=used_dialect.box_frame,
-            max_context=min(context, checkpoint.max_positions),
+            max_context=max_context,
             generation=checkpoint.generation,
             source_sha256=checkpoint.sha256,
-            files=tuple(describe_files(part, [path.name for path in part.iterdir()])),
         )
+        _check_manifest(source, manifest)
+        _write_weights(checkpoint, part, precision, formats, layout, progress)
+        files = describe_files(part, [path.name for path in part.iterdir()])
+        manifest = dataclasses.replace(manifest, files=tuple(files))
         write_json(part / MANIFEST, manifest.to_json())
         if parity:
             report = measure_parity(part, checkpoint, episodes)
@@ -133,6 +143,14 @@ def export_policy(
 
 
 # --- checks and choices --------------------------------------------------------------------------
+
+
+def _check_manifest(source: Path, manifest: PolicyManifest) -> None:
+    """Raise CheckpointError if the manifest could not be read again."""
+    try:
+        PolicyManifest.from_json(json.loads(json.dumps(manifest.to_json(), allow_nan=False)))
+    except (ArtifactError, ValueError) as exc:
+        raise CheckpointError(f"'{source}' cannot be exported: {exc}") from exc
 
 
 def check_precision(precision: str) -> None:
@@ -150,6 +168,16 @@ def check_cpu_layout(cpu_layout: str | None, precision: str, engine: str = ORT) 
             f"CPU layouts are for precision int4 and engine '{ORT}', not for {precision} and '{engine}'; omit "
             f"--cpu-layout {cpu_layout}"
         )
+
+
+def _max_context(context: int | None, checkpoint: Checkpoint) -> int:
+    trained = checkpoint.max_positions
+    if context is not None and context > trained:
+        raise CheckpointError(
+            f"'context' must be at most {trained} tokens, for which '{checkpoint.folder}' was trained "
+            f"(max_position_embeddings), got {context}; give a smaller --context"
+        )
+    return context or min(DEFAULT_CONTEXT, trained)
 
 
 def _choose_cpu_layout(wanted: str | None, checkpoint: Checkpoint, parity: bool) -> str:
@@ -229,6 +257,8 @@ def _write_weights(
     """Write all graphs and the embedding table."""
     plain: WeightFormat = "fp16" if precision == "fp16" else "fp32"
     vision, decoder = checkpoint.vision_weights(), checkpoint.decoder_weights()
+    if precision == "fp16":
+        vision, decoder = _within_fp16(checkpoint, vision), _within_fp16(checkpoint, decoder)
     write_vision(folder / VISION_GRAPH, checkpoint.vision, vision, formats.vision or plain, progress)
     write_decoder(
         folder / DECODER_GRAPH, checkpoint.text, decoder, weight_format=formats.decoder or plain,
@@ -249,8 +279,22 @@ def _write_weights(
             folder / NATIVE_DECODER_GRAPH, checkpoint.text, decoder, own.decoder or plain, own.head or plain, progress
         )
     _write_embeddings(folder, decoder("embed_tokens.weight"), formats.embeddings or plain)
-    if checkpoint.adapter is not None:
-        checkpoint.adapter.check_used()
+
+
+def _within_fp16(checkpoint: Checkpoint, weights: Weights) -> Weights:
+    """Return `weights` that raises CheckpointError, naming the tensor, for a matrix with values beyond fp16."""
+
+    def read(name: str) -> Array:
+        array = weights(name)
+        largest = max(float(array.max()), -float(array.min()))
+        if array.ndim > 1 and largest >= FP16_OVERFLOW:
+            raise CheckpointError(
+                f"'{checkpoint.folder}': '{name}' has values up to {largest:.4g}, which fp16 stores as infinite; "
+                "export with --precision fp32"
+            )
+        return array
+
+    return read
 
 
 def _write_embeddings(folder: Path, table: Array, weight_format: WeightFormat) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gog_edge.engines.base import Floats
-from gog_edge.errors import CheckpointError, MalformedAction
+from gog_edge.errors import BudgetExceeded, CheckpointError, MalformedAction
 from gog_edge.exporting.policy.checkpoint import Checkpoint
 from gog_edge.exporting.policy.reference import Reference
 from gog_edge.exporting.recording import min_cosine_similarity, record_logits
@@ -41,10 +41,11 @@ class ParityLimits:
 
     def accept(self, difference: Difference) -> bool:
         """Return whether a difference is within the limits."""
-        max_abs = max(difference.vision_max_abs, difference.logits_max_abs)
-        min_cosine = min(difference.vision_min_cosine, difference.logits_min_cosine)
+        # Each figure is compared by itself: `max` and `min` would drop a NaN.
+        figures_ok = all(value <= self.max_abs for value in (difference.vision_max_abs, difference.logits_max_abs))
+        cosines = (difference.vision_min_cosine, difference.logits_min_cosine)
         tokens_ok = difference.greedy_differ == 0 or not self.same_tokens
-        return max_abs <= self.max_abs and min_cosine >= self.min_cosine and tokens_ok
+        return figures_ok and all(value >= self.min_cosine for value in cosines) and tokens_ok
 
 
 # In int4 the operators quantize activations to 8 bits too: only the direction is compared, and tokens may differ.
@@ -94,13 +95,16 @@ class ParityReport:
     rounding: Difference  # compared with the checkpoint's own weights: the error of the precision; for information
     prefill_min_cosine: float  # of the keys or values of any layer; 1 without a prefill graph
     native: Difference | None = None  # as `graphs`, for the native graphs; None if they did not run
+    adapter: float | None = None  # difference of logits between PEFT's unmerged and merged model; None if not merged
 
     @property
     def passed(self) -> bool:
-        """Return whether the report is within the limits of its precision."""
+        """Return whether something was compared, and the report is within the limits of its precision."""
         limits = LIMITS[self.precision]
         prefill_ok = self.prefill_min_cosine >= limits.prefill_cosine
-        return prefill_ok and all(each is None or limits.accept(each) for each in (self.graphs, self.native))
+        adapter_ok = self.adapter is None or self.adapter <= LIMITS["fp32"].max_abs
+        graphs_ok = all(each is None or limits.accept(each) for each in (self.graphs, self.native))
+        return self.positions > 0 and adapter_ok and prefill_ok and graphs_ok
 
     def to_json(self) -> dict[str, Any]:
         """Return the object "parity" of the manifest."""
@@ -112,6 +116,11 @@ def check_passed(report: ParityReport) -> None:
     if report.passed:
         return
     limits = LIMITS[report.precision]
+    if report.adapter is not None and not report.adapter <= LIMITS["fp32"].max_abs:
+        raise CheckpointError(
+            f"the logits of peft's merged model differ from those of the unmerged adapter by {report.adapter:.2e}; "
+            "nothing was written: save the adapter again with the release of peft that trained it"
+        )
     for which, found in (("exported graphs", report.graphs), ("graphs for the native operators", report.native)):
         if found is not None and not limits.accept(found):
             raise CheckpointError(
@@ -132,6 +141,9 @@ def measure_parity(
 ) -> ParityReport:
     """Run the episodes with the exported policy and compare them with transformers.
 
+    An adapter is not merged in the reference: PEFT computes its part beside that of the base weights. For formats that
+    round weights, PEFT then merges it into the reference, which is compared with the unmerged one before it is rounded.
+
     Args:
         folder: policy folder.
         checkpoint: what it was exported from.
@@ -140,19 +152,23 @@ def measure_parity(
 
     Raises:
         ArtifactError, BackendError: the policy cannot be opened.
+        CheckpointError: transformers or PEFT cannot load the checkpoint, or something computes NaN.
     """
     # One side at a time: the memory may have room for one model only.
     transcripts, manifest, reader = _run_episodes(folder, episodes, threads)
     reference = Reference(checkpoint, manifest)
     rounding = graphs = _compare(transcripts, reference, reader)
     prefill = _compare_prefill(transcripts, reference) if manifest.weights.prefill else 1.0
-    native = None
+    native = adapter = None
     if manifest.precision != "fp32":
+        if checkpoint.adapter is not None:
+            adapter = _merge_adapter(reference, transcripts)
         if manifest.runs_native:
             reference.round_weights(manifest.precision, manifest.weights.for_native_graphs())
             native = _compare(transcripts, reference, reader)
             del reference
             reference = Reference(checkpoint, manifest)
+            reference.merge_adapter()
         reference.round_weights(manifest.precision, manifest.weights)
         has_cpu_layout = manifest.runs_native or manifest.weights.prefill is not None
         plain = _run_episodes(folder, episodes, threads, cpu_layout=False)[0] if has_cpu_layout else transcripts
@@ -165,9 +181,20 @@ def measure_parity(
         greedy_tokens=sum(len(turn) for _, turn in turns),
         boxes=sum(reader.box(transcript.generated(turn), transcript.pictures) is not None
                   for transcript, turn in turns),
-        logits_range=max(float(np.abs(row).max()) for transcript in transcripts for row in transcript.logits.values()),
-        graphs=graphs, rounding=rounding, prefill_min_cosine=prefill, native=native,
+        logits_range=_logits_range(transcripts),
+        graphs=graphs, rounding=rounding, prefill_min_cosine=prefill, native=native, adapter=adapter,
     )  # fmt: skip
+
+
+def _logits_range(transcripts: Sequence[Transcript]) -> float:
+    """Return the largest absolute logit. Raises CheckpointError if one is NaN or infinite."""
+    largest = max(float(np.abs(row).max()) for transcript in transcripts for row in transcript.logits.values())
+    if not all(np.isfinite(row).all() for transcript in transcripts for row in transcript.logits.values()):
+        raise CheckpointError(
+            "the exported policy computes logits that are NaN or infinite, though its weights are finite: its "
+            "activations overflow; nothing was written: export an earlier checkpoint"
+        )
+    return largest
 
 
 # --- the exported policy's side ------------------------------------------------------------------
@@ -237,7 +264,13 @@ def _run_episodes(
     manifest = model.manifest
     dialect = load_dialect(folder / DIALECT_FILE).for_template(manifest.chat.assistant_open)
     reader = _BoxReader(model.decoder.tokenizer, dialect, manifest.vision, manifest.image_token)
-    return [run_episode(model, episode) for episode in chosen], manifest, reader
+    try:
+        return [run_episode(model, episode) for episode in chosen], manifest, reader
+    except BudgetExceeded as exc:
+        raise CheckpointError(
+            f"the conversations of the parity check do not fit the policy's context of {manifest.max_context} tokens; "
+            "give a larger --context, or skip the check with --no-parity"
+        ) from exc
 
 
 def random_episodes(model: PolicyModel, count: int = 3, *, seed: int = 0) -> list[ParityEpisode]:
@@ -288,15 +321,15 @@ class _Comparison:
         hidden = image.embeds.shape[1]
         parts = [image.embeds] if image.deepstack is None else [image.embeds, image.deepstack.reshape(-1, hidden)]
         rows = np.concatenate(parts)
-        self.vision_max_abs = max(self.vision_max_abs, float(np.abs(expected - rows).max()))
-        self.vision_min_cosine = min(self.vision_min_cosine, min_cosine_similarity(expected, rows))
+        self.vision_max_abs = _larger(self.vision_max_abs, float(np.abs(expected - rows).max()))
+        self.vision_min_cosine = _smaller(self.vision_min_cosine, min_cosine_similarity(expected, rows))
 
     def add_logits(self, transcript: Transcript, expected: Floats, reader: _BoxReader) -> None:
         """Compare the logits and generated tokens of one conversation; `expected` [n, vocab]."""
         for index, row in transcript.logits.items():
             cosine = min_cosine_similarity(expected[index][None], row[None])
-            self.logits_max_abs = max(self.logits_max_abs, float(np.abs(expected[index] - row).max()))
-            self.logits_min_cosine = min(self.logits_min_cosine, cosine)
+            self.logits_max_abs = _larger(self.logits_max_abs, float(np.abs(expected[index] - row).max()))
+            self.logits_min_cosine = _smaller(self.logits_min_cosine, cosine)
             self.positions += 1
             self.agreed += int(expected[index].argmax() == row.argmax())
         expected[:, reader.image_token] = -np.inf  # never generated
@@ -310,11 +343,18 @@ class _Comparison:
                 self.boxes_min_iou = min(self.boxes_min_iou, box.iou(other) if other is not None else 0.0)
 
     def difference(self) -> Difference:
-        """Return the result."""
-        return Difference(
+        """Return the result. Raises CheckpointError if a figure is NaN or infinite."""
+        found = Difference(
             self.vision_max_abs, self.vision_min_cosine, self.logits_max_abs, self.logits_min_cosine,
             self.agreed / max(self.positions, 1), self.differ, self.boxes_min_iou,
         )
+        for key, value in asdict(found).items():
+            if not np.isfinite(value):
+                raise CheckpointError(
+                    f"transformers or the exported graphs compute values that are NaN or infinite ({key}), though the "
+                    "weights are finite: the activations overflow; export an earlier checkpoint"
+                )
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,5 +396,26 @@ def _compare_prefill(transcripts: Sequence[Transcript], reference: Reference) ->
         tokens = transcript.tokens[: transcript.states.shape[2]]
         expected = reference.kv_states(tokens, transcript.pictures[: transcript.prompt_pictures])
         rows, own = (states.reshape(len(expected), -1) for states in (expected, transcript.states))
-        smallest = min(smallest, min_cosine_similarity(rows, own))
+        smallest = _smaller(smallest, min_cosine_similarity(rows, own))
     return smallest
+
+
+def _merge_adapter(reference: Reference, transcripts: Sequence[Transcript]) -> float:
+    """Merge the reference's adapter; return the largest difference of logits between before and after."""
+    conversations = [(transcript.tokens, transcript.pictures) for transcript in transcripts]
+    unmerged = [reference.logits(tokens, pictures) for tokens, pictures in conversations]
+    reference.merge_adapter()
+    largest = 0.0
+    for before, (tokens, pictures) in zip(unmerged, conversations, strict=True):
+        largest = _larger(largest, float(np.abs(reference.logits(tokens, pictures) - before).max()))
+    return largest
+
+
+def _larger(first: float, second: float) -> float:
+    """Return the larger number, or NaN if one is NaN; `max` would return the first."""
+    return float(np.maximum(first, second))
+
+
+def _smaller(first: float, second: float) -> float:
+    """Return the smaller number, or NaN if one is NaN; `min` would return the first."""
+    return float(np.minimum(first, second))

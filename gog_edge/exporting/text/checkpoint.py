@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from gog_edge.errors import CheckpointError
-from gog_edge.files import read_json, sha256_of
-from gog_edge.retrieval.text.encoder import MIN_TOKENS, POOLINGS, TOKENIZER, open_tokenizer
+from gog_edge.files import open_tokenizer, parse_json, read_bounded, read_json, sha256_of
+from gog_edge.retrieval.text.encoder import MIN_TOKENS, POOLINGS, TOKENIZER
+from gog_edge.tables import shown
 
 # Model types that are tested with the versions of optimum-onnx, transformers and torch that the extra pins.
 MODEL_TYPES = ("albert", "bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta")
@@ -27,6 +27,7 @@ OFFSET_POSITIONS = ("camembert", "mpnet", "roberta", "xlm-roberta")
 MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers, in this order
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 QUERY_PROMPTS, PASSAGE_PROMPTS = ("query",), ("document", "passage", "corpus")  # in the order of precedence
+MAX_INTEGER = 2**24  # of a size in config.json
 NO_LIMIT = 1_000_000  # transformers writes a much larger model_max_length for a tokenizer without a limit
 _POOLING_KEY = "pooling_mode_"
 _POOLING_FLAGS = {"mean_tokens": "mean", "cls_token": "cls"}
@@ -85,11 +86,11 @@ class TextCheckpoint:
             model_type=model_type,
             dim=_integer(home, config, "dim" if model_type == "distilbert" else "hidden_size"),
             max_tokens=_max_tokens(home, config, reading, given.max_tokens),
-            pad_id=int(config.get("pad_token_id") or 0),
+            pad_id=_pad_id(home, config),
             pooling=_pooling(folder, modules, given.pooling),
             query_prefix=query,
             passage_prefix=passage,
-            lower_case=bool(reading.get("do_lower_case", False)),
+            lower_case=_flag(home, reading, "do_lower_case"),
             weights=_weights(home),
         )
 
@@ -127,7 +128,8 @@ def _check_tokenizer(folder: Path, config: Mapping[str, Any]) -> None:
             f"'{folder}' has no {TOKENIZER}; write it with transformers: "
             "AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)"
         )
-    size, known = open_tokenizer(path, CheckpointError).get_vocab_size(), _integer(folder, config, "vocab_size")
+    size = open_tokenizer(path, what="text encoder", error=CheckpointError).get_vocab_size()
+    known = _integer(folder, config, "vocab_size")
     if size > known:
         raise CheckpointError(
             f"'{path}' has {size} tokens, vocab_size in config.json is {known}; copy the tokenizer of this model"
@@ -138,7 +140,7 @@ def _max_tokens(folder: Path, config: Mapping[str, Any], reading: Mapping[str, A
     """Return the tokens of one text: the option, or the smallest limit of the folder."""
     positions = _integer(folder, config, "max_position_embeddings")
     if config.get("model_type") in OFFSET_POSITIONS:
-        positions -= int(config.get("pad_token_id") or 0) + 1
+        positions -= _pad_id(folder, config) + 1
     if asked is not None:
         if not MIN_TOKENS <= asked <= positions:
             raise CheckpointError(
@@ -147,15 +149,37 @@ def _max_tokens(folder: Path, config: Mapping[str, Any], reading: Mapping[str, A
         return asked
     stated = (reading.get("max_seq_length"), _optional(folder / "tokenizer_config.json").get("model_max_length"))
     limits = [int(value) for value in stated if isinstance(value, (int, float)) and 0 < value < NO_LIMIT]
-    return min([*limits, positions])
+    smallest = min([*limits, positions])
+    if smallest < MIN_TOKENS:
+        raise CheckpointError(
+            f"'{folder}' limits texts to {smallest} tokens, and {MIN_TOKENS} are needed; give --max-tokens, or choose "
+            "another model"
+        )
+    return smallest
+
+
+def _pad_id(folder: Path, config: Mapping[str, Any]) -> int:
+    value, vocab = config.get("pad_token_id"), _integer(folder, config, "vocab_size")
+    if value is None:
+        return 0
+    if type(value) is not int or not 0 <= value < vocab:
+        raise CheckpointError(
+            f"'{folder / 'config.json'}': pad_token_id must be the id of a token below {vocab}, got {shown(value)}"
+        )
+    return value
 
 
 def _weights(folder: Path) -> tuple[Path, ...]:
     names = [WEIGHTS]
     if (folder / WEIGHTS_INDEX).is_file():
-        names = sorted(set(_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values()))
-    paths = tuple(_inside(folder, str(name)) for name in names)
-    missing = next((path for path in paths if not path.is_file()), None)
+        weight_map = _json(folder / WEIGHTS_INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(
+                f"'{folder / WEIGHTS_INDEX}': weight_map must map names of tensors to files, got {shown(weight_map)}"
+            )
+        names = sorted(set(weight_map.values()))
+    paths = tuple(_inside(folder, name) for name in names)
+    missing = next((path for path in paths if not path.is_file() or path.suffix != ".safetensors"), None)
     if missing is not None or not paths:
         raise CheckpointError(
             f"'{folder}' has no '{missing.name if missing else WEIGHTS}'; weights are read from safetensors files "
@@ -253,8 +277,8 @@ def _optional(path: Path) -> dict[str, Any]:
 
 def _json_list(path: Path) -> list[dict[str, Any]]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as exc:
+        value = parse_json(read_bounded(path))
+    except (OSError, ValueError) as exc:
         raise CheckpointError(f"cannot read '{path}' as JSON ({exc}); copy the folder again") from exc
     if not isinstance(value, list) or any(not isinstance(row, dict) for row in value):
         raise CheckpointError(f"'{path}' must hold a list of objects; copy the folder again")
@@ -263,9 +287,18 @@ def _json_list(path: Path) -> list[dict[str, Any]]:
 
 def _integer(folder: Path, config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"'{folder / 'config.json'}': {key} must be a positive integer, got {value!r}")
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"'{folder / 'config.json'}': {key} must be a positive integer, got {shown(value)}")
+    if value > MAX_INTEGER:
+        raise CheckpointError(f"'{folder / 'config.json'}': {key} must be at most {MAX_INTEGER}, got {shown(value)}")
     return value
+
+
+def _flag(folder: Path, config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if value not in (None, True, False):
+        raise CheckpointError(f"'{folder}': {key} must be true or false, got {shown(value)}; copy the folder again")
+    return bool(value)
 
 
 def _inside(folder: Path, name: str) -> Path:

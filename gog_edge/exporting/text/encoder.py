@@ -28,7 +28,7 @@ from torch.nn import functional
 from gog_edge.errors import CheckpointError
 from gog_edge.exporting.output_folder import atomic_output_folder
 from gog_edge.exporting.text.checkpoint import TextCheckpoint, TextOptions
-from gog_edge.files import MODEL_MANIFEST, describe_files, write_json
+from gog_edge.files import MODEL_MANIFEST, describe_files, open_tokenizer, write_json
 from gog_edge.retrieval.text.encoder import (
     GRAPH,
     INPUTS,
@@ -36,7 +36,6 @@ from gog_edge.retrieval.text.encoder import (
     SCHEMA,
     TOKENIZER,
     TextEncoder,
-    open_tokenizer,
 )
 from gog_edge.types import Vectors
 
@@ -119,6 +118,9 @@ def _load(checkpoint: TextCheckpoint) -> nn.Module:
             f"'{checkpoint.folder}' has no weight '{named}' of the shape in config.json; copy the whole folder"
         )
     loaded: nn.Module = network.eval()
+    for key, tensor in loaded.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"'{checkpoint.folder}': '{key}' has values that are NaN or infinite; copy it again")
     return loaded
 
 
@@ -144,7 +146,7 @@ def _write_graph(network: Any, checkpoint: TextCheckpoint, folder: Path) -> tupl
 
 def _write_tokenizer(checkpoint: TextCheckpoint, folder: Path) -> None:
     """Write the tokenizer, with the lower-casing of sentence-transformers as part of its normalizer."""
-    tokenizer: Tokenizer = open_tokenizer(checkpoint.folder / TOKENIZER, CheckpointError)
+    tokenizer: Tokenizer = open_tokenizer(checkpoint.folder / TOKENIZER, what="text encoder", error=CheckpointError)
     if checkpoint.lower_case:
         own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])

@@ -134,9 +134,15 @@ def test_missing_files_are_named_with_what_to_do(tmp_path):
     ({"auto_map": {"AutoModel": "own.Model"}}, "never run"),
     ({"vocab_size": 1}, "vocab_size in config.json is 1; copy the tokenizer"),
     ({"hidden_size": "wide"}, "hidden_size must be a positive integer, got 'wide'"),
+    ({"hidden_size": True}, "hidden_size must be a positive integer, got True"),
+    ({"hidden_size": 10**30}, "hidden_size must be at most"),
+    ({"pad_token_id": "pad"}, "pad_token_id must be the id of a token below 50, got 'pad'"),
+    ({"pad_token_id": 50}, "pad_token_id must be the id of a token below 50, got 50"),
+    ({"max_position_embeddings": 3}, "limits texts to 3 tokens"),
+    ({"max_position_embeddings": None}, "max_position_embeddings must be a positive integer, got None"),
 ])  # fmt: skip
 def test_networks_that_cannot_be_exported_are_refused(tmp_path, config, said):
-    refused(plain(tmp_path, **config), said, TextOptions(pooling="mean"))
+    refused(plain(tmp_path / "model", **config), said, TextOptions(pooling="mean"))
 
 
 @pytest.mark.parametrize(("pooling", "said"), [
@@ -161,6 +167,25 @@ def test_modules_beyond_pooling_and_normalising_are_refused(tmp_path):
     refused(tmp_path, "must hold a list of objects")
     (tmp_path / "modules.json").write_text("[")
     refused(tmp_path, "as JSON")
+
+
+@pytest.mark.parametrize(("index", "said"), [
+    ({"weight_map": {"a": "pytorch_model.bin"}}, "weights are read from safetensors files only"),
+    ({"weight_map": {"a": "../model.safetensors"}}, "is outside of it"),
+    ({"weight_map": {"a": 7}}, "weight_map must map"),
+    ({"weight_map": []}, "weight_map must map"), ({}, "weight_map must map"), ({"weight_map": {}}, "has no"),
+])  # fmt: skip
+def test_a_damaged_index_is_refused(tmp_path, index, said):
+    put(plain(tmp_path) / "model.safetensors.index.json", index)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    refused(tmp_path, said, TextOptions(pooling="mean"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": NaN}', '{"a": 1e999}', "[" * 5000])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "modules.json"])
+def test_damaged_files_are_refused(tmp_path, name, content):
+    (plain(tmp_path) / name).write_text(content)
+    refused(tmp_path, name, TextOptions(pooling="mean"))
 
 
 def test_modules_outside_the_folder_are_refused(tmp_path):

@@ -143,6 +143,19 @@ def test_missing_weights_are_refused_by_name(tmp_path):
         export_text_encoder(folder, tmp_path / "out", TextOptions(pooling="mean"))
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = write_model(tmp_path / "model") / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("attention.self.query.weight"))
+    tensors[name][1, 2] = np.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"'{name}' has values that are NaN or infinite"):
+        export_text_encoder(path.parent, tmp_path / "out", TextOptions(pooling="mean"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_weights_are_refused(tmp_path):
     folder = write_model(tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"nothing")
