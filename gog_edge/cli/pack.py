@@ -44,6 +44,8 @@ LicenceOption = Annotated[str | None, typer.Option(help="Licence of texts, and o
 ColumnOption = Annotated[list[str] | None, typer.Option("--column", metavar="FIELD=NAME", help="Column of a folder's "
                                                         "tables with the file, title, caption, text, licence or "
                                                         "attribution, where its name is not recognised; repeatable.")]
+EncodingOption = Annotated[str, typer.Option(metavar="NAME", help="Encoding of a folder's tables and texts that are "
+                                             "not in UTF-8, such as cp1251 or shift_jis; default: Windows-1252.")]
 NoChecksumOption = Annotated[bool, typer.Option("--no-checksum", help="Do not compare the checksum of a ZIM file "
                                                 "before it is read; its damaged entries are then skipped.")]
 WorkersOption = Annotated[int, typer.Option(help="Number of processes that parse; 0 for one per core.")]
@@ -79,6 +81,7 @@ def build(
     language: LanguageOption = "en",
     licence: LicenceOption = None,
     column: ColumnOption = None,
+    encoding: EncodingOption = "",
     memory: MemoryOption = None,
     recall: RecallOption = None,
     tiles: Annotated[bool, typer.Option("--tiles", help="Embed parts of lead images too: six vectors instead of "
@@ -127,7 +130,7 @@ def build(
                 "command": _command_line(context), "on_progress": progress, "text_encoder": opened_text,
                 "verify": not no_checksum,
             }  # fmt: skip
-            snapshot = _open_source(source, kind, images, language, licence, column)
+            snapshot = _open_source(source, kind, images, language, licence, column, encoding)
             if stop_after is not None:
                 read_snapshot(snapshot, out, **settings)
                 manifest = None
@@ -190,6 +193,7 @@ def add(
     language: LanguageOption = "en",
     licence: LicenceOption = None,
     column: ColumnOption = None,
+    encoding: EncodingOption = "",
     workers: WorkersOption = 0,
     no_checksum: NoChecksumOption = False,
     memory: MemoryOption = None,
@@ -205,7 +209,7 @@ def add(
 
         with StageProgress() as progress:
             before = read_manifest(pack)
-            snapshot = _open_source(source, kind, images, language, licence, column)
+            snapshot = _open_source(source, kind, images, language, licence, column, encoding)
             options = _change_options(PackOptions.from_manifest(before), memory, recall)
             manifest = build_pack(
                 snapshot, pack, name=before.name, encoder=_open_encoder(pack, before, encoder), options=options,
@@ -321,11 +325,16 @@ def reindex_command(pack: PackArgument, as_json: JsonOption = False) -> None:
 
 
 def _open_source(source: Path, kind: str | None, images: Path | None, language: str, licence: str | None,
-                 columns: list[str] | None) -> Source:
-    from gog_edge.indexing.sources.open import open_source  # needs the extra `index`, which --help does not
+                 columns: list[str] | None, encoding: str) -> Source:
+    # They need the extra `index`, which --help does not.
+    from gog_edge.indexing.sources.folder.decoding import is_encoding
+    from gog_edge.indexing.sources.open import open_source
 
+    if encoding and not is_encoding(encoding):
+        raise typer.BadParameter(f"'{encoding}' is unknown; give one such as cp1251 or shift_jis",
+                                 param_hint="'--encoding'")
     return open_source(source, kind=cast("Kind | None", kind), images=images, language=language, licence=licence,
-                       columns=columns or ())
+                       columns=columns or (), encoding=encoding)
 
 
 def _change_options(options: PackOptions, memory: str | None, recall: float | None,

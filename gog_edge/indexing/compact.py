@@ -73,7 +73,10 @@ _COPIES = {
         "INSERT INTO items SELECT * FROM old.items WHERE true "
         "ON CONFLICT (kind) DO UPDATE SET present = present + excluded.present, used = used + excluded.used"
     ),
-    "notices": "INSERT OR IGNORE INTO notices SELECT * FROM old.notices",
+    "notices": (  # the row with an empty text counts the notices that were not stored
+        "INSERT INTO notices SELECT * FROM old.notices WHERE true ON CONFLICT (text) DO UPDATE SET "
+        "number = number + CASE WHEN text = '' THEN excluded.number ELSE 0 END"
+    ),
 }
 OnCopy = Callable[[int, int], None]  # called with (tables copied, tables in total)
 

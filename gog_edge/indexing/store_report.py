@@ -12,7 +12,7 @@ from gog_edge.indexing.sources.text import clean_line
 
 MAX_EXAMPLES = 20  # stored per reason for skipping
 MAX_EXAMPLE = 300  # characters
-MAX_NOTICES = 1000  # stored
+MAX_NOTICES = 1000  # stored; the others are counted in a row with an empty text
 _COUNT_ITEMS = (
     "INSERT INTO items VALUES (?, ?, ?) ON CONFLICT (kind) DO UPDATE SET present = present + excluded.present, "
     "used = used + excluded.used"
@@ -27,8 +27,10 @@ _ADD_FILE = (
     "reason = excluded.reason WHERE excluded.rank < rank"
 )
 _ADD_NOTICE = (
-    "INSERT OR IGNORE INTO notices SELECT ?, (SELECT count(*) FROM notices) "
-    f"WHERE (SELECT count(*) FROM notices) < {MAX_NOTICES}"
+    "INSERT INTO notices SELECT CASE WHEN stored < :most THEN :text ELSE '' END, "
+    "CASE WHEN stored < :most THEN stored ELSE 1 END FROM (SELECT count(*) AS stored FROM notices WHERE text <> '') "
+    "WHERE NOT EXISTS (SELECT 1 FROM notices WHERE text = :text) "
+    "ON CONFLICT (text) DO UPDATE SET number = number + 1"
 )
 
 
@@ -51,7 +53,7 @@ class ReportWriter:
                 rank = 2 if not record.article else 1 if record.reason else 0
                 self._db.execute(_ADD_FILE, (record.kind, record.item, rank, record.reason))
             case Notice():
-                self._db.execute(_ADD_NOTICE, [clean_line(record.text)])
+                self._db.execute(_ADD_NOTICE, {"text": clean_line(record.text), "most": MAX_NOTICES})
 
     def skip_all(self, reason: str, kind: str, count: int, items: Sequence[str]) -> None:
         """Count skipped items, of which some are given as examples."""

@@ -135,7 +135,8 @@ def decode_picture(data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int =
     if not data:
         raise PictureError(f"the picture is empty (0 bytes); send a {NAMES} file")
     if len(data) > max_bytes:
-        raise PictureError(f"the picture has {len(data)} bytes, the limit is {max_bytes}; send a smaller one")
+        raise PictureError(f"the picture has {len(data)} bytes, the limit is {max_bytes}; send a smaller one",
+                           beyond_limits=True)
     options = _Options(max_pixels, min_side, decoded_pixels, formats, frame)
     with _strict_pillow():
         try:
@@ -276,7 +277,7 @@ def _check_size(size: tuple[int, int], options: _Options) -> None:
     width, height = size
     if width * height > options.max_pixels:
         raise PictureError(f"the picture has {width} x {height} = {width * height} pixels, the limit is "
-                           f"{options.max_pixels}; scale it down")
+                           f"{options.max_pixels}; scale it down", beyond_limits=True)
     if min(width, height) < max(1, options.min_side):
         raise PictureError(f"the picture is {width} x {height}; each side must have at least "
                            f"{max(1, options.min_side)} pixels")
@@ -331,7 +332,7 @@ def _check_bytes(form: str, needed: float, size: tuple[int, int], options: _Opti
     if needed > options.memory:
         raise PictureError(f"to decode {size[0]} x {size[1]} pixels in the format {form} takes "
                            f"{needed / 2**20:.0f} MiB, the limit is {options.memory / 2**20:.0f} MiB; scale the "
-                           "picture down, or send it as JPEG")
+                           "picture down, or send it as JPEG", beyond_limits=True)
 
 
 # --- frames, orientation, pixels ----------------------------------------------------------------

@@ -26,7 +26,7 @@ _INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
     256, 257, 258, 259, 262, 273, 274, 277, 278, 279, 284, 317, 322, 323, 324, 325, 338, 339, 34675)  # fmt: skip
 _COMPRESSIONS = (1, 5, 8, 32773, 32946, 34925, 50000)  # without loss, of bytes
 _GREY, _COLOURS = (0, 1), {0: 1, 1: 1, 2: 3, 5: 4, 8: 3, 9: 3}  # samples of a colour, by photometric interpretation
-_CIELAB, _ICCLAB = 8, 9
+_CMYK, _CIELAB, _ICCLAB = 5, 8, 9
 _MAX_FIELD, _MAX_SAMPLES = 2**20, 8
 _BITFIELDS, _ALPHA_BITFIELDS = 3, 6  # BMP
 
@@ -82,7 +82,9 @@ def _open_tiff(data: bytes, frame: int) -> Raster | None:
     fields = _read_fields(data, order, frame)
     bits = fields.get(_BITS, (1,))
     photometric, samples = fields.get(_PHOTOMETRIC, (1,))[0], fields.get(_COUNT, (1,))[0]
-    depths = {_CIELAB: (16,), _ICCLAB: (8, 16)}.get(photometric, (16, 32, 64))
+    # Pillow reads CIELAB and CMYK of 8 bits, but not with further samples such as alpha.
+    read_by_pillow = samples == {_CMYK: 4, _CIELAB: 3, _ICCLAB: 0}.get(photometric, samples)
+    depths = ((8, 16) if photometric in (_CIELAB, _ICCLAB) else (8, 16, 32, 64))[read_by_pillow:]
     if bits[0] not in depths or len(set(bits)) > 1 or fields.get(_COMPRESSION, (1,))[0] not in _COMPRESSIONS:
         return None
     kind = {1: "u", 2: "i", 3: "f"}.get(fields.get(_FORMAT, (1,))[0], "")
@@ -134,7 +136,8 @@ def _tiff_rows(data: bytes, order: str, fields: dict[int, tuple[int, ...]], layo
 
     parts = Size(layout.width, layout.height).bands()
     is_lab = layout.photometric in (_CIELAB, _ICCLAB)
-    scale = 0.0 if is_lab else stored_scale(samples(*part)[:, :, :colours] for part in parts)
+    is_byte = layout.dtype.itemsize == 1
+    scale = 255.0 if is_lab or is_byte else stored_scale(samples(*part)[:, :, :colours] for part in parts)
     opaque = 1.0 if layout.dtype.kind == "f" else float(np.iinfo(layout.dtype).max)
 
     def rows(top: int, bottom: int) -> Image.Image:
@@ -151,7 +154,7 @@ def _tiff_rows(data: bytes, order: str, fields: dict[int, tuple[int, ...]], layo
         if layout.photometric == 0:
             bytes_ = 255 - bytes_
         shape = bytes_[:, :, 0] if layout.photometric in _GREY else bytes_
-        band = _cmyk(bytes_) if layout.photometric == 5 else Image.fromarray(np.ascontiguousarray(shape))
+        band = _cmyk(bytes_) if layout.photometric == _CMYK else Image.fromarray(np.ascontiguousarray(shape))
         return flatten(band, profile, alpha)
 
     return rows
@@ -164,12 +167,13 @@ def _cmyk(values: Samples) -> Image.Image:
 def _lab(values: Samples, photometric: int) -> Image.Image:
     """Return CIELAB as Pillow stores it: 255 is a lightness of 100, and 128 stands for 0 in a and b.
 
-    In CIELab of 16 bits 65,535 is a lightness of 100, and a and b are signed; ICCLab is as in ICC profiles of version 2.
+    In CIELab the largest number is a lightness of 100, and a and b are signed; ICCLab is that of version 2 profiles.
     """
-    stored = values.astype(np.float32) / (256 if values.dtype.itemsize == 2 else 1)
+    step = np.float32(256 ** (values.dtype.itemsize - 1))
+    stored = values / step
     if photometric == _CIELAB:
-        signed = values.view(values.dtype.str.replace("u", "i")).astype(np.float32) / 256 + 128
-        stored = np.concatenate([values[:, :, :1] / np.float32(257), signed[:, :, 1:]], axis=-1)
+        stored[:, :, 0] = values[:, :, 0] * np.float32(255 / np.iinfo(values.dtype).max)
+        stored[:, :, 1:] = values[:, :, 1:].astype(f"i{values.dtype.itemsize}") / step + 128
     lab = np.clip(np.rint(stored), 0, 255).astype(np.uint8)
     signed_bytes = lab ^ np.array([0, 128, 128], np.uint8)  # as `frombytes` expects them
     return Image.frombytes("LAB", (values.shape[1], values.shape[0]), signed_bytes.tobytes())

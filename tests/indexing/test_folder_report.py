@@ -113,6 +113,31 @@ def test_columns_are_given_and_remembered_for_resuming(tmp_path):
     assert done.exit_code != 0 and "'Nr alt', 'Was'" in done.stderr and "Traceback" not in done.output
 
 
+def test_an_encoding_is_given_and_remembered_for_resuming(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "list.csv").write_bytes("file,title\n17.png,Синяя ваза\n".encode("cp1251"))
+    Image.new("RGB", (60, 50), "red").save(tmp_path / "source" / "17.png")
+    words = ["pack", "build", str(tmp_path / "source"), str(tmp_path / "pack"), "--text-only", "--workers", "1"]
+    for name, code, part in (("klingon", 2, "klingon"), ("ascii", 1, "table 'list.csv' cannot be decoded as")):
+        done = CliRunner().invoke(app, [*words, "--encoding", name], env={"COLUMNS": "200"})
+        assert done.exit_code == code and part in done.stderr and "Traceback" not in done.output
+    done = CliRunner().invoke(app, [*words, "--encoding", "cp1251", "--stop-after", "reading"])
+    assert done.exit_code == 0, done.output
+    assert "--encoding cp1251" in (tmp_path / "pack" / COMMAND).read_text()
+    done = CliRunner().invoke(app, [*words, "--encoding", "cp1251"])
+    assert done.exit_code == 0, done.output
+    (tmp_path / "more").mkdir()
+    (tmp_path / "source" / "17.png").rename(tmp_path / "more" / "18.png")
+    (tmp_path / "more" / "list.csv").write_bytes("file,title\n18.png,Чаша\n".encode("cp1251"))
+    done = CliRunner().invoke(app, ["pack", "add", words[3], str(tmp_path / "more"), "--encoding", "cp1251"])
+    assert done.exit_code == 0, done.output
+    pack = Pack.open(tmp_path / "pack", None)
+    keys = {"17.png": "Синяя ваза", "18.png": "Чаша"}
+    articles = {key: pack.store.article_by_key(key) for key in keys}
+    assert {key: pack.store.titles([article])[article] for key, article in articles.items()} == keys
+    pack.close()
+
+
 def test_items_that_are_lost_are_shown(tmp_path):
     console = Console(file=StringIO(), width=100)
     console.print(_items_table([{"kind": "page", "present": 5, "used": 2, "skipped": 1}]))

@@ -215,6 +215,9 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_generation(folder, tmp_p
     """Killed conversions go on where they stopped, with the segments that were finished."""
     rng = np.random.default_rng(3)
     killed, resumed = 0, 0
+    started = time.monotonic()
+    reindex(shutil.copytree(folder, tmp_path / "timed"))
+    duration = time.monotonic() - started  # kills are spread over it, on a fast machine and a slow one
     with subprocess.Popen([sys.executable, "-c", _REINDEX], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           text=True) as process:  # fmt: skip
         for turn in range(8):
@@ -223,7 +226,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_generation(folder, tmp_p
                 process.stdin.write(f"{pack}\n")
                 process.stdin.flush()
                 child = int(process.stdout.readline())
-                time.sleep(rng.uniform(0, 0.08))
+                time.sleep(rng.uniform(0, 0.8 * duration))
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
                 killed += int(process.stdout.readline()) == signal.SIGKILL
@@ -234,7 +237,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_generation(folder, tmp_p
                 resumed += any("000005" in path.name for path in (pack / "store").iterdir())
             assert reindex(pack).generation == 5 and verify_pack(pack) == read_manifest(pack)
         process.stdin.close()
-    assert killed >= 8 and resumed
+    assert killed >= 4 and resumed
 
 
 # --- calibration --------------------------------------------------------------------------------

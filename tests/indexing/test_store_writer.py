@@ -3,10 +3,13 @@
 import sqlite3
 from contextlib import closing
 
+import numpy as np
 import pytest
 
 from gog_edge.errors import PackError
-from gog_edge.indexing.sources.base import ArticleRecord, RedirectRecord
+from gog_edge.indexing.compact import copy_live_rows
+from gog_edge.indexing.sources.base import ArticleRecord, Notice, RedirectRecord
+from gog_edge.indexing.store_report import MAX_NOTICES
 from gog_edge.indexing.store_writer import FirstIds, StoreWriter
 from gog_edge.indexing.word_index import COMMON_PARAGRAPHS, is_english
 from gog_edge.retrieval.text.segment import SegmentReader
@@ -55,6 +58,22 @@ PRAGMA user_version = 3;
 def article(number, text="A text."):
     paragraphs = (("History", text), ("History", f"Number {number}."))
     return ArticleRecord(f"Place {number}", paragraphs, "CC0", (f"P{number}",))
+
+
+def test_notices_that_are_not_stored_are_counted(tmp_path):
+    stores = []
+    for number in (1, 2):
+        store = StoreWriter(tmp_path / f"{number}.sqlite")
+        with store.chunk(0):
+            for at in (*range(MAX_NOTICES + number + 2), 0):  # the last one repeats the first
+                store.report.write(Notice(f"notice {at}"))
+        stores.append(tmp_path / store.finish(f"{number}.sqlite").store)
+        with closing(SegmentReader.open(stores[-1])) as reader:
+            notices = reader.report()["notices"]
+        assert notices == [*(f"notice {at}" for at in range(MAX_NOTICES)), f"{number + 2} more warnings"]
+    copy_live_rows(tmp_path / "one.sqlite", stores, np.empty(0, np.int64), np.empty(0, np.int64))
+    with closing(SegmentReader.open(tmp_path / "one.sqlite")) as reader:
+        assert reader.report()["notices"] == [*(f"notice {at}" for at in range(MAX_NOTICES)), "7 more warnings"]
 
 
 def write_store(path):

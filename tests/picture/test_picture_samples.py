@@ -152,6 +152,34 @@ def test_lab_of_8_bits():
     assert_pixels(tiff(stored, 8), expected, 2)
 
 
+LAB_8, LAB_16, ICC_16 = (150, 30, 256 - 40), (150 * 257, 30 * 256, 65536 - 40 * 256), (150 * 256, 158 * 256, 88 * 256)
+
+
+@pytest.mark.parametrize(("photometric", "stored", "dtype"), [
+    (8, LAB_16, "u2"), (9, (150, 158, 88), "u1"), (9, ICC_16, "u2"), (8, (*LAB_8, 255), "u1"),
+    (8, (*LAB_16, 65535), "u2"),
+])  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"order": ">"}, {"separate": True, "deflate": True}], ids=str)
+def test_lab_of_16_bits_in_the_encoding_of_icc_and_with_alpha(photometric, stored, dtype, options):
+    values = np.full((4, 4, len(stored)), stored, dtype)
+    data = tiff(values, photometric, extra=2 if len(stored) > 3 else None, **options)
+    assert_pixels(data, srgb_of_lab(150 / 255 * 100, 30, -40), 3)
+
+
+def test_cmyk_of_8_bits_with_alpha():
+    assert_pixels(tiff(np.full((4, 4, 5), (0, 255, 255, 0, 255), np.uint8), CMYK, extra=2), (255, 0, 0), 0)
+    assert_pixels(tiff(np.full((4, 4, 5), (0, 255, 255, 0, 0), np.uint8), CMYK, extra=2), (255, 255, 255), 0)
+
+
+@pytest.mark.parametrize(("data", "name"), [
+    (tiff(np.full((4, 4, 3), 1.0, np.float32), 8), "TIFF"), (tiff(LEVELS.astype("u1"), RGB)[:-9], "TIFF"),
+    (encoded(Image.new("RGB", (64, 64)), "WEBP", lossless=True)[:24], "WebP"),
+], ids=["lab of floating point", "directory that is cut off", "header only"])  # fmt: skip
+def test_a_known_format_that_is_not_read_is_named(data, name):
+    with pytest.raises(PictureError, match=f"the {name} picture is truncated or damaged, or of a kind that is not"):
+        decode_picture(data)
+
+
 @pytest.mark.parametrize("photometric, shown", [(0, 255), (1, 0)])
 def test_one_bit_and_eight_bits(photometric, shown):
     assert_pixels(tiff(np.zeros((8, 8, 1), np.uint8), photometric), shown, 0)

@@ -143,7 +143,9 @@ def _decompressed(raw: BinaryIO) -> Any:
     if head == b"\xfd7zX":
         return lzma.LZMAFile(raw)
     if head in _OTHER_ARCHIVES:
-        raise OSError(f"it is a {_OTHER_ARCHIVES[head]} file, which is not read: unpack it, or get a .bz2 or .gz file")
+        raw.close()
+        raise SourceError(f"'{raw.name}': it is a {_OTHER_ARCHIVES[head]} file, which is not read: unpack it, or get a "
+                          ".bz2 or .gz file")
     if head == b"PK\x03\x04":
         archive = zipfile.ZipFile(raw)
         return archive.open(max(archive.infolist(), key=lambda member: member.file_size))
@@ -157,7 +159,7 @@ def file_size(path: Path) -> int:
         SourceError: the file does not exist.
     """
     if not path.is_file():
-        raise SourceError(f"the file '{path}' does not exist; check the path of the snapshot")
+        raise SourceError(f"the file '{path}' does not exist, or is not a file; check the path of the snapshot")
     return path.stat().st_size
 
 

@@ -151,7 +151,7 @@ def make_thumbnail(data: bytes, item: str, options: ThumbnailOptions = DEFAULT_T
             data = render_svg(data, options.max_side)
         picture = decode_picture(data, decoded_pixels=pixels, formats=formats, frame=page)
     except PictureError as exc:
-        return Skipped(_undecodable(data, str(exc)), item)
+        return Skipped(BEYOND_LIMITS if exc.beyond_limits else _undecodable(data), item)
     sides = picture.size.width, picture.size.height
     if min(sides) < options.min_side:
         return Skipped(TOO_SMALL, item)
@@ -160,10 +160,8 @@ def make_thumbnail(data: bytes, item: str, options: ThumbnailOptions = DEFAULT_T
     return _encode_webp(picture.pixels, options)
 
 
-def _undecodable(data: bytes, message: str) -> str:
+def _undecodable(data: bytes) -> str:
     """Return the reason for a file that does not decode: perhaps its decoder is not installed."""
-    if "the limit is" in message:
-        return BEYOND_LIMITS
     optional = optional_format(data)
     if optional is not None and importlib.util.find_spec(OPTIONAL[optional].module.partition(".")[0]) is None:
         return f"{OPTIONAL[optional].name} is not read; pip install 'gog_edge[formats]'"

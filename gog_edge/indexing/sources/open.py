@@ -14,6 +14,7 @@ from gog_edge.indexing.sources.encyclopedic_vqa import EncyclopedicVqaSource
 from gog_edge.indexing.sources.files import CompressedFile
 from gog_edge.indexing.sources.folder import FolderSource
 from gog_edge.indexing.sources.folder.columns import parse_columns
+from gog_edge.indexing.sources.folder.decoding import is_encoding
 from gog_edge.indexing.sources.images import DEFAULT_THUMBNAILS, ImageFolder, ThumbnailOptions
 from gog_edge.indexing.sources.kiwix.parts import MAGIC, find_parts
 from gog_edge.indexing.sources.mediawiki import MediaWikiSource
@@ -42,6 +43,7 @@ def open_source(
     language: str = "en",
     licence: str | None = None,
     columns: Sequence[str] = (),
+    encoding: str = "",
     thumbnails: ThumbnailOptions = DEFAULT_THUMBNAILS,
 ) -> Source:
     """Return the reader of a snapshot. Only the first bytes of the file are read here.
@@ -55,11 +57,12 @@ def open_source(
             language to choose, such as zh-hant.
         licence: licence of texts, and of a folder's pictures, where the snapshot does not state one.
         columns: names of columns in the tables of a folder, each as FIELD=NAME; common names are recognised.
+        encoding: name of the codec of a folder's tables and texts that are not in UTF-8; Windows-1252 by default.
         thumbnails: how images are resized and encoded.
 
     Raises:
-        SourceError: the path does not exist, its format is not supported, or `columns` names another field, or is given
-            for another format than a folder.
+        SourceError: the path does not exist, its format is not supported, `columns` names another field, `encoding` is
+            unknown, or one of them is given for another format than a folder.
     """
     folder = ImageFolder(images, thumbnails)
     readers: dict[Kind, Callable[[], Source]] = {
@@ -68,7 +71,8 @@ def open_source(
         "encyclopedic-vqa": lambda: EncyclopedicVqaSource(path, folder, licence or EVQA_LICENCE),
         "wiki6m": lambda: Wiki6mSource(path, folder, licence or wikipedia_text_licence(WIKIPEDIA_DATE)),
         "mediawiki": lambda: MediaWikiSource(path, licence, language),
-        "folder": lambda: FolderSource(path, thumbnails, licence or UNKNOWN_LICENCE, parse_columns(columns)),
+        "folder": lambda: FolderSource(path, thumbnails, licence or UNKNOWN_LICENCE, parse_columns(columns),
+                                       encoding),
     }
     if kind is not None and kind not in get_args(Kind):
         raise SourceError(f"the kind of a snapshot must be one of {', '.join(KINDS)}, got '{kind}'")
@@ -76,6 +80,11 @@ def open_source(
     if columns and kind != "folder":
         raise SourceError(f"columns are given for the tables of a folder of pictures, and '{path}' is of the kind "
                           f"'{kind}'; leave out --column")
+    if encoding and kind != "folder":
+        raise SourceError(f"an encoding is given for the tables of a folder of pictures, and '{path}' is of the kind "
+                          f"'{kind}'; leave out --encoding")
+    if encoding and not is_encoding(encoding):
+        raise SourceError(f"the encoding '{encoding}' is unknown; give one such as cp1251, shift_jis or gb18030")
     return readers[kind]()
 
 

@@ -84,7 +84,8 @@ def decode_svg(data: bytes) -> str:
     if data.startswith(_GZIP):
         data = _decompress(data)
     if len(data) > MAX_SVG_BYTES:
-        raise PictureError(f"the SVG has {len(data)} bytes, the limit is {MAX_SVG_BYTES}; use a smaller one")
+        raise PictureError(f"the SVG has {len(data)} bytes, the limit is {MAX_SVG_BYTES}; use a smaller one",
+                           beyond_limits=True)
     encoding = _sniffed_encoding(data)
     declared = None if encoding else _DECLARATION.match(data[:_HEAD].decode("latin-1"))
     encoding = encoding or (declared[1] if declared else None) or "utf-8"
@@ -142,7 +143,7 @@ def _expand_entities(text: str) -> str:
     size = len(body) + sum(len(entities.get(name, "")) for name in _REFERENCE.findall(body))
     if size > MAX_SVG_BYTES:
         raise PictureError(f"the SVG has {size} characters with its entities, the limit is {MAX_SVG_BYTES}; use a "
-                           "smaller one")
+                           "smaller one", beyond_limits=True)
     return _REFERENCE.sub(lambda match: entities.get(match[1], match[0]), body)
 
 

@@ -40,6 +40,7 @@ from gog_edge.indexing.sources.images import (
 from gog_edge.indexing.sources.kiwix.addresses import candidate_paths, is_data_uri
 from gog_edge.indexing.sources.kiwix.entries import (
     ENTRY,
+    HTML_HEAD,
     UNTYPED,
     VIEWER_SCRIPTS,
     WEB_SCRAPERS,
@@ -62,7 +63,7 @@ from gog_edge.retrieval.manifest import Snapshot
 from gog_edge.retrieval.text.tokens import name_key
 
 if TYPE_CHECKING:
-    from libzim.reader import Archive, Entry
+    from libzim.reader import Archive, Entry, Item
 
 CHECKING = "comparing the checksum"  # a stage
 CHUNK_ENTRIES = 256  # articles, redirects and files together
@@ -180,7 +181,7 @@ class ZimSource(PickleFieldsMixin):
         target = _follow_redirects(entry)
         if target is None:
             return Skipped("redirect does not end", path, ENTRY)
-        if not is_html(target.get_item().mimetype):
+        if not _is_page(target.get_item()):
             return Skipped("redirect to a file that is not an article", path, ENTRY)
         name = self._title(entry, path) or title_of_path(path, has_namespaces=self._has_namespaces)
         if not name_key(name):
@@ -190,9 +191,7 @@ class ZimSource(PickleFieldsMixin):
     def _file_or_page(self, entry: Entry, path: str) -> _HtmlEntry | SharedFile | Skipped:
         item = entry.get_item()
         media_type = item.mimetype
-        is_page = is_html(media_type) or (main_type(media_type) in UNTYPED and item.size <= MAX_HTML_BYTES
-                                          and looks_like_html(bytes(item.content)))
-        if not is_page:
+        if not _is_page(item):
             return SharedFile(path, ENTRY, reason_unused(media_type))
         if self._is_web_archive and is_of_viewer(path):
             return Skipped("page belongs to the viewer of the archive", path, ENTRY)
@@ -273,7 +272,7 @@ class ZimSource(PickleFieldsMixin):
     def _find_file(self, path: str) -> str | None:
         try:
             target = _follow_redirects(self._archive.get_entry_by_path(path))
-            return None if target is None or is_html(target.get_item().mimetype) else target.path
+            return None if target is None or _is_page(target.get_item()) else target.path
         except _DAMAGE:
             return None
 
@@ -346,6 +345,14 @@ def _count(path: str, article: str, reason: str = "") -> Iterator[SharedFile]:
     """Yield what becomes of the file of an image; an embedded image has none."""
     if path:
         yield SharedFile(path, ENTRY, reason, article)
+
+
+def _is_page(item: Item) -> bool:
+    """Return whether a file is an article, by its media type, or without one by its beginning."""
+    if is_html(item.mimetype):
+        return True
+    untyped = main_type(item.mimetype) in UNTYPED and item.size <= MAX_HTML_BYTES
+    return untyped and looks_like_html(bytes(item.content[:HTML_HEAD]))
 
 
 def _follow_redirects(entry: Entry) -> Entry | None:

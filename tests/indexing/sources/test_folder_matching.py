@@ -41,12 +41,24 @@ def test_names_are_found(cell, file):
     ("cell", "reason"),
     [("gone.jpg", MISSING), ("a.png", MISSING), ("same.jpg", AMBIGUOUS), ("", NO_NAME), ("  ", NO_NAME), ("../a.jpg",
                                                                                                           OUTSIDE),
-     ("Room 1/../../a.jpg", OUTSIDE), ("..\\a.jpg", OUTSIDE), ("/etc/a.jpg", OUTSIDE), ("\\\\server\\a.jpg", OUTSIDE),
-     ("C:\\photos\\a.jpg", OUTSIDE), ("c:/a.jpg", OUTSIDE), ("file:///a.jpg", OUTSIDE), ("~/a.jpg", OUTSIDE),
+     ("Room 1/../../a.jpg", OUTSIDE), ("..\\a.jpg", OUTSIDE), ("/etc/a.jpg", OUTSIDE),
+     ("C:\\photos\\gone.jpg", OUTSIDE), ("C:\\x\\..\\a.jpg", OUTSIDE),
+     ("C:\\same.jpg", AMBIGUOUS),
+     ("file:///a.jpg", OUTSIDE), ("~/a.jpg", OUTSIDE),
      ("%2e%2e/a.jpg", OUTSIDE), ("https://m.example/", MISSING), ("\x00", MISSING), ("x" * 5000, MISSING)],
 )  # fmt: skip
 def test_names_that_are_not_found_have_a_reason(cell, reason):
     assert found(cell) == reason
+
+
+@pytest.mark.parametrize(
+    ("cell", "file"),
+    [("C:\\photos\\a.jpg", "a.jpg"), ("c:/A.JPG", "a.jpg"), ("\\\\server\\share\\a.jpg", "a.jpg"),
+     ("D:\\x\\b", "Room 1/b.png"),
+     ("D:\\export\\Room 2\\same.jpg", "Room 2/same.jpg")],
+)  # fmt: skip
+def test_absolute_names_of_windows_are_matched_by_their_last_part(cell, file):
+    assert found(cell) == file
 
 
 def test_an_exact_name_comes_before_similar_ones():

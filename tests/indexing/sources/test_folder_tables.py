@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from gog_edge.errors import SourceError
 from gog_edge.indexing.sources.folder import tables
 from gog_edge.indexing.sources.folder.tables import read_table
 
@@ -51,6 +52,42 @@ def test_utf16_without_a_byte_order_mark_in_other_scripts(tmp_path, letters, enc
     assert cells(table) == [{"file": "a.jpg", "text": letters * 40}]
 
 
+LETTERS = {"cp1251": "Синяя ваза", "shift_jis": "青い花瓶", "gb18030": "蓝色花瓶", "euc_kr": "파란 꽃병",
+           "iso8859-7": "Μπλε βάζο", "cp1250": "Modrá váza šťěř", "mac_roman": "Été bleu",
+           "iso2022_jp": "青い花瓶"}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", LETTERS)
+def test_a_given_encoding_is_used_where_a_table_is_not_in_utf8(tmp_path, encoding):
+    content = f"file,title\na.jpg,{LETTERS[encoding]}\n"
+    for data in (content.encode(encoding), content.encode(), codecs.BOM_UTF16_LE + content.encode("utf-16-le")):
+        table = read(tmp_path, data, encoding=encoding)
+        assert cells(table) == [{"file": "a.jpg", "title": LETTERS[encoding]}] and not table.notices
+
+
+def test_characters_that_windows_adds_to_an_encoding_are_read(tmp_path):
+    table = read(tmp_path, "file,title\na.jpg,花瓶①\n".encode("cp932"), encoding="Shift_JIS")
+    assert cells(table) == [{"file": "a.jpg", "title": "花瓶①"}]
+
+
+def test_a_table_that_does_not_fit_the_given_encoding_is_named(tmp_path):
+    with pytest.raises(SourceError, match=r"table 'list\.csv' cannot be decoded as euc_kr .*--encoding"):
+        read(tmp_path, "file,title\na.jpg,Синяя ваза ё\n".encode("cp1251"), encoding="euc_kr")
+    (notice,) = read(tmp_path, "file,title\na.jpg,Синяя ваза\n".encode("cp1251")).notices
+    assert notice.endswith("if letters are wrong, save it as UTF-8 or give --encoding")
+
+
+@pytest.mark.parametrize("quote", ['"', ""])
+@pytest.mark.parametrize("line", ["word ", "word\n"])
+def test_the_rest_of_a_cell_above_the_limit_is_left_out(tmp_path, quote, line):
+    long = (line if quote else "word ") * 900_000  # 4.5 million characters
+    table = read(tmp_path, f"file,text,title\na.jpg,{quote}{long}{quote},Vase\nb.jpg,short,Bowl\n")
+    assert [(row.number, row.cells["title"]) for row in table.rows] == [(2, "Vase"), (3 + long.count("\n"), "Bowl")]
+    assert table.rows[0].cells["text"] == long[: 4 * 2**20] and not table.faults
+    (notice,) = table.notices
+    assert "1 rows have a cell of more than 4,194,304 characters" in notice and "quotation" not in notice
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
 def test_rows_end_at_cr_and_lf_only(tmp_path, separator):
     table = read(tmp_path, f"file,text,licence\na.jpg,First{separator}second,CC0\nb.jpg,Other,CC0\n")
@@ -88,6 +125,7 @@ def test_many_malformed_quotes_are_read_in_linear_time(tmp_path):
     rows = "".join(f'{number}.jpg,"open {number}\n' for number in range(20_000))
     table = read(tmp_path, f"file,title\n{rows}")
     assert len(table.rows) == 20_000
+    assert any("20000 rows have quotation marks" in notice for notice in table.notices)
 
 
 def test_nul_bytes_are_left_out(tmp_path):

@@ -164,6 +164,7 @@ def test_words(template, text):
         ("de", "{{lang|en|river}}", "river"), ("de", "{{Datum|3|5|2010}}", "3. Mai 2010"),
         ("de", "{{FormatNum|12345}}", "12.345"), ("de", "{{\"|Wort}}", "„Wort“"),
         ("fr", "{{unité|1234.5|km|2}}", "1 234,5 km²"), ("fr", "{{unité|5|m|s|-1}}", "5 m s⁻¹"),
+        ("fr", "{{unité|75|à=80|kg}}", "75 à 80 kg"), ("fr", "{{unité|75|±=5|kg}}", ""),
         ("fr", "{{nombre|1234|habitants}}", "1 234 habitants"),
         ("fr", "{{date|1|janvier|2000}}", "1er janvier 2000"), ("fr", "{{date-|14 juillet 1789}}", "14 juillet 1789"),
         ("fr", "{{s|XX}}", "XXe siècle"), ("fr", "{{s-|XIII}}", "XIIIe"),

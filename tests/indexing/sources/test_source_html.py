@@ -462,6 +462,7 @@ _NESTED = 3900
         "<p>Categories: x</p>" * 20_000,
         "<noscript><div>" * (_NESTED // 2) + "<img src=a>" * 2000,
         ("<img srcset='" + ",," * 9000 + "x'>") * 20,
+        ("<img srcset='x" + ",," * 9000 + "y'>") * 20,
         "<div>" * _NESTED + "</div><!-- x -->" * _NESTED,
     ],
     ids=lambda html: html[:24],

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from zim_world import drawing, picture
 from gog_edge.errors import PictureError
 from gog_edge.indexing.sources.base import Skipped
 from gog_edge.indexing.sources.images import BEYOND_LIMITS, TOO_SMALL, UNDECODABLE, ThumbnailOptions, make_thumbnail
-from gog_edge.indexing.sources.svg import render_svg
+from gog_edge.indexing.sources.svg import MAX_SVG_BYTES, render_svg
 from gog_edge.picture import decode_picture
 
 
@@ -178,6 +179,17 @@ def test_icons_are_skipped_by_their_size():
 def test_decompression_bombs_are_skipped():
     data = saved(Image.new("L", (20_000, 20_000)), "PNG")
     assert make_thumbnail(data, "a.png") == Skipped(BEYOND_LIMITS, "a.png")
+
+
+def test_errors_of_limits_are_told_by_an_attribute():
+    bomb = saved(Image.new("L", (20_000, 20_000)), "PNG")
+    large_svg = b"<svg>" + b" " * MAX_SVG_BYTES
+    assert make_thumbnail(large_svg, "a.svg") == Skipped(BEYOND_LIMITS, "a.svg")
+    for data, beyond in ((bomb, True), (b"not a picture", False)):
+        with pytest.raises(PictureError) as caught:
+            decode_picture(data)
+        assert caught.value.beyond_limits is beyond and type(caught.value) is PictureError
+        assert pickle.loads(pickle.dumps(caught.value)).beyond_limits is beyond
 
 
 def test_thumbnails_are_deterministic():

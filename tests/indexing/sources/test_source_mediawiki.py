@@ -235,7 +235,7 @@ def test_other_files_are_refused(tmp_path, text):
 def test_archives_that_are_not_read_are_refused_with_advice(tmp_path, magic, name):
     path = tmp_path / "dewiki-20240901-pages-meta-history.xml.7z"
     path.write_bytes(magic + b"\0" * 100)
-    with pytest.raises(SourceError, match=rf"it is a {name} file, which is not read: unpack it, or get a \.bz2"):
+    with pytest.raises(SourceError, match=rf"7z': it is a {name} file, which is not read: unpack it, or get a \.bz2"):
         open_source(path)
 
 

@@ -93,3 +93,8 @@ def test_unsupported_kinds_and_missing_paths_are_refused(tmp_path):
 def test_columns_of_a_snapshot_without_tables_are_refused(paths):
     with pytest.raises(SourceError, match="of the kind 'zim'; leave out --column"):
         open_source(paths["zim"], columns=["file=Name"])
+    with pytest.raises(SourceError, match="of the kind 'zim'; leave out --encoding"):
+        open_source(paths["zim"], encoding="cp1251")
+    for name in ("klingon", "base64", "a\0b"):
+        with pytest.raises(SourceError, match="is unknown; give one such as cp1251"):
+            open_source(paths["folder"], encoding=name)

@@ -140,6 +140,15 @@ def test_pages_without_a_media_type_are_recognised(tmp_path):
     assert set(found.articles) == {"A"} and found.files() == {"B": "file is of another type"}
 
 
+def test_redirects_to_pages_without_a_media_type_are_read(tmp_path):
+    page = '<!DOCTYPE html><html><body><p>Text.</p><img src="B"></body></html>'
+    found = read(tmp_path, ("A", page, "application/octet-stream"), ("B", page, ""), ("C", b"\0\1", ""),
+                 redirects=[("R", "To A", "A"), ("S", "To B", "B"), ("T", "To C", "C")])
+    assert found.redirects == {"To A": "A", "To B": "B"}
+    assert found.skipped["redirect to a file that is not an article"] == 1 and found.files() == {
+        "C": "file is of another type"}
+
+
 CHARSETS = {
     "windows-1251": "Река течёт через город.", "koi8-r": "Река течёт через город.", "iso-8859-1": "Où est l’été ? 5 €",
     "shift_jis": "川は市を流れる。", "euc-jp": "川は市を流れる。", "gb2312": "河流穿过城市。", "big5": "河流穿過城市。",

@@ -87,9 +87,19 @@ class Catalogue:
         return plain_name(name) in {plain_name(column) for column in self.columns}
 
 
-def read_catalogue(root: Path, listing: Listing, assigned: Mapping[str, str]) -> Catalogue:
-    """Read all tables and texts of a folder; `assigned` are names of columns by field that the user gives."""
-    return _Reader(root, listing, assigned).read()
+def read_catalogue(root: Path, listing: Listing, assigned: Mapping[str, str], encoding: str = "") -> Catalogue:
+    """Read all tables and texts of a folder.
+
+    Args:
+        root: the folder.
+        listing: its files.
+        assigned: names of columns by field that the user gives.
+        encoding: see `decode_text`.
+
+    Raises:
+        SourceError: a table or text cannot be decoded as `encoding`.
+    """
+    return _Reader(root, listing, assigned, encoding).read()
 
 
 @dataclass
@@ -97,6 +107,7 @@ class _Reader:
     root: Path
     listing: Listing
     assigned: Mapping[str, str]
+    encoding: str
     rows: dict[str, list[tuple[Row, Description]]] = field(default_factory=dict)  # by picture
     owned: dict[str, list[str]] = field(default_factory=dict)  # places of rows by the first picture that they name
     skipped: list[Skipped] = field(default_factory=list)
@@ -110,7 +121,8 @@ class _Reader:
         self.names = FileNames(names, PICTURE_SUFFIXES)
         self.others = FileNames([*(one.item for one in self.listing.skipped)], frozenset())
         self.files = names
-        tables = [read_table(self.root / name, shown_name(name), self.assigned) for name in self.listing.tables]
+        tables = [read_table(self.root / name, shown_name(name), self.assigned, self.encoding)
+                  for name in self.listing.tables]
         for table in tables:
             self._read_table(table)
         self.notices += [f"{owner}: these columns are not used: {_listed(tuple(columns))}"
@@ -266,7 +278,8 @@ class _Reader:
             self.notices.append(f"text '{shown_name(name)}' cannot be read ({exc.strerror or exc})")
             return ""
         truncated = len(data) > MAX_TEXT_BYTES
-        decoded = decode_text(data[:MAX_TEXT_BYTES], truncated=truncated)
+        decoded = decode_text(data[:MAX_TEXT_BYTES], self.encoding, what=f"text '{shown_name(name)}'",
+                              truncated=truncated)
         self.notices += [f"text '{shown_name(name)}' {notice}" for notice in decoded.notices]
         if truncated:
             self.notices.append(f"text '{shown_name(name)}' is longer than {MAX_TEXT_BYTES // 2**20} MiB; the rest was "

@@ -20,6 +20,7 @@ NO_PICTURE, NO_NAME = "object in the table has no picture in the folder", "row o
 _SEPARATORS = re.compile(r"[;|\n]")  # between several names in a cell
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|www\.|//", re.IGNORECASE)
 _ABSOLUTE = re.compile(r"[a-z]:[\\/]|~?[\\/]", re.IGNORECASE)
+_WINDOWS = re.compile(r"[a-z]:[\\/]|\\\\", re.IGNORECASE)  # absolute names of Windows
 _TURKISH = str.maketrans("İı", "ii")  # which have no common case folding with I and i
 _MAX_NAME = 4096  # characters of a cell that may be a name
 _MAX_COMPARED = 20_000  # names among which the nearest one is looked for
@@ -105,6 +106,9 @@ class FileNames:
         if _ADDRESS.match(name) and not name.lower().startswith("file:"):
             match = self.find_address(name)
             return match if match.files or match.near else Match((), MISSING)
+        if _WINDOWS.match(name) and ".." not in PurePosixPath(_clean(unquote(name))).parts:
+            found = self._below_other_folder(_clean(name))  # by its last part, as an address
+            return Match(found) if len(found) == 1 else Match((), AMBIGUOUS if found else OUTSIDE, found)
         if name.lower().startswith("file:") or _leads_outside(name) or _leads_outside(unquote(name)):
             return Match((), OUTSIDE)
         for wanted in self._variants(name, base):

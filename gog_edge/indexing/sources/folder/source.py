@@ -45,19 +45,24 @@ class FolderSource(PickleFieldsMixin):
     thumbnails: ThumbnailOptions = DEFAULT_THUMBNAILS
     licence: str = UNKNOWN_LICENCE
     columns: tuple[tuple[str, str], ...] = ()  # (field, column of the tables) given by the user
+    encoding: str = ""  # of tables and texts, as in `decode_text`
 
     def snapshot(self) -> Snapshot:
         """Describe the folder; the hash covers the names and contents of all files that are read.
 
         Raises:
-            SourceError: there is no picture, or no table has a column that the user gives.
+            SourceError: there is no picture, no table has a column that the user gives, or a table or text cannot be
+                decoded as the user's encoding.
         """
         listing = self._listing
         if not listing.pictures:
             suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
             raise SourceError(f"'{self.path}' contains no picture ({suffixes}); check the path of the folder")
-        self._check_columns()
-        digest = sha256()
+        if self.columns or self.encoding:
+            self._check_columns(self._catalogue)
+        # What the user says about the tables changes the articles, and therefore the identity of the snapshot.
+        given = (self.columns, self.encoding)
+        digest = sha256(repr(given).encode() if any(given) else b"")
         for name in (*listing.pictures, *sorted((*listing.tables, *listing.texts))):
             digest.update(f"{name}\0{_hash(self.path / name)}\n".encode("utf-8", "surrogateescape"))
         newest = max(modified_date(self.path / name) for name in listing.pictures)
@@ -118,10 +123,10 @@ class FolderSource(PickleFieldsMixin):
                 *catalogue.skipped, *(Used(FILE, table) for table in catalogue.used_tables),
                 *(Notice(text) for text in catalogue.notices))
 
-    def _check_columns(self) -> None:
+    def _check_columns(self, catalogue: Catalogue) -> None:
         for _, column in self.columns:
-            if not self._catalogue.has_column(column):
-                seen = ", ".join(f"'{name}'" for name in self._catalogue.columns) or "none"
+            if not catalogue.has_column(column):
+                seen = ", ".join(f"'{name}'" for name in catalogue.columns) or "none"
                 raise SourceError(f"no table in '{self.path}' has a column '{column}'; the columns are: {seen}")
 
     @cached_property
@@ -131,7 +136,7 @@ class FolderSource(PickleFieldsMixin):
     @cached_property
     def _catalogue(self) -> Catalogue:
         assigned: Mapping[str, str] = dict(self.columns)
-        return read_catalogue(self.path, self._listing, assigned)
+        return read_catalogue(self.path, self._listing, assigned, self.encoding)
 
 
 def _hash(path: Path) -> str:

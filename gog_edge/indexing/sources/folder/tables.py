@@ -28,6 +28,7 @@ SAMPLE_ROWS = 40  # by which the delimiter is chosen
 DELIMITERS = ",;\t|"
 MORE_CELLS, NO_OBJECT, NO_JSON = ("row has more cells than the header", "entry of the table is not an object",
                                   "line of the table is not JSON")
+_LARGE_CELLS = 4 * MAX_CELL  # characters of a cell in quotation marks whose end is looked for
 BROKEN_QUOTES, BEFORE_HEADER = "quotation marks of the row are malformed", "line before the header of the table"
 
 
@@ -76,12 +77,22 @@ class _Reading:
         return Table(self.path, tuple(columns), tuple(self.rows), tuple(self.faults), tuple(self.notices), problem)
 
 
-def read_table(path: Path, name: str, assigned: Mapping[str, str] | None = None) -> Table:
-    """Read a table; `name` is its path in reports, `assigned` are columns that the user gives, by field."""
+def read_table(path: Path, name: str, assigned: Mapping[str, str] | None = None, encoding: str = "") -> Table:
+    """Read a table.
+
+    Args:
+        path: the file.
+        name: its path in reports.
+        assigned: columns that the user gives, by field.
+        encoding: see `decode_text`.
+
+    Raises:
+        SourceError: the table cannot be decoded as `encoding`.
+    """
     try:
         if path.stat().st_size > MAX_TABLE_BYTES:
             return Table(name, problem=f"is larger than {MAX_TABLE_BYTES // 2**20} MiB; split it")
-        decoded = decode_text(path.read_bytes())
+        decoded = decode_text(path.read_bytes(), encoding, what=f"table '{name}'")
     except OSError as exc:
         return Table(name, problem=f"cannot be read ({exc.strerror or exc})")
     reading = _Reading(name, notices=[f"table '{name}' {notice}" for notice in decoded.notices])
@@ -100,6 +111,7 @@ class _Record:
     line: int  # from 1
     cells: list[str]
     malformed: bool = False
+    shortened: bool = False  # a cell had more than MAX_CELL characters
 
     @property
     def blank(self) -> bool:
@@ -131,7 +143,7 @@ def _read_csv(text: str, reading: _Reading, assigned: Mapping[str, str] | None) 
 
 
 def _read_rows(records: Iterator[_Record], columns: Sequence[str], reading: _Reading, delimiter: str) -> None:
-    short = repaired = 0
+    short = repaired = shortened = 0
     for record in records:
         if record.blank:
             continue
@@ -142,6 +154,7 @@ def _read_rows(records: Iterator[_Record], columns: Sequence[str], reading: _Rea
             continue
         short += len(cells) < len(columns)
         repaired += record.malformed
+        shortened += record.shortened
         reading.add(record.line, dict(zip(columns, cells, strict=False)))
     if short:
         reading.notices.append(f"table '{reading.path}': {short} rows have fewer cells than the header; the missing "
@@ -149,6 +162,9 @@ def _read_rows(records: Iterator[_Record], columns: Sequence[str], reading: _Rea
     if repaired:
         reading.notices.append(f"table '{reading.path}': {repaired} rows have quotation marks that are not closed or "
                                "not doubled; these rows were read up to the end of their line")
+    if shortened:
+        reading.notices.append(f"table '{reading.path}': {shortened} rows have a cell of more than {MAX_CELL:,} "
+                               "characters, which is the limit; the rest of the cell was left out")
 
 
 def _records(lines: Sequence[str], delimiter: str) -> Iterator[_Record]:
@@ -156,11 +172,10 @@ def _records(lines: Sequence[str], delimiter: str) -> Iterator[_Record]:
 
     So an unclosed quotation mark does not swallow the rest of the table.
     """
-    csv.field_size_limit(MAX_CELL)
     at, malformed = 0, 0
     while at < len(lines):
-        strict = malformed < MAX_MALFORMED
-        if strict:
+        if malformed < MAX_MALFORMED:
+            csv.field_size_limit(MAX_CELL)
             start, first = at, at
             reader = csv.reader((lines[number] for number in range(start, len(lines))), delimiter=delimiter,
                                 skipinitialspace=True, strict=True)
@@ -171,19 +186,40 @@ def _records(lines: Sequence[str], delimiter: str) -> Iterator[_Record]:
                 return
             except csv.Error:
                 at, malformed = first, malformed + 1
+            if large := _read_large(lines, at, delimiter):
+                record, at = large
+                yield record
+                continue
         yield _read_line(lines[at], at + 1, delimiter)
         at += 1
 
 
+def _read_large(lines: Sequence[str], at: int, delimiter: str) -> tuple[_Record, int] | None:
+    """Return a record with a cell above the limit and where the next one begins; None if it is malformed."""
+    csv.field_size_limit(_LARGE_CELLS)
+    reader = csv.reader((lines[number] for number in range(at, len(lines))), delimiter=delimiter,
+                        skipinitialspace=True, strict=True)
+    try:
+        return _shortened(at + 1, next(reader, [])), at + reader.line_num
+    except csv.Error:
+        return None
+
+
 def _read_line(line: str, number: int, delimiter: str) -> _Record:
     """Return the record of a line that is read alone."""
+    csv.field_size_limit(len(line) + 1)
     for strict in (True, False):
         try:
             cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=strict), [])
-            return _Record(number, cells, malformed=not strict)
+            return _shortened(number, cells, malformed=not strict)
         except csv.Error:
             continue
-    return _Record(number, line[:MAX_CELL].rstrip("\r\n").split(delimiter), malformed=True)
+    return _shortened(number, line.rstrip("\r\n").split(delimiter), malformed=True)
+
+
+def _shortened(number: int, cells: Sequence[str], *, malformed: bool = False) -> _Record:
+    """Return a record whose cells have at most MAX_CELL characters."""
+    return _Record(number, [cell[:MAX_CELL] for cell in cells], malformed, any(len(cell) > MAX_CELL for cell in cells))
 
 
 def _find_header(lines: Sequence[str], delimiter: str, assigned: Mapping[str, str] | None) -> int:
@@ -252,7 +288,7 @@ def _read_json(text: str, reading: _Reading) -> Table:
         if not isinstance(entry, dict):
             reading.fault(NO_OBJECT, number, entry)
             continue
-        cells = {name: _joined(values) for name, values in _flatten(_unwrapped(entry)).items()}
+        cells = {clean_line(name): _joined(values) for name, values in _flatten(_unwrapped(entry)).items()}
         columns |= dict.fromkeys(cells)
         if len(columns) > MAX_COLUMNS:
             return Table(reading.path, notices=tuple(reading.notices), problem=f"has more than {MAX_COLUMNS} columns")

@@ -27,6 +27,7 @@ _VIEWER_PAGES = frozenset(("index.html", "404.html", "topFrame.html", "sw_check.
 _VIEWER_FOLDER = "_zim_static/"
 VIEWER_SCRIPTS = ("A/sw.js", "A/load.js")
 WEB_SCRAPERS = ("warc2zim", "zimit")
+HTML_HEAD = 1024  # bytes by which a page is recognised
 _HTML_STARTS = (b"<!doctype html", b"<html", b"<head", b"<body")
 
 
@@ -48,7 +49,7 @@ def is_xhtml(media_type: str) -> bool:
 
 def looks_like_html(data: bytes) -> bool:
     """Return whether a file without a media type begins like a page."""
-    head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    head = data[:HTML_HEAD].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return head.startswith(_HTML_STARTS) or (head.startswith((b"<?xml", b"<!--")) and b"<html" in head)
 
 

@@ -67,7 +67,7 @@ class ZimFile:
         """
         parts = find_parts(path) or ((path,) if path.is_file() else ())
         if not parts:
-            raise SourceError(f"the file '{path}' does not exist, nor do parts of it such as "
+            raise SourceError(f"the file '{path}' does not exist or is not a file, nor are there parts of it such as "
                               f"'{whole_name(path).name}aa'; check the path of the snapshot")
         file = ZimFile(parts)
         file._check_header()

@@ -127,7 +127,7 @@ def parse_srcset(text: str) -> Iterator[tuple[str, float, bool]]:
     """Yield the candidates of a `srcset` as (address, size, in pixels); the size is a width in pixels or a density."""
     if len(text) > _MAX_SET:
         return
-    for found in _CANDIDATE.finditer(text.strip()):
+    for found in _CANDIDATE.finditer(text.strip(", \t\n\f\r")):
         address = found[1] or found[2]
         if not address:
             continue

@@ -63,6 +63,14 @@ def _quantity(args: Arguments) -> str | None:
     shown = _number_text(values[0], args.site.format_language) if values else None
     if shown is None:
         return None
+    if any(sign in args for sign in ("-", "–", "x", "×", "x2", "+", "±", "+ou-", "/")):
+        return None  # a range or tolerance whose form is not known
+    for word in ("à", "et", "ou"):  # {{unité|75|à=80|kg}}
+        if word in args:
+            other = _number_text(args.get(word), args.site.format_language)
+            if other is None:
+                return None
+            shown += f" {word} {other}"
     if exponent := args.get("e", "10"):
         shown += f"×10{superscript(exponent)}"
     units = list[str]()
