@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gog_edge.config import Limits, MilvusConfig, Name, RemoteConfig, Seconds, check_milvus_uri
+from gog_edge.config import Limits, MilvusConfig, RemoteConfig, Seconds, check_milvus_uri
 from gog_edge.errors import BundleError
-from gog_edge.files import MODEL_MANIFEST, read_json, verify_files
-from gog_edge.tables import build
+from gog_edge.files import (
+    MODEL_MANIFEST,
+    FileEntry,
+    parse_toml,
+    path_inside,
+    read_document,
+    read_json,
+    read_json_list,
+    verify_files,
+)
+from gog_edge.tables import Name, build, shown
 
 SCHEMA = 1
 FILE = "bundle.toml"
@@ -66,9 +73,10 @@ class Bundle:
             entries = read_json(manifest, what=what, error=BundleError).get("files")
             if not isinstance(entries, list):
                 raise BundleError(f"{what}: '{manifest}' must have a list 'files'; build this part again")
+            files = [FileEntry.from_json(entry, what=what, error=BundleError) for entry in entries]
             if manifest.parent in self.servers:
-                entries = [entry for entry in entries if not _on_server(str(entry.get("path")))]
-            verify_files(manifest.parent, entries, what=what, error=BundleError, full=full)
+                files = [entry for entry in files if not _on_server(entry.path)]
+            verify_files(manifest.parent, files, what=what, error=BundleError, full=full)
 
 
 # --- the tables of bundle.toml ------------------------------------------------------------------
@@ -123,9 +131,9 @@ def open_bundle(folder: Path) -> Bundle:
     """
     root = Path(folder)
     where = str(root / FILE)
-    raw = _read_toml(root / FILE)
+    raw = read_document(root / FILE, parse_toml, what="bundle", error=BundleError, syntax="TOML")
     if raw.get("schema") != SCHEMA:
-        raise BundleError(f"{where}: schema = {raw.get('schema')!r}; this version of gog_edge reads schema {SCHEMA}")
+        raise BundleError(f"{where}: schema = {shown(raw.get('schema'))}; this version reads schema {SCHEMA}")
     table = build(_BundleTable, raw, "", error=BundleError, where=where)
     if not table.packs:
         raise BundleError(f"{where}: [[packs]] is empty; name at least one pack with its 'path'")
@@ -151,22 +159,8 @@ def open_bundle(folder: Path) -> Bundle:
 def read_samples(folder: Path) -> tuple[Sample, ...]:
     """Read the sample pictures of a folder with a samples.json. Raises BundleError."""
     where = folder / SAMPLES_FILE
-    try:
-        entries = json.loads(where.read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as exc:
-        raise BundleError(f"{where}: cannot be read ({exc})") from exc
-    if not isinstance(entries, list):
-        raise BundleError(f"{where}: must contain a list of samples")
+    entries = read_json_list(where, what="samples", error=BundleError)
     return tuple(_sample(folder, entry, str(where)) for entry in entries)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"'{path}' does not exist; is '{path.parent}' the folder of a bundle?") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise BundleError(f"{path}: cannot be parsed as TOML ({exc})") from exc
 
 
 def _policy(root: Path, table: Mapping[str, Any], where: str) -> Path | RemoteConfig:
@@ -202,12 +196,10 @@ def _folder(root: Path, name: str, section: str, where: str) -> Path:
 
 
 def _inside(root: Path, name: str, key: str, where: str) -> Path:
-    if "\0" in name:
-        raise BundleError(f"{where}: {key} = {name!r} must not contain a NUL character")
-    path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise BundleError(f"{where}: {key} = '{name}' is outside the bundle")
-    return path
+    try:
+        return path_inside(root, name)
+    except ValueError as exc:
+        raise BundleError(f"{where}: {key} = {shown(name)}, {exc}; name a folder or file of the bundle") from exc
 
 
 def _on_server(path: str) -> bool:
@@ -223,7 +215,7 @@ def _manifest(part: Path) -> Path:
 
 def _sample(folder: Path, entry: Any, where: str) -> Sample:
     table = build(_SampleTable, entry, "sample", error=BundleError, where=where)
-    picture = folder / Path(table.picture).name
+    picture = _inside(folder, Path(table.picture).name, "'picture'", where)
     if not picture.is_file():
         raise BundleError(f"{where}: '{picture}' does not exist")
     if table.expected and len(table.expected) != len(table.questions):

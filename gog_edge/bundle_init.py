@@ -30,7 +30,8 @@ _LIMITS = {  # what bundle.toml says about each limit
     "deadline_ms": "milliseconds from the question to the answer",
     "question_chars": "characters of a question",
     "picture_bytes": "bytes of a picture file",
-    "picture_pixels": "pixels of a decoded picture",
+    "picture_pixels": "pixels of a picture file; decoding the largest takes 5.5 bytes for each",
+    "decoded_pixels": "pixels of a decoded picture; larger ones are reduced",
     "concurrent": "questions answered at the same time; more wait. Each needs memory for a conversation",
 }
 

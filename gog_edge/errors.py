@@ -36,6 +36,11 @@ class InputError(GogEdgeError):
 class PictureError(InputError):
     """The bytes cannot be decoded as a picture, or exceed its limits."""
 
+    def __init__(self, message: str, *, beyond_limits: bool = False) -> None:
+        """Create the error; `beyond_limits`: the picture is larger than is accepted, and may be intact."""
+        super().__init__(message)
+        self.beyond_limits = beyond_limits
+
 
 class QuestionError(InputError):
     """The question is empty, too long or not text."""

@@ -95,7 +95,7 @@ def test_the_dialect_of_a_remote_policy_may_be_a_file_of_the_bundle(folder):
         ('model = "gog-7b"', "", "requires the key 'model'"),
         ('model = "gog-7b"', 'model = ""', "'model' must be a non-empty string"),
         ('dialect = "gog"', "", "requires the key 'dialect'"),
-        ('dialect = "gog"', 'dialect = "../gog.toml"', "outside the bundle"),
+        ('dialect = "gog"', 'dialect = "../gog.toml"', "outside its own folder"),
         ('dialect = "gog"', 'dialect = "gog"\npath = "policy"', "unknown key 'path'; known keys are url"),
         ('dialect = "gog"', 'dialect = "gog"\ncontinues = "always"', "must be one of 'vllm', .*, got 'always'"),
         ('dialect = "gog"', 'dialect = "gog"\npicture = "gif"', "'picture' must be one of .*, got 'gif'"),
@@ -157,8 +157,8 @@ def test_limits_and_samples_may_be_left_out(folder):
         ("[policy]\npath", "[policy]\nfile", r"\[policy\] has an unknown key 'file'"),
         ('[policy]\npath = "policy"', "", r"requires the key 'policy'"),
         ('path = "policy"', 'path = "elsewhere"', "'elsewhere' is not a folder"),
-        ('path = "policy"', 'path = "../.."', "outside the bundle"),
-        ('path = "policy"', 'path = "a\\u0000b"', "must not contain a NUL"),
+        ('path = "policy"', 'path = "../.."', "outside its own folder"),
+        ('path = "policy"', 'path = "a\\u0000b"', "contains a NUL character"),
         ('path = "policy"', 'path = "samples"', "manifest.json' does not exist"),
         ('[[packs]]\npath = "packs/ships"', "", r"requires the key 'packs'"),
         ('path = "packs/ships"', 'path = "packs/trains"', "packs/trains"),
@@ -166,7 +166,7 @@ def test_limits_and_samples_may_be_left_out(folder):
         ("turns = 4", "turns = 0", "'turns' must be at least 1, got 0"),
         ("turns = 4", "turns = true", "'turns' must be an integer, got True"),
         ("turns = 4", 'turns = "4"', "'turns' must be an integer, got '4'"),
-        ("schema = 1", "schema = ", "cannot be parsed as TOML"),
+        ("schema = 1", "schema = ", "is not TOML"),
     ],
 )
 def test_what_is_wrong_is_named(folder, old, new, words):
@@ -187,8 +187,8 @@ def test_a_folder_without_bundle_toml(tmp_path):
 @pytest.mark.parametrize(
     ("samples", "words"),
     [
-        ("{}", "must contain a list"),
-        ("[", "cannot be read"),
+        ("{}", "must contain a JSON list, got a dict"),
+        ("[", "is not JSON"),
         ('["quay.jpg"]', "must be a table"),
         ('[{"picture": "gone.jpg", "title": "t", "questions": []}]', "gone.jpg"),
         ('[{"picture": "quay.jpg", "questions": []}]', "requires the key 'title'"),

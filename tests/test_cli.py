@@ -77,44 +77,44 @@ def test_workflow(run, picture):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "code", "said"),
     [
-        (["missing.png", "Which?"], "missing.png"),
-        (["{picture}", ""], "question is empty"),
-        (["{picture}", "Which?", "--workflow", "hasty"], "hasty"),
-        (["{text}", "Which?"], "JPEG"),
+        (["missing.png", "Which?"], 1, "missing.png"),
+        (["{picture}", ""], 2, "question is empty"),
+        (["{picture}", "Which?", "--workflow", "hasty"], 2, "hasty"),
+        (["{text}", "Which?"], 1, "JPEG"),
     ],
 )
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["plain", "json"])
-def test_errors_are_one_line_and_exit_code_2(run, picture, tmp_path, words, said, more):
+def test_errors_are_one_line_and_usage_exits_with_2(run, picture, tmp_path, words, code, said, more):
     text = tmp_path / "a.txt"
     text.write_text("hello")
     done = run("ask", *(word.format(picture=picture, text=text) for word in words), *more)
-    assert done.exit_code == 2
+    assert done.exit_code == code
     assert done.stdout == ""
     assert said in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_missing_bundle(picture, tmp_path):
     done = CliRunner().invoke(app, ["ask", str(picture), "Which?", "--bundle", str(tmp_path / "none")])
-    assert done.exit_code == 2
+    assert done.exit_code == 1
     assert "bundle.toml" in done.stderr
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (["--engine", "cuda"], "must be one of ort, ort-cuda, tensorrt, tensorrt-rtx"),
-    (["--engines", "somewhere"], "name the engine that they were built for"),
-    (["--engine", "tensorrt-rtx", "--engines", "nowhere"], "no engines in 'nowhere'; build them: gog-edge export "),
+@pytest.mark.parametrize(("words", "code", "says"), [
+    (["--engine", "cuda"], 2, "must be one of ort, ort-cuda, tensorrt, tensorrt-rtx"),
+    (["--engines", "somewhere"], 2, "name the engine that they were built for"),
+    (["--engine", "tensorrt-rtx", "--engines", "nowhere"], 1, "no engines in 'nowhere'; build them: gog-edge export "),
 ])
-def test_engines_that_cannot_be_had_are_one_line_and_exit_code_2(picture, words, says):
+def test_engines_that_cannot_be_had_are_one_line(picture, words, code, says):
     done = CliRunner().invoke(app, ["ask", str(picture), "Which?", *words])
-    assert done.exit_code == 2 and done.stdout == ""
+    assert done.exit_code == code and done.stdout == ""
     assert says in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_serve_refuses_with_exit_code_2(tmp_path):
+def test_serve_refuses_with_exit_code_1(tmp_path):
     done = CliRunner().invoke(app, ["serve", "--port", "0", "--bundle", str(tmp_path)])
-    assert done.exit_code == 2
+    assert done.exit_code == 1
     assert "bundle.toml" in done.stderr
 
 

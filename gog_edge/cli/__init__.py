@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gog_edge.cli import bundle, doctor, export, pack
-from gog_edge.cli.common import BundleOption, EngineOption, EnginesOption, SearchOption, ThreadsOption, print_errors
+from gog_edge.cli.common import (
+    App,
+    BundleOption,
+    EngineOption,
+    EnginesOption,
+    SearchOption,
+    ThreadsOption,
+    print_errors,
+)
 from gog_edge.engines.manifest import ORT
 from gog_edge.engines.registry import CPU_SEARCH
 from gog_edge.errors import InputError
@@ -19,8 +27,8 @@ if TYPE_CHECKING:
     from gog_edge.agent.events import AnswerRecord, Workflow
     from gog_edge.runtime import Runtime
 
-app = typer.Typer(name="gog-edge", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Answer questions about pictures on a machine that is never online.")
+app = App(name="gog-edge", no_args_is_help=True,
+          help="Answer questions about pictures on a machine that is never online.")
 
 app.add_typer(bundle.app)
 app.add_typer(export.app)
@@ -62,7 +70,7 @@ def serve(
 
 @app.command()
 def ask(
-    image: Annotated[Path, typer.Argument(help="A picture file: JPEG, PNG, WebP, GIF, BMP or TIFF.")],
+    image: Annotated[Path, typer.Argument(help="A picture file: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000.")],
     question: Annotated[str, typer.Argument(help="The question about the picture.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     bundle: BundleOption = None,
@@ -81,7 +89,7 @@ def ask(
 
     with print_errors():
         chosen, choice = _workflow(workflow), EngineChoice(engine, engines, search)
-        data = _read(image)
+        data = image.read_bytes()
         cores = ServeConfig(threads=threads).cores
         with closing(open_runtime(_folder(bundle), threads=cores, choice=choice)) as runtime:
             record = _answer(runtime, data, question, chosen, trace, quiet=as_json)
@@ -137,13 +145,6 @@ def _workflow(name: str) -> Workflow:
         return Workflow(name)
     except ValueError:
         raise InputError(f"unknown workflow '{name}'; it must be one of {', '.join(Workflow)}") from None
-
-
-def _read(image: Path) -> bytes:
-    try:
-        return image.read_bytes()
-    except OSError as exc:
-        raise InputError(f"'{image}' cannot be read ({exc.strerror}); name a picture file") from exc
 
 
 def _folder(bundle: Path | None) -> Path:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gog_edge.cli.common import print_errors
+from gog_edge.cli.common import App, print_errors
 from gog_edge.errors import InputError
 
 if TYPE_CHECKING:
     from gog_edge.config import RemoteConfig
 
-app = typer.Typer(name="bundle", no_args_is_help=True, help="Create bundles, which `gog-edge serve` serves.")
+app = App(name="bundle", no_args_is_help=True, help="Create bundles, which `gog-edge serve` serves.")
 
 
 @app.callback()

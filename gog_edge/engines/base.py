@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gog_edge.errors import BackendError
+from gog_edge.tables import Count, Dimension
 
 Array: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float32]
@@ -91,12 +92,12 @@ class DecoderEngine(Protocol):
 class DecoderShape:
     """The dimensions of a decoder that its engines need."""
 
-    hidden: int  # width of the embeddings
-    layers: int  # transformer blocks, each with keys and values
-    kv_heads: int
-    head_dim: int
-    vocab: int  # length of the logits
-    deepstack: int  # layers whose outputs visual features are added to; 0 for architectures without DeepStack
+    hidden: Dimension  # width of the embeddings
+    layers: Dimension  # transformer blocks, each with keys and values
+    kv_heads: Dimension
+    head_dim: Dimension
+    vocab: Dimension  # length of the logits
+    deepstack: Count  # layers whose outputs visual features are added to; 0 for architectures without DeepStack
 
 
 def check_step(cache: KvCache, kind: type[Cache], past: int, count: int) -> Cache:

@@ -10,10 +10,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from gog_edge.errors import ArtifactError, BackendError
 from gog_edge.files import MODEL_MANIFEST, FileEntry, read_json, verify_files
+from gog_edge.tables import build, shown
 
 SCHEMA, KIND = 1, "engines"
 MANIFEST = "engines.json"
@@ -52,7 +55,7 @@ class EngineManifest:
     engine: str  # one of BUILT_ENGINES
     version: str  # of TensorRT; "" for ONNX Runtime, whose graphs are not tied to a release
     sms: tuple[int, ...]  # compute capabilities the engines run on, 86 for 8.6; () for ONNX Runtime
-    context: int  # capacity of the decoder's caches, in tokens; 0 without a decoder
+    context: Annotated[int, Ge(0)]  # capacity of the decoder's caches, in tokens; 0 without a decoder
     graphs: tuple[BuiltGraph, ...]
     parity: Mapping[str, Any]  # converted graphs against the bundle's own, both on ONNX Runtime
     files: tuple[FileEntry, ...]
@@ -101,16 +104,11 @@ class EngineManifest:
         """Parse the content of `engines.json`. Raises ArtifactError for another schema and missing or unknown keys."""
         if value.get("schema") != SCHEMA or value.get("kind") != KIND:
             raise ArtifactError(
-                f"engines: the manifest has schema {value.get('schema')!r} and kind {value.get('kind')!r}, expected "
-                f"{SCHEMA} and '{KIND}'; build them again with this version"
+                f"engines: the manifest has schema {shown(value.get('schema'))} and kind {shown(value.get('kind'))}, "
+                f"expected {SCHEMA} and '{KIND}'; build them again with this version"
             )
         fields = {key: item for key, item in value.items() if key not in ("schema", "kind")}
-        try:
-            graphs = tuple(_parse_graph(entry) for entry in fields.pop("graphs"))
-            files = tuple(FileEntry(**entry) for entry in fields.pop("files"))
-            return cls(graphs=graphs, files=files, sms=tuple(fields.pop("sms")), **fields)
-        except (KeyError, TypeError, AttributeError) as exc:
-            raise ArtifactError(f"engines: this version cannot read the manifest ({exc}); build them again") from exc
+        return build(cls, fields, "", error=ArtifactError, where="engines: invalid manifest; build them again")
 
 
 def build_command(
@@ -181,15 +179,10 @@ def check_sources(graph: BuiltGraph, bundle: Path, built: EngineManifest) -> Non
     """Raise ArtifactError if a graph that an engine was built from was removed from the bundle or replaced."""
     for path, sha256 in graph.sources.items():
         part, name = (bundle / path).parent, Path(path).name
-        listed = read_json(part / MODEL_MANIFEST, what=part.name).get("files", ())
-        if not any(entry.get("path") == name and entry.get("sha256") == sha256 for entry in listed):
+        listed = read_json(part / MODEL_MANIFEST, what=part.name).get("files")
+        entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+        if not any(entry.get("path") == name and entry.get("sha256") == sha256 for entry in entries):
             raise ArtifactError(
                 f"engines: '{graph.file}' was built from a version of '{path}' that the bundle no longer contains; "
                 f"build them again: {built.rebuild_command()}"
             )
-
-
-def _parse_graph(entry: Mapping[str, Any]) -> BuiltGraph:
-    profiles = tuple({name: tuple(map(tuple, shapes)) for name, shapes in profile.items()}
-                     for profile in entry.get("profiles", ()))  # fmt: skip
-    return BuiltGraph(**{**entry, "profiles": profiles})

@@ -5,16 +5,19 @@ The fields of the dataclasses are the keys of `manifest.json`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le, MinLen
 
 from gog_edge.engines.base import DecoderShape
 from gog_edge.engines.onnx.native import library
 from gog_edge.errors import ArtifactError
 from gog_edge.files import MODEL_MANIFEST, FileEntry, read_json, verify_files
 from gog_edge.policy.vision import VisionSpec
+from gog_edge.tables import Count, Dimension, Name, Positive, build, shown
 
 SCHEMA = 1
 MANIFEST = MODEL_MANIFEST
@@ -54,11 +57,11 @@ class ChatFormat:
 class TextSpec(DecoderShape):
     """The shape of the decoder, with what its graph is built from."""
 
-    heads: int  # of queries
-    intermediate: int  # width of the feed-forward layers
-    norm_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, ...]  # rotary pairs for time, height and width; sums to head_dim / 2
+    heads: Dimension  # of queries
+    intermediate: Dimension  # width of the feed-forward layers
+    norm_eps: Annotated[float, Ge(0)]
+    rope_theta: Annotated[float, Gt(0)]
+    mrope_section: tuple[Count, Count, Count]  # rotary pairs for time, height and width; sums to head_dim / 2
     mrope_interleaved: bool  # True: the pairs of the three axes alternate (Qwen3-VL); False: in blocks (Qwen2.5-VL)
     qkv_bias: bool
     qk_norm: bool  # RMS normalisation of each head's query and key before the rotary embedding
@@ -74,10 +77,10 @@ class TextSpec(DecoderShape):
 class GenerationDefaults:
     """The sampling parameters that the checkpoint recommends; temperature 0 is greedy."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: no limit
-    repetition_penalty: float = 1.0
+    temperature: Annotated[float, Ge(0)] = 0.0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    top_k: Count = 0  # 0: no limit
+    repetition_penalty: Annotated[float, Gt(0)] = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +90,8 @@ class WeightQuantization:
     Without a size each row has one scale, and activations are quantized to int8 by rows too, for integer matmuls.
     """
 
-    bits: int
-    size: int | None
+    bits: Positive
+    size: Positive | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ class WeightFormats:
 class PolicyManifest:
     """The contents of a policy's `manifest.json`."""
 
-    name: str
+    name: Name
     architecture: str  # as in the checkpoint's config.json
     engine: str  # "ort"
     precision: str  # "fp32", "fp16" or "int4"
@@ -118,10 +121,10 @@ class PolicyManifest:
     vision: VisionSpec
     text: TextSpec
     chat: ChatFormat
-    image_token: int  # id that is replaced by the embeddings of an image
-    eos: tuple[int, ...]  # ids that end a turn
+    image_token: Count  # id that is replaced by the embeddings of an image
+    eos: Annotated[tuple[Count, ...], MinLen(1)]  # ids that end a turn
     box_frame: str  # coordinate frame of boxes, as in the dialect
-    max_context: int  # tokens of one conversation
+    max_context: Dimension  # tokens of one conversation
     generation: GenerationDefaults
     source_sha256: str  # of the checkpoint
     parity: dict[str, Any] = field(default_factory=dict)  # measured against transformers at export
@@ -150,29 +153,37 @@ class PolicyManifest:
         """
         if value.get("schema") != SCHEMA or value.get("kind") != "policy":
             raise ArtifactError(
-                f"policy: manifest has schema {value.get('schema')!r} and kind {value.get('kind')!r}, "
+                f"policy: manifest has schema {shown(value.get('schema'))} and kind {shown(value.get('kind'))}, "
                 f"expected {SCHEMA} and 'policy'; export the checkpoint again with this version"
             )
         obsolete = ("lowering",)  # written by older versions, never read
         fields = {key: item for key, item in value.items() if key not in ("schema", "kind", *obsolete)}
-        try:
-            vision, text = _tuples(fields.pop("vision")), _tuples(fields.pop("text"))
-            return cls(
-                vision=VisionSpec(**vision),
-                text=TextSpec(**text),
-                chat=ChatFormat(**_tuples(fields.pop("chat"))),
-                eos=tuple(fields.pop("eos")),
-                weights=WeightFormats(**{k: v and WeightQuantization(**v) for k, v in fields.pop("weights").items()}),
-                generation=GenerationDefaults(**fields.pop("generation")),
-                files=tuple(FileEntry(**entry) for entry in fields.pop("files")),
-                **fields,
-            )
-        except (KeyError, TypeError) as exc:
-            raise ArtifactError(f"policy: manifest does not match this version ({exc}); export it again") from exc
+        where = "policy: invalid manifest; export it again"
+        manifest = build(cls, fields, "", error=ArtifactError, where=where)
+        for problem in manifest._problems():
+            raise ArtifactError(f"{where}: {problem}")
+        return manifest
 
-
-def _tuples(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+    def _problems(self) -> Iterator[str]:
+        """Yield what is wrong with fields that are valid one by one."""
+        text, vision = self.text, self.vision
+        if text.heads % text.kv_heads:
+            yield f"[text] 'heads' must be a multiple of 'kv_heads', got {text.heads} and {text.kv_heads}"
+        if 2 * sum(text.mrope_section) != text.head_dim:
+            yield f"[text] 'mrope_section' must sum to half of 'head_dim', got {text.mrope_section} and {text.head_dim}"
+        if vision.hidden % vision.heads:
+            yield f"[vision] 'hidden' must be a multiple of 'heads', got {vision.hidden} and {vision.heads}"
+        if vision.out_hidden != text.hidden:
+            yield f"[vision] 'out_hidden' must be the 'hidden' of [text], got {vision.out_hidden} and {text.hidden}"
+        if vision.window and vision.window < vision.factor:
+            yield f"[vision] 'window' must be 0 or at least {vision.factor} pixels, got {vision.window}"
+        if min(vision.max_pixels, vision.crop_max_pixels) < vision.min_pixels:
+            yield ("[vision] 'max_pixels' and 'crop_max_pixels' must be at least 'min_pixels', got "
+                   f"{vision.max_pixels}, {vision.crop_max_pixels} and {vision.min_pixels}")
+        if len(vision.deepstack) != text.deepstack:
+            yield f"[vision] 'deepstack' must have the {text.deepstack} items that [text] expects"
+        if any(token >= text.vocab for token in (self.image_token, *self.eos)):
+            yield f"'image_token' and 'eos' must be below the vocabulary of {text.vocab}"
 
 
 def read_manifest(folder: Path, *, full: bool = False) -> PolicyManifest:

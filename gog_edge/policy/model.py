@@ -21,7 +21,8 @@ from gog_edge.engines.onnx.decoder import OrtDecoder
 from gog_edge.engines.onnx.prepacked import MIN_CACHED_BYTES, cache_key, prepacked_graph, remove_stale_caches
 from gog_edge.engines.onnx.session import OrtGraph, open_session, physical_cores
 from gog_edge.engines.registry import EngineSet
-from gog_edge.errors import ArtifactError, BackendError
+from gog_edge.errors import BackendError
+from gog_edge.files import map_array, open_tokenizer
 from gog_edge.policy.manifest import (
     DECODER_GRAPH,
     EMBEDDING_SCALES,
@@ -54,20 +55,15 @@ class EmbeddingTable:
         """Map the table of a policy folder.
 
         Raises:
-            ArtifactError: its shape is not that of the manifest.
+            ArtifactError: it is damaged, or its shape or dtype is not that of the manifest.
         """
-        rows = np.load(folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
-        blocks = manifest.weights.embeddings
-        scales = np.load(folder / EMBEDDING_SCALES, mmap_mode="r", allow_pickle=False) if blocks else None
-        vocab, hidden = manifest.text.vocab, manifest.text.hidden
-        size = (blocks.size or hidden) if blocks else 1
-        expected = (vocab, -(-hidden // size) * size)
-        if rows.shape != expected or (scales is not None and scales.shape[1] * size != expected[1]):
-            raise ArtifactError(
-                f"'{folder / EMBEDDINGS}' has shape {rows.shape}, its manifest expects {expected}; "
-                "export the policy again"
-            )
-        return cls(rows, scales)
+        blocks, (vocab, hidden) = manifest.weights.embeddings, (manifest.text.vocab, manifest.text.hidden)
+        if blocks is None:
+            return cls(map_array(folder / EMBEDDINGS, (vocab, hidden), ("float32", "float16"), what="policy"))
+        size = blocks.size or hidden
+        count = -(-hidden // size)  # blocks of a row
+        return cls(map_array(folder / EMBEDDINGS, (vocab, count * size), ("uint8",), what="policy"),
+                   map_array(folder / EMBEDDING_SCALES, (vocab, count), ("float32",), what="policy"))
 
     def lookup(self, ids: Array, hidden: int) -> Floats:
         """Return the embeddings [T, hidden] float32 of ids [T]."""
@@ -174,7 +170,7 @@ class PolicyModel:
         with ThreadPoolExecutor(1) as executor:  # the vision tower loads while the decoder does
             tower = executor.submit(graphs.open_graph, VISION)
             engine = graphs.open_decoder(manifest.text, capacity)
-            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+            tokenizer = open_tokenizer(folder / TOKENIZER, what="policy")
             decoder = Decoder(engine, manifest, EmbeddingTable.open(folder, manifest), tokenizer, context=capacity)
             vision = VisionEncoder(tower.result(), manifest.vision)
             kernels = "engines" if engines else _cpu_kernels(manifest, cpu_layout)
@@ -209,20 +205,22 @@ class FolderGraphs:
         threads = _decoder_threads(self.folder, self.threads)
         if self.cpu_layout and self.manifest.has_native:
             if self.manifest.runs_native:
-                return self._open_native(context, threads)
+                return self._open_native(spec, context, threads)
             _log.warning("'%s' runs on ONNX Runtime's operators, as the faster native ones are not available: %s",
                          self.folder, native.unavailable_reason())  # fmt: skip
         with ThreadPoolExecutor(1) as executor:
             has_prefill = self.cpu_layout and self.manifest.weights.prefill
             prefill = executor.submit(self._open_prefill, threads) if has_prefill else None
             path, optimized = self._prepacked(DECODER_GRAPH)
-            return OrtDecoder(path, capacity=context, threads=threads, optimized=optimized, prefill=prefill)
+            decoder = OrtDecoder(path, capacity=context, threads=threads, optimized=optimized, prefill=prefill)
+        decoder.check_shape(spec)
+        return decoder
 
     def cache(self) -> Path:
         """Return the folder for values computed with these graphs on this CPU; it may not exist."""
         return self.folder / CACHE_FOLDER / cache_key(self.manifest.files)
 
-    def _open_native(self, context: int, threads: int) -> OrtDecoder:
+    def _open_native(self, spec: TextSpec, context: int, threads: int) -> OrtDecoder:
         graph = self.folder / NATIVE_DECODER_GRAPH
         if graph_bytes(graph) >= MIN_CACHED_BYTES:  # native weights need no prepacking, but the prompt is cached
             try:
@@ -230,7 +228,9 @@ class FolderGraphs:
                 remove_stale_caches(self.cache())
             except OSError as exc:
                 _log.warning("the prompt cannot be cached in '%s' (%s); every start computes it", self.cache(), exc)
-        return OrtDecoder(graph, capacity=context, threads=threads, operators=native.library())
+        decoder = OrtDecoder(graph, capacity=context, threads=threads, operators=native.library())
+        decoder.check_shape(spec)
+        return decoder
 
     def _open_prefill(self, threads: int) -> InferenceSession:
         path, optimized = self._prepacked(PREFILL_GRAPH)

@@ -13,15 +13,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
 
 from gog_edge.engines.base import Array, Floats, GraphEngine
 from gog_edge.errors import PictureError
 from gog_edge.picture import resize
+from gog_edge.tables import Count, Dimension, Positive
 from gog_edge.types import Pixels, Size
 
+Side = Annotated[int, Ge(1), Le(1024)]  # pixels or patches
+Spread = Annotated[float, Gt(0)]
 MAX_ASPECT = 200  # longest side over shortest side, as in transformers' `smart_resize` of Qwen2-VL
 
 
@@ -29,25 +33,25 @@ MAX_ASPECT = 200  # longest side over shortest side, as in transformers' `smart_
 class VisionSpec:
     """The shape of a vision tower and its preprocessing; the `vision` object of a policy manifest."""
 
-    depth: int  # transformer blocks
-    hidden: int
-    heads: int
-    intermediate: int
-    out_hidden: int  # equals the hidden size of the decoder
-    patch: int  # pixels per side of a patch
-    merge: int  # patches per side that are merged into one token
-    temporal: int  # a still picture is repeated this many times in each patch
-    window: int  # pixels per side of a local-attention window; 0: every block attends to the whole picture
-    full_attention: tuple[int, ...]  # indices of the blocks that attend to the whole picture when there are windows
-    rope_theta: float
-    norm_eps: float
+    depth: Dimension  # transformer blocks
+    hidden: Dimension
+    heads: Dimension
+    intermediate: Dimension
+    out_hidden: Dimension  # equals the hidden size of the decoder
+    patch: Side  # pixels per side of a patch
+    merge: Side  # patches per side that are merged into one token
+    temporal: Side  # a still picture is repeated this many times in each patch
+    window: Count  # pixels per side of a local-attention window; 0: every block attends to the whole picture
+    full_attention: tuple[Count, ...]  # blocks that attend to the whole picture if there are windows
+    rope_theta: Annotated[float, Gt(0)]
+    norm_eps: Annotated[float, Ge(0)]
     mean: tuple[float, float, float]  # of pixels scaled to 0..1
-    std: tuple[float, float, float]
-    min_pixels: int
-    max_pixels: int
-    crop_max_pixels: int  # limit for crops that are shown to the policy
-    position_side: int = 0  # the learned position table has position_side x position_side entries; 0: no table
-    deepstack: tuple[int, ...] = ()  # blocks whose features are added after the first layers of the decoder (Qwen3-VL)
+    std: tuple[Spread, Spread, Spread]
+    min_pixels: Positive
+    max_pixels: Positive
+    crop_max_pixels: Positive  # limit for crops that are shown to the policy
+    position_side: Count = 0  # the learned position table has position_side x position_side entries; 0: no table
+    deepstack: tuple[Count, ...] = ()  # blocks whose features are added after the first layers of the decoder
 
     @property
     def factor(self) -> int:

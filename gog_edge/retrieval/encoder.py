@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import cache
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
@@ -21,12 +22,14 @@ from gog_edge.engines.manifest import IMAGE, TEXT
 from gog_edge.engines.onnx.session import CPU_PROVIDERS, OrtGraph
 from gog_edge.engines.registry import EngineSet
 from gog_edge.errors import ArtifactError
-from gog_edge.files import MODEL_MANIFEST, FileEntry, read_json, verify_files
+from gog_edge.files import MODEL_MANIFEST, FileEntry, open_tokenizer, read_json, verify_files
 from gog_edge.retrieval.manifest import Fingerprint
+from gog_edge.tables import build, shown
 from gog_edge.types import Box, ImageQuery, Pixels, Size, Vectors
 
 SCHEMA = 1
-RESIZES = ("squash", "shortest", "longest")
+MAX_SIDE = 4096  # pixels of the frame that a picture is scaled to
+Spread = Annotated[float, Gt(0)]
 MAX_BATCH = 16  # inputs per run of a graph; the activations of larger batches exceed the CPU caches
 MAX_SCALED_PIXELS = 2**24  # of a picture scaled to cover the frame; of a longer sliver only the middle is computed
 # Minimum cosine between the vectors of one input from two encoders with the same fingerprint. An export at another
@@ -42,7 +45,7 @@ class ImageSpec:
     mean: tuple[float, float, float]  # of values from 0 to 1
     std: tuple[float, float, float]
     interpolation: Image.Resampling
-    resize: str  # one of RESIZES
+    resize: str  # "squash", "shortest" or "longest"
     fill: int = 0  # padding value of "longest", 0 to 255
 
 
@@ -79,9 +82,9 @@ class Encoder:
             BackendError: A provider is not available, or a graph cannot be loaded.
         """
         manifest = read_encoder_manifest(folder)
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.enable_truncation(manifest.context_length)
-        tokenizer.enable_padding(length=manifest.context_length, pad_id=manifest.pad_id)
+        tokenizer = open_tokenizer(folder / "tokenizer.json", what="encoder")
+        tokenizer.enable_truncation(manifest.text.context_length)
+        tokenizer.enable_padding(length=manifest.text.context_length, pad_id=manifest.text.pad_id)
         # The encoder runs next to a policy that generates, or next to threads that decode pictures. Threads that spin
         # while they wait would take cores from these; on a busy machine that halves the encoder's own speed.
         image, text = (
@@ -131,10 +134,20 @@ class Encoder:
                 f"got {vectors.shape}; export it again"
             )
         lengths: NDArray[np.float32] = np.linalg.norm(vectors, axis=1, keepdims=True)
+        if not np.isfinite(lengths).all():
+            raise ArtifactError(f"encoder '{self.fingerprint.name}': a vector is not finite; export or copy it again")
         return np.divide(vectors, np.maximum(lengths, 1e-12), dtype=np.float32)
 
 
 # --- the manifest -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TextInput:
+    """How a text is tokenized for the text graph."""
+
+    context_length: Annotated[int, Ge(1), Le(65_536)]  # tokens of a text; longer texts are truncated
+    pad_id: Annotated[int, Ge(0), Le(2**31 - 1)]  # of the token that shorter texts are padded with
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +156,29 @@ class EncoderManifest:
 
     fingerprint: Fingerprint
     image: ImageSpec
-    context_length: int  # tokens of a text; longer texts are truncated
-    pad_id: int  # of the token that shorter texts are padded with
+    text: TextInput
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _ImageTable:
+    """The field `image` of the manifest."""
+
+    width: Annotated[int, Ge(1), Le(MAX_SIDE)]
+    height: Annotated[int, Ge(1), Le(MAX_SIDE)]
+    mean: tuple[float, float, float]
+    std: tuple[Spread, Spread, Spread]
+    interpolation: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+    resize: Literal["squash", "shortest", "longest"]
+    fill: Annotated[int, Ge(0), Le(255)] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _EncoderTable:
+    """The fields of the manifest that are read besides those of `Fingerprint`."""
+
+    image: _ImageTable
+    text: TextInput
     files: tuple[FileEntry, ...]
 
 
@@ -158,39 +192,23 @@ def read_encoder_manifest(folder: Path) -> EncoderManifest:
     if raw.get("kind") != "encoder" or raw.get("schema") != SCHEMA:
         raise ArtifactError(
             f"encoder: the manifest of '{folder}' must have kind 'encoder' and schema {SCHEMA}, got "
-            f"{raw.get('kind')!r} and {raw.get('schema')!r}; export it again with this version"
+            f"{shown(raw.get('kind'))} and {shown(raw.get('schema'))}; export it again with this version"
         )
-    try:
-        manifest = EncoderManifest(
-            Fingerprint.from_json(raw),
-            parse_image_spec(raw["image"]),
-            int(raw["text"]["context_length"]),
-            int(raw["text"]["pad_id"]),
-            tuple(FileEntry(**entry) for entry in raw["files"]),
-        )
-    except (KeyError, TypeError, ValueError) as exc:
-        raise ArtifactError(f"encoder: invalid manifest in '{folder}' ({exc!r}); export it again") from exc
-    verify_files(folder, manifest.files, what="encoder")
-    return manifest
+    where = f"encoder: invalid manifest in '{folder}'; export it again"
+    fingerprint = Fingerprint.from_json(raw, where=where)
+    table = build(_EncoderTable, raw, "", error=ArtifactError, where=where, known_only=True)
+    verify_files(folder, table.files, what="encoder")
+    return EncoderManifest(fingerprint, _image_spec(table.image), table.text, table.files)
 
 
 def parse_image_spec(raw: Mapping[str, Any]) -> ImageSpec:
-    """Read the field `image` of an encoder's manifest.
+    """Read the field `image` of an encoder's manifest. Raises ArtifactError for an invalid field."""
+    return _image_spec(build(_ImageTable, raw, "image", error=ArtifactError))
 
-    Raises:
-        KeyError, TypeError, ValueError: A field is missing or has another form.
-    """
-    resize = str(raw["resize"])
-    if resize not in RESIZES:
-        raise ValueError(f"'resize' must be one of {', '.join(RESIZES)}, got '{resize}'")
-    return ImageSpec(
-        Size(int(raw["width"]), int(raw["height"])),
-        rgb_floats(raw["mean"]),
-        rgb_floats(raw["std"]),
-        Image.Resampling[str(raw["interpolation"]).upper()],
-        resize,
-        int(raw.get("fill", 0)),
-    )
+
+def _image_spec(table: _ImageTable) -> ImageSpec:
+    kernel = Image.Resampling[table.interpolation.upper()]
+    return ImageSpec(Size(table.width, table.height), table.mean, table.std, kernel, table.resize, table.fill)
 
 
 def rgb_floats(values: Sequence[float]) -> tuple[float, float, float]:

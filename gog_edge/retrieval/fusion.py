@@ -18,6 +18,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from gog_edge.errors import PackError
 from gog_edge.retrieval.pack import Pack, WordPack
 from gog_edge.retrieval.text.segment import NameMatch, ParagraphMatch
 from gog_edge.retrieval.text.store import ImageRow
@@ -232,7 +233,10 @@ class VectorChannels:
         rows: dict[tuple[int, int], ImageRow] = {}
         for n, pack in enumerate(self._packs):
             ids = np.unique(near.ids[(near.packs == n) & (near.ids >= 0)]).tolist()
-            rows |= {(n, image): row for image, row in pack.store.images(ids).items()}
+            known = pack.store.images(ids)
+            if len(known) < len(ids):
+                raise PackError(f"pack '{pack.name}': a vector is of an image that is missing; build the pack again")
+            rows |= {(n, image): row for image, row in known.items()}
         return [
             [Candidate(self._packs[pack], rows[pack, image], score)
              for pack, image, score in zip(packs, ids, scores, strict=True) if image >= 0]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from gog_edge.errors import PackError
+from annotated_types import Ge, Le
+
+from gog_edge.errors import ArtifactError, PackError
 from gog_edge.files import HASH_AT_OPEN_BYTES, FileEntry, OnBytes, read_json, verify_files
+from gog_edge.tables import Count, Name, Positive, build, shown
 
 SCHEMA = 2
 MANIFEST = "MANIFEST.json"
@@ -24,6 +27,8 @@ TEXT_FEATURES = ("coverage", "unknown", "rarity", "named")  # see `fusion.WordRa
 # Of packs with paragraph vectors; see `fusion.DenseRanking`.
 DENSE_TEXT_FEATURES = (*TEXT_FEATURES, "similarity", "similarity_margin")
 FOUND_THRESHOLD = 0.5  # probability from which the subject of a query counts as found
+
+MAX_DIM = 65_536  # length of a vector
 
 
 # --- parts of a generation --------------------------------------------------------------------
@@ -44,9 +49,9 @@ class Snapshot:
 class Counts:
     """Numbers of rows."""
 
-    articles: int
-    paragraphs: int
-    images: int
+    articles: Count
+    paragraphs: Count
+    images: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ class IdRange:
 class Segment:
     """One SQLite file of a pack. Ids are unique within the pack and stable across generations."""
 
-    store: str
+    store: Name
     articles: IdRange
     paragraphs: IdRange
     images: IdRange
@@ -69,18 +74,17 @@ class Segment:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Segment:
-        """Read the JSON object."""
-        articles, paragraphs, images = (IdRange(**raw[name]) for name in ("articles", "paragraphs", "images"))
-        return cls(str(raw["store"]), articles, paragraphs, images, Counts(**raw["counts"]))
+        """Read the JSON object. Raises PackError for a field that is missing or has another type."""
+        return build(cls, raw, "segment", error=PackError, where="pack")
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Two files of embeddings; paths are relative to the pack."""
 
-    vectors: str  # float16 [rows, dim], of unit length
-    ids: str  # int64 [rows], ids of images or of paragraphs
-    rows: int
+    vectors: Name  # float16 [rows, dim], of unit length
+    ids: Name  # int64 [rows], ids of images or of paragraphs
+    rows: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,35 +94,38 @@ class Fingerprint:
     name: str
     weights_sha256: str
     preprocessing_sha256: str
-    dim: int  # length of a vector
+    dim: Annotated[int, Ge(1), Le(MAX_DIM)]  # length of a vector
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Fingerprint:
+    def from_json(cls, raw: Mapping[str, Any], *, where: str = "") -> Fingerprint:
         """Read the fields from the manifest of an encoder or a text encoder; others are ignored.
 
         Raises:
-            KeyError, TypeError, ValueError: A field is missing, or `dim` is not a number.
+            ArtifactError: A field is missing or has another type; the message begins with `where`.
         """
-        return cls(
-            str(raw["name"]), str(raw["weights_sha256"]), str(raw["preprocessing_sha256"]), int(raw["dim"])
-        )
+        return build(cls, raw, "", error=ArtifactError, where=where, known_only=True)
 
 
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
     """The FAISS file of a generation and the measurements taken when it was built."""
 
-    path: str  # relative to the pack
+    path: Name  # relative to the pack
     factory: str  # string for FAISS's index_factory
     params: dict[str, int]  # search parameters: "nprobe" or "efSearch"
-    candidates: int  # rows per query that are rescored with stored vectors; 0 if the index's own scores are exact
-    rows: int  # rows in the index: the first ones of the space
-    recall_k: int
+    candidates: Count  # rows per query that are rescored with stored vectors; 0 if the index's own scores are exact
+    rows: Count  # rows in the index: the first ones of the space
+    recall_k: Count
     recall: float  # share of the `recall_k` exact nearest neighbours that a search returns
     p50_ms_1: float  # median latency of a search with one query
     p50_ms_8: float  # and with a batch of eight
     queries: int  # number of queries in the measurement
     held_out: bool  # False: the queries were stored vectors with noise, because no others were given
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> IndexEntry:
+        """Read the JSON object. Raises PackError for a field that is missing or has another type."""
+        return build(cls, raw, "index", error=PackError, where="pack")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,18 +148,12 @@ class Space:
         if self.index is not None:
             yield self.index.path
 
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Space:
-        """Read the JSON object."""
-        index = raw["index"]
-        return cls(tuple(Shard(**shard) for shard in raw["shards"]), None if index is None else IndexEntry(**index))
-
 
 @dataclass(frozen=True, slots=True)
 class IndexTarget:
     """Requirements on the index, given when the pack was first built and kept by later generations."""
 
-    memory: int | None  # bytes; None: no limit, the fastest index
+    memory: Positive | None  # bytes; None: no limit, the fastest index
     recall: float  # share of the ten nearest neighbours that the index must return
 
 
@@ -160,8 +161,8 @@ class IndexTarget:
 class Tombstones:
     """Paths of files with the sorted int64 ids of deleted rows."""
 
-    articles: str
-    images: str
+    articles: Name
+    images: Name
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +178,9 @@ class Calibration:
     target_false_accept: float  # share of absent subjects that may count as found
     false_accept: float  # share measured at FOUND_THRESHOLD, on queries that the model was not fitted to
     true_accept: float  # share of present subjects that count as found, likewise
-    present: int  # queries whose subject is in the pack; one half for fitting, the other for measuring
-    absent: int
-    caption_weight: float = 0.0  # weight of the caption channel relative to the image channel
+    present: Count  # queries whose subject is in the pack; one half for fitting, the other for measuring
+    absent: Count
+    caption_weight: Annotated[float, Ge(0)] = 0.0  # weight of the caption channel relative to the image channel
 
     @property
     def uses_captions(self) -> bool:
@@ -199,13 +200,10 @@ class Calibration:
         Raises:
             PackError: A field is missing or has another form, or the features differ from `names`.
         """
-        try:
-            read = cls(**{**raw, "features": tuple(raw["features"]), "weights": tuple(map(float, raw["weights"]))})
-        except (KeyError, TypeError, ValueError) as exc:
-            raise PackError(f"pack: invalid calibration in the manifest ({exc!r}); calibrate the pack again") from exc
+        read = build(cls, raw, "calibration", error=PackError, where="pack: invalid manifest; calibrate the pack again")
         if read.features != names or len(read.weights) != len(names):
             raise PackError(f"pack: the calibration must have the features {names} and as many weights, got "
-                            f"{read.features} and {len(read.weights)}; calibrate the pack again")
+                            f"{shown(read.features)} and {len(read.weights)}; calibrate the pack again")
         return read
 
 
@@ -216,9 +214,9 @@ class Calibration:
 class Manifest:
     """One generation of a pack."""
 
-    name: str
-    generation: int
-    parent: int | None
+    name: Name
+    generation: Positive
+    parent: Count | None
     snapshot: Snapshot
     encoder: Fingerprint | None  # None: a pack without images
     segments: tuple[Segment, ...]
@@ -274,35 +272,18 @@ class Manifest:
             PackError: Another kind or schema, or a field is missing or has another form.
         """
         if raw.get("kind") != "pack" or raw.get("schema") != SCHEMA:
-            raise PackError(f"pack: the manifest must have kind 'pack' and schema {SCHEMA}, got {raw.get('kind')!r} "
-                            f"and {raw.get('schema')!r}; build the pack again with this version")
-        try:
-            text_encoder = None if raw.get("text_encoder") is None else Fingerprint(**raw["text_encoder"])
-            return cls(
-                name=str(raw["name"]),
-                generation=int(raw["generation"]),
-                parent=None if raw["parent"] is None else int(raw["parent"]),
-                snapshot=Snapshot(**raw["snapshot"]),
-                encoder=None if raw["encoder"] is None else Fingerprint(**raw["encoder"]),
-                segments=tuple(Segment.from_json(segment) for segment in raw["segments"]),
-                images=Space.from_json(raw["images"]),
-                captions=Space.from_json(raw["captions"]),
-                tombstones=None if raw["tombstones"] is None else Tombstones(**raw["tombstones"]),
-                counts=Counts(**raw["counts"]),
-                target=IndexTarget(**raw["target"]),
-                duplicate_cosine=float(raw["duplicate_cosine"]),
-                golden=None if raw["golden"] is None else int(raw["golden"]),
-                report=None if raw["report"] is None else str(raw["report"]),
-                files=tuple(FileEntry(**entry) for entry in raw["files"]),
-                image_calibration=_calibration(raw["calibration"], "image", IMAGE_FEATURES),
-                text_calibration=_calibration(
-                    raw["calibration"], "text", TEXT_FEATURES if text_encoder is None else DENSE_TEXT_FEATURES
-                ),
-                text_encoder=text_encoder,
-                paragraphs=Space() if text_encoder is None else Space.from_json(raw["paragraphs"]),
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as exc:
-            raise PackError(f"pack: invalid manifest ({exc!r}); build the pack again") from exc
+            raise PackError(f"pack: the manifest must have kind 'pack' and schema {SCHEMA}, got "
+                            f"{shown(raw.get('kind'))} and {shown(raw.get('schema'))}; build the pack again with this "
+                            "version")
+        where = "pack: invalid manifest; copy or build the pack again"
+        if not isinstance(calibration := raw.get("calibration"), Mapping):
+            raise PackError(f"{where}: 'calibration' must be an object, got {shown(calibration)}")
+        fields = {key: value for key, value in raw.items() if key not in ("image_calibration", "text_calibration")}
+        read = build(cls, fields, "", error=PackError, where=where, known_only=True)
+        if read.text_encoder is None and read.paragraphs != Space():
+            raise PackError(f"{where}: 'paragraphs' requires 'text_encoder', the encoder of its vectors")
+        return read.with_calibration(_calibration(calibration, "image", IMAGE_FEATURES),
+                                     _calibration(calibration, "text", read.text_features))
 
     def with_calibration(self, image: Calibration | None, text: Calibration | None) -> Manifest:
         """Return the same generation with other calibrations."""

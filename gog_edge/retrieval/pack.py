@@ -16,7 +16,7 @@ from gog_edge.errors import PackError, PictureError
 from gog_edge.files import OnBytes
 from gog_edge.picture import decode_picture
 from gog_edge.retrieval.encoder import MIN_COMPATIBLE_COSINE, Encoder
-from gog_edge.retrieval.manifest import Fingerprint, Manifest, Space, read_manifest, verify_pack_files
+from gog_edge.retrieval.manifest import Fingerprint, IdRange, Manifest, Space, read_manifest, verify_pack_files
 from gog_edge.retrieval.text.segment import ImageFile
 from gog_edge.retrieval.text.store import Store
 from gog_edge.retrieval.vectors.faiss_index import Hits, VectorIndex
@@ -185,6 +185,7 @@ class Pack:
                 raise PackError(f"pack '{self.name}': '{segment.store}' has {reader.counts()}, the manifest lists "
                                 f"{segment.counts}; build the pack again")
         for vectors in (self.images.shards, self.captions.shards):
+            self._check_ids(vectors, [segment.images for segment in self.manifest.segments])
             ids = _sample_ids(vectors)
             unknown = sorted(set(ids.tolist()) - self.store.images(ids.tolist()).keys())
             if unknown:
@@ -194,6 +195,17 @@ class Pack:
         if self.manifest.encoder is not None and len(self.images) < images:
             raise PackError(f"pack '{self.name}': {images} image rows and {len(self.images)} vectors disagree; "
                             "build the pack again")
+
+    def _check_ids(self, vectors: StoredVectors, ranges: Sequence[IdRange]) -> None:
+        """Check that vectors from files have ids of the pack; whether each exists is known for a sample only."""
+        if isinstance(vectors, VectorShards):
+            inside = np.zeros(len(vectors), dtype=bool)
+            for each in ranges:
+                inside |= (vectors.ids >= each.first) & (vectors.ids <= each.last)
+            if not inside.all():
+                unknown = vectors.ids[int(np.argmin(inside))]
+                raise PackError(f"pack '{self.name}': rows and vectors disagree: a vector has the id {unknown}, which "
+                                "no segment has; build the pack again")
 
     def _check_golden(self, encoder: Encoder | None) -> None:
         """Embed the golden image again: it must find itself at its stored vector."""
@@ -224,6 +236,7 @@ class Pack:
         """Look up some ids in the store, and embed one live paragraph again: it must be at its stored vector."""
         from gog_edge.retrieval.text.encoder import passage_text
 
+        self._check_ids(index.shards, [segment.paragraphs for segment in self.manifest.segments])
         ids = _sample_ids(index.shards)
         rows = self.store.paragraphs(ids.tolist())
         unknown = sorted(set(ids.tolist()) - rows.keys())

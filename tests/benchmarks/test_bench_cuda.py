@@ -24,7 +24,7 @@ def test_a_run_without_an_available_engine_fails(tmp_path, capsys):
     assert bench_cuda.main(["--engine", "ort-cuda"]) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["engines"] == {}
     assert bench_cuda.main([str(tmp_path)]) == 1 and "bundle.toml' does not exist" in capsys.readouterr().err
-    assert bench_cuda.main(["--engine", "vulkan"]) == 1 and "vulkan" in capsys.readouterr().err
+    assert bench_cuda.main(["--engine", "vulkan"]) == 2 and "vulkan" in capsys.readouterr().err
 
 
 def test_a_remote_policy_is_refused(tmp_path, capsys):

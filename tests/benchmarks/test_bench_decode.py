@@ -86,8 +86,8 @@ def test_names_and_environments_of_peers_are_parsed():
 
 
 def test_invalid_options_and_policies_are_one_line_errors(arguments, capsys):
-    for extra in (["--peer-env", "openvino"], ["--peers", "vllm"], ["--policy", "/nowhere"]):
-        assert bench_episode.main([*arguments, *extra]) == 1
+    for extra, code in ((["--peer-env", "openvino"], 2), (["--peers", "vllm"], 2), (["--policy", "/nowhere"], 1)):
+        assert bench_episode.main([*arguments, *extra]) == code
         error = capsys.readouterr().err.splitlines()
         assert error[-1].startswith("error: ") and all("this machine is busy" in line for line in error[:-1])
 

@@ -43,7 +43,7 @@ def test_the_order_alternates_and_the_first_round_does_not_count(monkeypatch):
 def test_a_folder_without_the_package_is_refused(other, tmp_path, capsys):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    assert main(["--other", str(tmp_path / other)]) == 1
+    assert main(["--other", str(tmp_path / other)]) == 2
     assert "must contain gog_edge" in capsys.readouterr().err
 
 

@@ -34,9 +34,9 @@ def init(*words):
     return CliRunner().invoke(app, ["bundle", "init", *map(str, words)])
 
 
-def refusal(*words):
+def refusal(*words, code=1):
     done = init(*words)
-    assert done.exit_code == 2 and done.stderr.startswith("gog-edge: ") and done.stderr.count("\n") == 1, done.output
+    assert done.exit_code == code and done.stderr.startswith("gog-edge: ") and done.stderr.count("\n") == 1, done.output
     return done.stderr
 
 
@@ -85,7 +85,7 @@ def test_links_share_the_files(tmp_path):
     parts = shutil.copytree(DEFAULT_BUNDLE, tmp_path / "parts")
     words = ("--policy", parts / "policy", "--encoder", parts / "encoder", "--pack", parts / "packs" / "atlas")
     assert init(tmp_path / "out", *words, "--link").exit_code == 0
-    for name in ("policy/decoder.onnx", "packs/atlas/store/000001.sqlite"):
+    for name in ("policy/decoder.onnx", "packs/atlas/store/000002.sqlite"):
         assert (parts / name).samefile(tmp_path / "out" / name)
     open_bundle(tmp_path / "out").verify(full=True)
 
@@ -104,18 +104,28 @@ def test_a_policy_of_another_server(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words, message", [
-    (ATLAS[2:], "give either --policy, or --policy-url with --model and --dialect"),
-    ((*ATLAS, "--policy-url", "http://127.0.0.1:1/v1"), "give either --policy, or --policy-url"),
-    ((*ATLAS, "--model", "gog"), "--model and --dialect require --policy-url"),
-    ((*ATLAS[2:], "--policy-url", "http://127.0.0.1:1/v1"), "--policy-url requires --model and --dialect"),
-    (("--policy", ENCODER, *ATLAS[2:]), "expected 1 and 'policy'"),
-    ((*ATLAS, "--pack", PACK), "two packs have the name 'atlas'"),
-    ((*ATLAS, "--samples", PACK), "samples.json"),
+@pytest.mark.parametrize("words, code, message", [
+    (ATLAS[2:], 2, "give either --policy, or --policy-url with --model and --dialect"),
+    ((*ATLAS, "--policy-url", "http://127.0.0.1:1/v1"), 2, "give either --policy, or --policy-url"),
+    ((*ATLAS, "--model", "gog"), 2, "--model and --dialect require --policy-url"),
+    ((*ATLAS[2:], "--policy-url", "http://127.0.0.1:1/v1"), 2, "--policy-url requires --model and --dialect"),
+    (("--policy", ENCODER, *ATLAS[2:]), 1, "expected 1 and 'policy'"),
+    ((*ATLAS, "--pack", PACK), 1, "two packs have the name 'atlas'"),
+    ((*ATLAS, "--samples", PACK), 1, "samples.json"),
 ])  # fmt: skip
-def test_parts_are_checked_before_anything_is_written(tmp_path, words, message):
-    assert message in refusal(tmp_path / "out", *words)
+def test_parts_are_checked_before_anything_is_written(tmp_path, words, code, message):
+    assert message in refusal(tmp_path / "out", *words, code=code)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [
+    ("", *ATLAS), ("out", "--policy", "", *ATLAS[2:]), ("out", *ATLAS, "--pack", ""), ("out", *ATLAS, "--samples", ""),
+])  # fmt: skip
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    done = init(*words)
+    assert done.exit_code == 2 and "the path is empty" in " ".join(done.output.split()), done.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_encoder_of_another_pack_is_refused(tmp_path, tiny_encoder_folder):
@@ -206,7 +216,7 @@ def test_a_failure_at_any_step_changes_nothing(tmp_path, monkeypatch, module, na
     with monkeypatch.context() as patch:
         patch.setattr(module, name, fail_after(calls, error, getattr(module, name)))
         done = init(out, *ATLAS, "--force")
-    assert done.exit_code == (2 if error is DISK_FULL else 130), done.output
+    assert done.exit_code == (1 if error is DISK_FULL else 130), done.output
     assert done.stderr.count("\n") == 1 and ("No space left on device" in done.stderr or error is not DISK_FULL)
     assert tree(tmp_path) == before
     assert init(out, *ATLAS, *["--force"] * existing).exit_code == 0
@@ -241,7 +251,7 @@ def test_the_remains_of_a_killed_run_are_recovered(tmp_path):
     assert init(out, *ATLAS).exit_code == 0
     (out / "policy").rename(out / ".policy.old")
     (out / "encoder.part").mkdir()
-    assert init(out, "--policy", tmp_path, *ATLAS[2:], "--force").exit_code == 2  # nothing is changed before the check
+    assert init(out, "--policy", tmp_path, *ATLAS[2:], "--force").exit_code == 1  # nothing is changed before the check
     assert init(out, *ATLAS, "--force").exit_code == 0
     assert sorted(path.name for path in out.iterdir()) == ["bundle.toml", "encoder", "packs", "policy"]
 

@@ -15,7 +15,7 @@ from typer.main import get_command
 from gog_edge.cli import app
 from gog_edge.cli.common import _EXTRAS, command_main, describe_error, print_errors
 from gog_edge.engines.tensorrt.plan import MODULES
-from gog_edge.exporting.policy.export import DEFAULT_BLOCK, DEFAULT_CONTEXT
+from gog_edge.exporting.policy.export import DEFAULT_BLOCK
 from gog_edge.indexing.calibration import TARGET_FALSE_ACCEPT
 from gog_edge.indexing.distribution.milvus_loading import INDEX_TYPES
 from gog_edge.indexing.generation import PackOptions
@@ -70,7 +70,7 @@ def test_a_module_of_no_extra_is_a_defect_with_a_traceback(module):
     with pytest.raises(ModuleNotFoundError) as raised:
         main()
     assert raised.value is error
-    with pytest.raises(ModuleNotFoundError) as raised, print_errors(1, extra="text"):
+    with pytest.raises(ModuleNotFoundError) as raised, print_errors(extra="text"):
         raise error
     assert raised.value is error
 
@@ -100,7 +100,6 @@ def option(command, name):
 
 @pytest.mark.parametrize("command, name, value", [
     ("export policy", "--block", DEFAULT_BLOCK),
-    ("export policy", "--context", DEFAULT_CONTEXT),
     ("probe", "--tokens", MAX_TOKENS),
     ("pack calibrate", "--false-accept", TARGET_FALSE_ACCEPT),
 ])  # fmt: skip

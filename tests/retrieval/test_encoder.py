@@ -101,10 +101,24 @@ def test_an_altered_file_is_named(broken):
         Encoder.open(broken)
 
 
-@pytest.mark.parametrize("changes", [{"kind": "policy"}, {"schema": 2}, {"image": {}}, {"text": None}, {"files": 3}])
+IMAGE = {"width": 16, "height": 16, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear",
+         "resize": "squash"}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [
+    {"kind": "policy"}, {"schema": 2}, {"image": {}}, {"text": None}, {"files": 3}, {"files": [3]}, {"files": {}},
+    {"files": [{"path": ["text.onnx"], "size": 1, "sha256": ""}]},
+    {"files": [{"path": "x" * 300, "size": 1, "sha256": ""}]},
+    {"dim": 0}, {"dim": "24"}, {"dim": 2**40}, {"dim": 24.0}, {"name": 3},
+    {"text": {"context_length": -1, "pad_id": 0}},
+    {"text": {"context_length": 8, "pad_id": 2**40}}, {"image": IMAGE | {"std": [0.5, 0, 0.5]}},
+    {"image": IMAGE | {"mean": [0.5] * 2}}, {"image": IMAGE | {"mean": "0.5"}}, {"image": IMAGE | {"width": 10**9}},
+    {"image": IMAGE | {"interpolation": "magic"}}, {"image": IMAGE | {"fill": 256}},
+    {"image": IMAGE | {"colour": "red"}},
+])  # fmt: skip
 def test_an_invalid_manifest_is_refused(broken, changes):
     rewrite(broken, **changes)
-    with pytest.raises(ArtifactError, match="export it again"):
+    with pytest.raises(ArtifactError, match="export it again|do not use this encoder"):
         Encoder.open(broken)
 
 
@@ -116,6 +130,21 @@ def test_a_folder_without_manifest_is_refused(tmp_path):
 def test_a_wrong_dimension_is_detected_at_the_first_embedding(broken):
     rewrite(broken, dim=99)
     with pytest.raises(ArtifactError, match="99"):
+        Encoder.open(broken).embed_images([flag("France")])
+
+
+@pytest.mark.parametrize("image, text", [({"width": 32}, {}), ({"height": 8}, {}), ({}, {"context_length": 9})])
+def test_a_frame_or_a_context_of_another_size_than_the_graph_has_is_refused(broken, image, text):
+    rewrite(broken, image=IMAGE | image, text={"context_length": 8, "pad_id": 0} | text)
+    encoder = Encoder.open(broken)
+    with pytest.raises(ArtifactError, match="onnx' cannot be run .*; export the model again"):
+        encoder.embed_images([flag("France")])
+        encoder.embed_texts(["red"])
+
+
+def test_vectors_that_are_not_finite_are_refused(broken):
+    rewrite(broken, image=IMAGE | {"std": [1e-40] * 3, "mean": [0.1] * 3})
+    with np.errstate(all="ignore"), pytest.raises(ArtifactError, match="a vector is not finite; export or copy it"):
         Encoder.open(broken).embed_images([flag("France")])
 
 

@@ -8,7 +8,7 @@ from little_world import FACTS, FLAGS, flag
 from tiny_encoder import write_tiny_encoder
 
 from gog_edge.errors import PackError
-from gog_edge.files import describe_files
+from gog_edge.files import describe_files, write_array
 from gog_edge.indexing.commit import write_tombstones
 from gog_edge.retrieval.encoder import Encoder
 from gog_edge.retrieval.manifest import IMAGE_FEATURES, MANIFEST, Calibration, Manifest, read_manifest
@@ -47,6 +47,39 @@ def test_the_manifest_survives_json(little_pack_folder):
     manifest = read_manifest(little_pack_folder)
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
     assert verify_pack(little_pack_folder) == manifest
+
+
+@pytest.mark.parametrize("change", [
+    {"name": ""}, {"name": 7}, {"generation": "1"}, {"generation": 0}, {"parent": -1}, {"snapshot": []},
+    {"snapshot": {}},
+    {"encoder": {"name": "tiny"}}, {"segments": [None]}, {"segments": {}},
+    {"images": {"shards": [{"rows": 3}], "index": None}},
+    {"images": {"shards": [{"vectors": "v", "ids": "i", "rows": "3"}], "index": None}},
+    {"captions": {"shards": [], "index": 1}},
+    {"counts": {"articles": -1, "paragraphs": 0, "images": 0}},
+    {"counts": {"articles": 1.5, "paragraphs": 0, "images": 0}},
+    {"target": {"memory": "2G", "recall": 0.9}}, {"duplicate_cosine": "high"}, {"golden": [1]}, {"report": 5},
+    {"files": [[]]},
+    {"calibration": None}, {"calibration": {"image": []}}, {"calibration": {"image": {"features": 1}}},
+    {"tombstones": {}},
+    {"paragraphs": {"shards": [{"vectors": "v", "ids": "i", "rows": 3}], "index": None}}, {"text_encoder": {"dim": 3}},
+])  # fmt: skip
+def test_invalid_fields_of_the_manifest_are_refused(little_pack_folder, change):
+    raw = read_manifest(little_pack_folder).to_json()
+    with pytest.raises(PackError, match="pack: invalid manifest"):
+        Manifest.from_json(raw | change)
+
+
+def test_a_manifest_is_strict_json(copied):
+    text = (copied / MANIFEST).read_text()
+    for old, new in (('"duplicate_cosine": ', '"duplicate_cosine": 1e999, "x": '),
+                     ('"parent": ', '"parent": 1, "parent": '),
+                     ('"name": ', '"name": "\\ud800", "x": '), ('"golden": ', '"golden": ' + "9" * 5000 + ', "x": '),
+                     ('"golden": ', '"golden": ' + "[" * 100_000)):  # fmt: skip
+        assert old in text
+        (copied / MANIFEST).write_text(text.replace(old, new, 1))
+        with pytest.raises(PackError, match="MANIFEST.json' is not JSON"):
+            read_manifest(copied)
 
 
 @pytest.mark.parametrize("name", [STORE, "index/000001-images.faiss", "vectors/000001-images-000000.npy"])
@@ -222,3 +255,13 @@ def test_a_pack_without_calibration_uses_the_cosine_and_the_known_coverage(littl
     assert little_pack.manifest.image_calibration is None and not little_pack.uses_captions
     assert [image_probability(little_pack, (cosine, 0, 0, 0)) for cosine in (-0.2, 0.7, 1.001)] == [0, 0.7, 1]
     assert text_probability(little_pack, (0.8, 0.25, 1, 1)) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**40])
+def test_a_vector_of_an_id_that_no_segment_has_is_refused(copied, tiny_encoder, wrong):
+    path = copied / "vectors/000001-images-000000.ids.npy"
+    ids = np.load(path)
+    ids[-2] = wrong
+    write_array(path, ids)
+    rewrite(copied)
+    refused(copied, tiny_encoder, f"a vector has the id {wrong}, which no segment has")

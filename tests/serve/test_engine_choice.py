@@ -154,7 +154,7 @@ def write_engine(out, data):
 def test_a_damaged_bundle_ends_the_command(toy, part, capsys):
     path = next(toy.root.glob(part), None) or next((toy.root / "pack").rglob("*.sqlite"))
     path.write_bytes(path.read_bytes()[:-9])
-    assert exit_code("--port", "0", "--bundle", str(toy.root), "--engine", TENSORRT_RTX) == 2
+    assert exit_code("--port", "0", "--bundle", str(toy.root), "--engine", TENSORRT_RTX) == 1
     err = capsys.readouterr().err
     assert path.name in err and err.count("\n") == 1
 
@@ -162,7 +162,7 @@ def test_a_damaged_bundle_ends_the_command(toy, part, capsys):
 def test_a_port_in_use_ends_the_command(toy, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        assert exit_code("--port", port, "--bundle", str(toy.root), "--engine", TENSORRT_RTX) == 2
+        assert exit_code("--port", port, "--bundle", str(toy.root), "--engine", TENSORRT_RTX) == 1
     assert f"port {port}" in capsys.readouterr().err
 
 

@@ -55,13 +55,13 @@ def test_the_module_and_the_command_are_one(monkeypatch):
 def test_port_in_use(tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert exit_code("--port", str(port), "--bundle", str(tmp_path)) == 2
+        assert exit_code("--port", str(port), "--bundle", str(tmp_path)) == 1
     err = capsys.readouterr().err
     assert f"port {port} on 127.0.0.1" in err and "--port" in err and err.count("\n") == 1
 
 
 def test_no_bundle(tmp_path, capsys):
-    assert exit_code("--port", "0", "--bundle", str(tmp_path)) == 2
+    assert exit_code("--port", "0", "--bundle", str(tmp_path)) == 1
     assert "bundle.toml" in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -19,15 +19,16 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from gog_edge.engines.base import FOREIGN_CACHE, Array, Floats, KvCache, KvSnapshot, check_snapshot
+from gog_edge.engines.base import FOREIGN_CACHE, Array, DecoderShape, Floats, KvCache, KvSnapshot, check_snapshot
 from gog_edge.engines.onnx.native import CAPACITY_MULTIPLE, PAIR, TILE
 from gog_edge.engines.onnx.session import device_errors, open_session
-from gog_edge.errors import BackendError
+from gog_edge.errors import ArtifactError, BackendError
 
 Shape: TypeAlias = tuple[int, ...]
 Tensor = TypeVar("Tensor", "HostTensor", "DeviceTensor", "TiledTensor")
 
 CUDA_NAME = "cuda"
+_NOT_A_DECODER = "'{}' is not a decoder that this version exported for ONNX Runtime; export with --engine ort"
 # A step with at least so many tokens that need no logits uses the prefill graph for them.
 MIN_PREFILL_TOKENS = 32
 
@@ -331,16 +332,27 @@ class OrtDecoder:
         inputs = {item.name: item for item in self.session.get_inputs()}
         self.states = [name.removeprefix("past_") for name in inputs if name.startswith("past_")]
         if not self.states or not {"cos", "keep"} <= inputs.keys():
-            raise BackendError(
-                f"'{path}' is not a decoder that this version exported for ONNX Runtime; export with --engine ort"
-            )
-        self._tiled = inputs[f"past_{self.states[0]}"].type == "tensor(uint16)"
-        self.hidden: int = inputs["inputs_embeds"].shape[2]
-        self.rotary: int = inputs["cos"].shape[1]
-        _, self.kv_heads, fixed, _ = inputs[f"past_{self.states[0]}"].shape
-        self.capacity = fixed if isinstance(fixed, int) else capacity
-        self.vocab: int = {item.name: item.shape for item in self.session.get_outputs()}["logits"][1]
-        self.deepstack: int = inputs["deepstack"].shape[0] if "deepstack" in inputs else 0
+            raise BackendError(_NOT_A_DECODER.format(path))
+        try:
+            self._tiled = inputs[f"past_{self.states[0]}"].type == "tensor(uint16)"
+            self.hidden: int = inputs["inputs_embeds"].shape[2]
+            self.rotary: int = inputs["cos"].shape[1]
+            _, self.kv_heads, fixed, _ = inputs[f"past_{self.states[0]}"].shape
+            self.capacity = fixed if isinstance(fixed, int) else capacity
+            self.vocab: int = {item.name: item.shape for item in self.session.get_outputs()}["logits"][1]
+            self.deepstack: int = inputs["deepstack"].shape[0] if "deepstack" in inputs else 0
+        except (IndexError, KeyError, ValueError) as exc:
+            raise BackendError(_NOT_A_DECODER.format(path)) from exc
+
+    def check_shape(self, shape: DecoderShape) -> None:
+        """Raise ArtifactError unless the graph has the dimensions that its manifest promises."""
+        layers, width = len(self.states) // 2, 2 * self.rotary
+        own = DecoderShape(self.hidden, layers, self.kv_heads, width, self.vocab, self.deepstack)
+        for name in (field.name for field in fields(DecoderShape)):
+            found, promised = getattr(own, name), getattr(shape, name)
+            if found != promised:
+                raise ArtifactError(f"policy: the decoder has '{name}' {found}, its manifest says {promised}; export "
+                                    "the policy again")
 
     def new_cache(self) -> OrtCache:
         """Return an empty cache."""
@@ -366,7 +378,7 @@ class OrtDecoder:
         cache.write_rotary(past, cos, sin)
         binding, logits = cache.bind_logits(keep)
         split = count - keep if self.prefill is not None and count - keep >= MIN_PREFILL_TOKENS else 0
-        with device_errors(f"{count} tokens cannot be computed"):
+        with device_errors(f"{count} tokens cannot be computed", on_cpu=ArtifactError):
             if split:
                 cache.set_length(past + split)
                 self._run(self.prefill, cache.prefill_binding, embeds[:split], _slice(deepstack, 0, split))

@@ -23,7 +23,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf, NoSuchF
 from gog_edge.engines.base import Array
 from gog_edge.engines.cuda import LOST_DEVICE_CODES, MEMORY_ALLOCATION
 from gog_edge.engines.onnx import INSTALL_COMMAND, unsupported_reason
-from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory
+from gog_edge.errors import ArtifactError, BackendError, DeviceLost, OutOfDeviceMemory
 
 CPU_PROVIDERS = ("CPUExecutionProvider",)
 CUDA_PROVIDERS = ("CUDAExecutionProvider",)
@@ -51,6 +51,7 @@ _DECODER_OPTIONS: Mapping[str, Mapping[str, str]] = {
 RUN_ERRORS = (RuntimeError, state.EPFail, state.EngineError, state.Fail, state.InvalidArgument, state.InvalidGraph,
               state.NotImplemented, state.RuntimeException)  # fmt: skip
 LOAD_ERRORS = (*RUN_ERRORS, InvalidProtobuf, NoSuchFile)
+_EXPORT_AGAIN = "export the model again, or copy it again"
 START_ERRORS = (RuntimeError, ValueError)  # of a provider that cannot start: no driver, no GPU
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -141,6 +142,13 @@ def open_session(
     return session
 
 
+class _Outputs(dict[str, Array]):
+    """The outputs of a run by name."""
+
+    def __missing__(self, name: str) -> Array:
+        raise ArtifactError(f"a graph must have the output '{name}', got {', '.join(self)}; {_EXPORT_AGAIN}")
+
+
 class OrtGraph:
     """A graph without state that ONNX Runtime runs."""
 
@@ -152,13 +160,23 @@ class OrtGraph:
         self._session = open_session(
             path, threads=threads, providers=providers, optimized=optimized, spinning=spinning, operators=operators
         )
+        self._path = path
         self._on_device = tuple(providers) != CPU_PROVIDERS
+        self._inputs = {item.name for item in self._session.get_inputs()}
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the graph once; see `GraphEngine`. Raises BackendError if a device fails."""
-        with device_errors("a graph cannot be run", on_device=self._on_device):
-            return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+        """Run the graph once; see `GraphEngine`.
+
+        Raises:
+            ArtifactError: it has other inputs, outputs or shapes than its manifest promises.
+            BackendError: a device fails.
+        """
+        if feeds.keys() != self._inputs:
+            raise ArtifactError(f"'{self._path}' must have the inputs {', '.join(sorted(feeds))}, got "
+                                f"{', '.join(sorted(self._inputs))}; {_EXPORT_AGAIN}")
+        with device_errors(f"'{self._path}' cannot be run", on_device=self._on_device, on_cpu=ArtifactError):
+            return _Outputs(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
 
 
 def _preload_cuda_libraries(providers: Sequence[str]) -> None:
@@ -213,13 +231,16 @@ class device_errors:
     """Context manager that raises device failures of ONNX Runtime as this package's errors.
 
     `action` begins the message: what could not be done. With `on_device`, every other error of ONNX Runtime is raised
-    as a BackendError, too.
+    as a BackendError, too. Without, it is raised as `on_cpu`, since there the graph is at fault; unchanged if that is
+    None.
     """
 
-    __slots__ = ("_action", "_on_device")
+    __slots__ = ("_action", "_on_device", "_on_cpu")
 
-    def __init__(self, action: str, *, on_device: bool = False) -> None:
-        self._action, self._on_device = action, on_device
+    def __init__(
+        self, action: str, *, on_device: bool = False, on_cpu: type[ArtifactError] | None = None
+    ) -> None:
+        self._action, self._on_device, self._on_cpu = action, on_device, on_cpu
 
     def __enter__(self) -> None:
         pass
@@ -231,6 +252,8 @@ class device_errors:
                 raise error from exc
             if self._on_device:
                 raise BackendError(f"{self._action}: {_failure_text(exc)}; run `gog-edge doctor`") from exc
+            if self._on_cpu is not None:
+                raise self._on_cpu(f"{self._action} ({' '.join(str(exc).split())}); {_EXPORT_AGAIN}") from exc
 
 
 def device_error(exc: Exception, action: str) -> OutOfDeviceMemory | DeviceLost | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gog_edge.errors import DialectError
-from gog_edge.files import write_atomic
+from gog_edge.files import parse_toml, read_bounded, write_atomic
 from gog_edge.policy.dialect.actions import FRAME_DESCRIPTIONS, BoxFrame, TagSyntax
 from gog_edge.policy.dialect.dialect import (
     CropRules,
@@ -24,7 +23,7 @@ from gog_edge.policy.dialect.dialect import (
     TurnRules,
 )
 from gog_edge.policy.dialect.tool_calls import ToolCallSyntax
-from gog_edge.tables import build
+from gog_edge.tables import build, shown
 
 SCHEMA = 1
 DIALECT_FILE = "dialect.toml"  # in a policy folder
@@ -89,9 +88,7 @@ def load_dialect(source: str | Path) -> Dialect:
     """
     file = _locate(source)
     try:
-        return _to_dialect(tomllib.loads(_read_text(file)), file)
-    except tomllib.TOMLDecodeError as exc:
-        raise DialectError(f"dialect {source}: not valid TOML ({exc})") from exc
+        return _to_dialect(_read_toml(file), file)
     except DialectError as exc:
         raise DialectError(f"dialect {source}: {exc}") from exc
 
@@ -108,7 +105,7 @@ def copy_dialect(source: str | Path, folder: Path, box_frame: BoxFrame | None = 
     dialect, file = load_dialect(source), _locate(source)
     frame, text = box_frame or dialect.box_frame, _read_text(file)
     text = text.replace(f'box_frame = "{dialect.box_frame}"', f'box_frame = "{frame}"', 1)
-    raw = tomllib.loads(text)
+    raw = parse_toml(text)
     if raw["box_frame"] != frame:
         raise DialectError(f'dialect {source}: its box frame cannot be replaced; write it as box_frame = "..."')
     prompt = build(_Prompt, raw["prompt"], "prompt", error=DialectError)
@@ -121,7 +118,7 @@ def copy_dialect(source: str | Path, folder: Path, box_frame: BoxFrame | None = 
 
 def _to_dialect(raw: Mapping[str, Any], file: Traversable) -> Dialect:
     if raw.get("schema", SCHEMA) != SCHEMA:
-        raise DialectError(f"'schema' must be {SCHEMA}, got {raw['schema']!r}; use a newer version of gog_edge")
+        raise DialectError(f"'schema' must be {SCHEMA}, got {shown(raw['schema'])}; use a newer version of gog_edge")
     tables = build(_DialectFile, raw, "", error=DialectError)
     syntax = _syntax(tables)
     system, question = _prompts(tables.prompt, file)
@@ -166,7 +163,7 @@ def _prompts(prompt: _Prompt, file: Traversable) -> tuple[str, str]:
         texts.append(text or _read_text(_prompt_file(file, text_file)))
     system, question = texts
     if "{question}" not in question:
-        raise DialectError(f"[prompt] 'question' must contain {{question}}, got {question!r}")
+        raise DialectError(f"[prompt] 'question' must contain {{question}}, got {shown(question)}")
     return system, question
 
 
@@ -191,11 +188,16 @@ def _prompt_file(file: Traversable, name: str) -> Traversable:
     return file.parent / name if isinstance(file, Path) else _package_folder() / name
 
 
+def _read_toml(file: Traversable) -> dict[str, Any]:
+    try:
+        return parse_toml(_read_text(file))
+    except ValueError as exc:
+        raise DialectError(f"not valid TOML ({exc})") from exc
+
+
 def _read_text(file: Traversable) -> str:
     try:
-        data = file.read_bytes()
-        if len(data) > MAX_BYTES:
-            raise DialectError(f"'{file}' has {len(data)} bytes, the limit for a dialect or prompt is {MAX_BYTES}")
-        return data.decode()
+        data = read_bounded(file, MAX_BYTES) if isinstance(file, Path) else file.read_bytes()
+        return data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as exc:
         raise DialectError(f"'{file}' cannot be read: {exc}") from exc

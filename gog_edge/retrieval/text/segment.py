@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 import numpy as np
@@ -101,6 +101,9 @@ class ImageFile:
     media_type: str
 
 
+_Types: TypeAlias = type | tuple[type, ...]
+_LINK: tuple[_Types, ...] = (int, int, int, str, str, str)  # of the fields of ImageLink
+_MATCH: tuple[_Types, ...] = (int, int, (int, float))  # of the fields of ParagraphMatch
 # A view in place of a table may compute rows without end.
 _FOREIGN = "SELECT type, name FROM sqlite_master WHERE type NOT IN ('table', 'index') LIMIT 1"
 
@@ -137,7 +140,7 @@ class SegmentReader:
                             f"{_how_to_convert(path, version)}")
         if foreign is not None:
             reader.close()
-            raise PackError(f"pack: '{path}' contains the {foreign[0]} '{foreign[1]}', which no pack has; do not use it")
+            raise PackError(f"pack: '{path}' contains a {foreign[0]}, '{foreign[1]}', as no pack does; do not use it")
         return reader
 
     def close(self) -> None:
@@ -187,9 +190,8 @@ class SegmentReader:
 
     def image_file(self, image: int) -> ImageFile | None:
         """Return the stored file of an image, or None if the id is unknown."""
-        rows = self._rows("SELECT data, media_type FROM pixels JOIN images ON id = image WHERE image = ?", image)
-        if rows and not isinstance(rows[0][0], bytes):
-            raise PackError(f"pack: '{self._path}' has no file of image {image}; copy or build the pack again")
+        rows = self._rows("SELECT data, media_type FROM pixels JOIN images ON id = image WHERE image = ?", image,
+                          types=(bytes, str))
         return ImageFile(*rows[0]) if rows else None
 
     def image_files(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
@@ -205,21 +207,22 @@ class SegmentReader:
     def links_of_images(self, images: Iterable[int]) -> list[ImageLink]:
         """Return this segment's links of images, which may be stored in other segments."""
         sql = f"{_LINKS} WHERE image {_IN_JSON} ORDER BY image, position"
-        return [ImageLink(*row) for row in self._rows(sql, _json(images))]
+        return [ImageLink(*row) for row in self._rows(sql, _json(images), types=_LINK)]
 
     def links_of_articles(self, articles: Iterable[int]) -> list[ImageLink]:
         """Return this segment's links of articles, by position."""
         sql = f"{_LINKS} WHERE article {_IN_JSON} ORDER BY position, image"
-        return [ImageLink(*row) for row in self._rows(sql, _json(articles))]
+        return [ImageLink(*row) for row in self._rows(sql, _json(articles), types=_LINK)]
 
     def captions(self, after: tuple[int, int], count: int) -> list[ImageLink]:
         """Return the next `count` links after (image, article) whose captions are not embedded yet, in that order."""
         sql = f"{_LINKS} WHERE (image, article) > (?, ?) AND NOT known ORDER BY image, article LIMIT ?"
-        return [ImageLink(*row) for row in self._rows(sql, *after, count)]
+        return [ImageLink(*row) for row in self._rows(sql, *after, count, types=_LINK)]
 
     def titles(self, articles: Iterable[int]) -> dict[int, str]:
         """Return titles by article id; articles of other segments are skipped."""
-        return dict(self._rows(f"SELECT id, title FROM articles WHERE id {_IN_JSON}", _json(articles)))
+        sql = f"SELECT id, title FROM articles WHERE id {_IN_JSON}"
+        return dict(self._rows(sql, _json(articles), types=(int, str)))
 
     def paragraphs(self, ids: Iterable[int]) -> dict[int, ParagraphRow]:
         """Return paragraphs by id; paragraphs of other segments are skipped."""
@@ -227,18 +230,19 @@ class SegmentReader:
             "SELECT p.id, a.title, s.title, p.text, l.name, p.start FROM paragraphs p "
             "JOIN articles a ON a.id = p.article JOIN sections s ON s.id = p.section "
             f"JOIN licences l ON l.id = a.licence WHERE p.id {_IN_JSON}",
-            _json(ids),
-        )
+            _json(ids), types=(int, str, str, str, str, int),
+        )  # fmt: skip
         return {row[0]: ParagraphRow(*row) for row in rows}
 
     def articles_of(self, paragraphs: Iterable[int]) -> dict[int, int]:
         """Return the article of each paragraph: paragraph id -> article id."""
-        return dict(self._rows(f"SELECT id, article FROM paragraphs WHERE id {_IN_JSON}", _json(paragraphs)))
+        sql = f"SELECT id, article FROM paragraphs WHERE id {_IN_JSON}"
+        return dict(self._rows(sql, _json(paragraphs), types=(int, int)))
 
     def lead_paragraphs(self, articles: Iterable[int]) -> dict[int, int]:
         """Return the first paragraph of each article that has one: article id -> paragraph id."""
         sql = f"SELECT id, first FROM articles WHERE id {_IN_JSON} AND first <= last"
-        return dict(self._rows(sql, _json(articles)))
+        return dict(self._rows(sql, _json(articles), types=(int, int)))
 
     def paragraph_ranges(self, articles: Iterable[int]) -> list[tuple[int, int]]:
         """Return the first and last paragraph of each article that has any; articles of other segments are skipped."""
@@ -269,7 +273,7 @@ class SegmentReader:
         return int(self._value(f"SELECT coalesce(sum(last - first + 1), 0) FROM articles WHERE id {_IN_JSON}",
                                _json(articles)))
 
-    def report(self) -> dict[str, list[dict[str, Any]]]:
+    def report(self) -> dict[str, list[Any]]:
         """Return what became of the snapshot's items, as JSON: "items" by kind, "skipped" by reason, and "notices"."""
         skipped = self._rows("SELECT reason, kind, count, examples FROM skipped ORDER BY count DESC, reason, kind")
         return {
@@ -277,7 +281,9 @@ class SegmentReader:
                       for row in self._rows("SELECT kind, present, used FROM items ORDER BY kind")],
             "skipped": [{"reason": reason, "kind": kind, "count": count, "examples": json.loads(examples)}
                         for reason, kind, count, examples in skipped],
-            "notices": [row[0] for row in self._rows("SELECT text FROM notices ORDER BY number")],
+            # An empty text has the number of notices that were not stored.
+            "notices": [text or f"{number} more warnings" for text, number in
+                        self._rows("SELECT text, number FROM notices ORDER BY text = '', number")],
         }  # fmt: skip
 
     def image_by_digest(self, digest: bytes) -> int | None:
@@ -291,7 +297,7 @@ class SegmentReader:
         """Return articles with a title or redirect of one of these keys (see `name_key`), titles first."""
         sql = f"SELECT key, name, article, redirect FROM names WHERE key {_IN_JSON} ORDER BY redirect, article"
         return [NameMatch(key, name, article, bool(redirect)) for key, name, article, redirect in
-                self._rows(sql, _json(keys))]
+                self._rows(sql, _json(keys), types=(str, str, int, int))]
 
     def titles_with_prefix(self, start: str, limit: int) -> list[str]:
         """Return up to `limit` titles, as written, whose key (see `name_key`) begins with `start`."""
@@ -305,15 +311,15 @@ class SegmentReader:
 
     def rank(self, terms: Sequence[str], limit: int) -> list[ParagraphMatch]:
         """Return up to `limit` paragraphs with any of `terms` (see `search_terms`), best BM25 score first."""
-        return [ParagraphMatch(*row) for row in self._rows(_RANK, fts5_any(terms), limit)]
+        return [ParagraphMatch(*row) for row in self._rows(_RANK, fts5_any(terms), limit, types=_MATCH)]
 
     def term_scores(self, term: str) -> list[tuple[int, float]]:
         """Return (paragraph, BM25 score) of every paragraph with a term, in no order."""
-        return self._rows(_TERM_SCORES, fts5_any([term]))
+        return self._rows(_TERM_SCORES, fts5_any([term]), types=(int, (int, float)))
 
     def first_with_all(self, terms: Sequence[str], limit: int) -> list[ParagraphMatch]:
         """Return the first `limit` paragraphs with all of `terms`, with score 0."""
-        return [ParagraphMatch(*row) for row in self._rows(_UNRANKED, fts5_all(terms), limit)]
+        return [ParagraphMatch(*row) for row in self._rows(_UNRANKED, fts5_all(terms), limit, types=_MATCH)]
 
     def section_matches(self, article: int, term: str) -> dict[int, bool]:
         """Return the paragraphs of an article with a term: paragraph id -> whether its section's title has it too."""
@@ -349,7 +355,7 @@ class SegmentReader:
 
         For a part of an n-gram this is faster than FTS5, which merges the rows of all n-grams that begin with it.
         """
-        for paragraph, *texts in self._rows(_TEXTS_OF_ARTICLE, article):
+        for paragraph, *texts in self._rows(_TEXTS_OF_ARTICLE, article, types=(int, str, str, str)):
             title, section, text = map(fold, texts)
             yield paragraph, title, section, text
 
@@ -357,11 +363,23 @@ class SegmentReader:
 
     def _ids(self, sql: str, *values: Any) -> NDArray[np.int64]:
         with self._connection() as connection:
-            return np.fromiter((row[0] for row in connection.execute(sql, values)), dtype=np.int64)
+            try:
+                return np.fromiter((row[0] for row in connection.execute(sql, values)), dtype=np.int64)
+            except (OverflowError, TypeError, ValueError) as exc:
+                raise self._damage(f"an id is not a number: {exc}") from exc
 
-    def _rows(self, sql: str, *values: Any) -> list[Any]:
+    def _rows(self, sql: str, *values: Any, types: tuple[_Types, ...] = ()) -> list[Any]:
+        """Return the rows of a query. Raises PackError if a value has not the type of its column in `types`."""
         with self._connection() as connection:
-            return connection.execute(sql, values).fetchall()
+            rows = connection.execute(sql, values).fetchall()
+        for row in rows if types else ():  # a column of SQLite holds any type
+            if not all(map(isinstance, row, types)):
+                raise self._damage(f"a row has values of the types {', '.join(type(one).__name__ for one in row)}")
+        return rows
+
+    def _damage(self, what: object) -> PackError:
+        return PackError(f"pack: '{self._path}' is damaged ({what}); check it with `gog-edge pack verify`, and copy "
+                         "or build the pack again")
 
     def _value(self, sql: str, *values: Any) -> Any:
         return self._rows(sql, *values)[0][0]
@@ -384,8 +402,7 @@ class SegmentReader:
         except sqlite3.ProgrammingError:
             raise  # a programming error, not damage
         except sqlite3.DatabaseError as exc:
-            raise PackError(f"pack: '{self._path}' is damaged ({exc}); check it with `gog-edge pack verify`, and copy "
-                            "or build the pack again") from exc
+            raise self._damage(exc) from exc
         finally:
             self._idle.put(connection)
 

@@ -214,7 +214,10 @@ class FaissPart:
         selector = None if without is None else self._selector(without)
         params = search_params(self.index, self.params, selector=selector, effort=effort, count=count)
         with omp_threads(1):
-            scores, rows = self.index.search(queries, min(count, self.index.ntotal), params=params)
+            try:
+                scores, rows = self.index.search(queries, min(count, self.index.ntotal), params=params)
+            except (RuntimeError, AssertionError) as exc:
+                raise PackError(f"pack: an index cannot be searched ({exc}); copy or build the pack again") from exc
         missing = rows < 0
         return np.where(missing, np.float32(-np.inf), scores), np.where(missing, -1, rows + self.first)
 
@@ -263,12 +266,14 @@ def read_index(path: Path) -> Any:
     """
     try:
         with _READ_LOCK, _limits(path.stat().st_size):
-            index = faiss.read_index(str(path), 0 if _is_ivf(path) else faiss.IO_FLAG_MMAP_IFC)
-    except (OSError, RuntimeError, MemoryError) as exc:
+            index = faiss.read_index(str(path)) if _is_ivf(path) else _map_index(path)
+    except (OSError, RuntimeError, ValueError, MemoryError) as exc:
         raise PackError(f"pack: '{path}' cannot be read as a FAISS index ({exc}); build the pack again") from exc
     if not isinstance(index, SUPPORTED_TYPES):
         raise PackError(f"pack: '{path}' is a {type(index).__name__}; supported are {SUPPORTED_TEXT}; build the pack "
                         "again")
+    if not index.is_trained:
+        raise PackError(f"pack: '{path}' is not trained; build the pack again")
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise PackError(f"pack: '{path}' must use the inner product as metric; build the pack again")
     _check_parts(path, index)
@@ -283,17 +288,43 @@ def _is_ivf(path: Path) -> bool:
         return file.read(len(_IVF_PREFIX)) == _IVF_PREFIX
 
 
+def _map_index(path: Path) -> Any:
+    """Return an index whose codes stay in the mapped file.
+
+    FAISS's own reader of mapped files ends the process if a file is cut within a number; this one raises RuntimeError.
+    """
+    data = np.memmap(path, np.uint8, "r")
+    index = _faiss.read_index(_faiss.ZeroCopyIOReader(_faiss.swig_ptr(data), len(data)), faiss.IO_FLAG_MMAP_IFC)
+    index.referenced_objects = [data]  # as long as the index lives
+    return index
+
+
 def _check_parts(path: Path, index: Any) -> None:
     """Check that the parts of an index agree; otherwise FAISS reads out of bounds. Its own checks vary by release."""
     if isinstance(index, faiss.IndexIVF):
         _check_equal(path, "lists and centroids", index.nlist, index.quantizer.ntotal)
         _check_equal(path, "dimensions and dimensions of centroids", index.d, index.quantizer.d)
+        _check_list_ids(path, index)
     elif isinstance(index, faiss.IndexHNSW):
         _check_equal(path, "graph nodes and vectors", index.ntotal, index.storage.ntotal)
         _check_equal(path, "dimensions and dimensions of vectors", index.d, index.storage.d)
         _check_parts(path, faiss.downcast_index(index.storage))
     elif isinstance(index, faiss.IndexFlatCodes):
         _check_equal(path, "bytes of codes and stored bytes", index.ntotal * index.code_size, index.codes.size())
+
+
+def _check_list_ids(path: Path, index: Any) -> None:
+    """Check that the inverted lists hold as many rows as the index has, and none beyond."""
+    lists, rows = index.invlists, 0
+    for number in range(index.nlist):
+        size = lists.list_size(number)
+        if size:
+            ids = _faiss.rev_swig_ptr(lists.get_ids(number), size)
+            rows += size
+            if ids.min() < 0 or ids.max() >= index.ntotal:
+                raise PackError(f"pack: '{path}': list {number} must have rows from 0 to {index.ntotal - 1}, got "
+                                f"{ids.min()} to {ids.max()}; copy or build the pack again")
+    _check_equal(path, "vectors and rows in lists", index.ntotal, rows)
 
 
 def _check_equal(path: Path, what: str, first: int, second: int) -> None:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
 from gog_edge.errors import PackError
-from gog_edge.files import allow_open_files
+from gog_edge.files import allow_open_files, read_array_header
 from gog_edge.types import Vectors
 
 Ids = NDArray[np.int64]  # [n] int64, image ids
@@ -28,7 +27,7 @@ Rows = NDArray[np.int64]  # [n] int64, row numbers
 BLOCK_ROWS = 65_536
 _READ_BYTES = 2**30  # per call; Linux reads at most 2 GiB at once
 _SCAN_RATIO = 128  # for more ids than one in so many rows, a scan of all rows is faster than binary searches
-_INVALID_ARRAY = (OSError, ValueError, EOFError, MemoryError, OverflowError)  # raised by NumPy for damaged files
+_INVALID_ARRAY = (OSError, ValueError, MemoryError)  # raised for damaged files
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +172,8 @@ class VectorShards:
 def _open_vectors(path: Path, dim: int) -> _VectorFile:
     try:
         with path.open("rb") as stream:
-            read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
-            shape, columns_first, dtype = read(stream)
-            offset, size = stream.tell(), path.stat().st_size
+            offset, shape, columns_first, dtype = read_array_header(stream)
+            size = os.fstat(stream.fileno()).st_size
     except _INVALID_ARRAY as exc:
         raise PackError(f"pack: '{path}' is not a NumPy array file ({exc}); copy or build the pack again") from exc
     if dtype not in (np.float16, np.float32) or columns_first or len(shape) != 2 or shape[1] != dim:
@@ -197,13 +195,14 @@ def read_ids(path: Path) -> Ids:
     """
     try:
         with path.open("rb") as stream:  # not np.load, which also accepts archives and pickles
-            ids = npy.read_array(stream, allow_pickle=False)
+            _, shape, _, dtype = read_array_header(stream)
+            data = stream.read()
     except _INVALID_ARRAY as exc:
         raise PackError(f"pack: '{path}' is not a NumPy array file ({exc}); copy or build the pack again") from exc
-    if ids.dtype != np.int64 or ids.ndim != 1:
-        raise PackError(f"pack: '{path}' must contain int64 [n], got {ids.dtype} {list(ids.shape)}; copy or build the "
-                        "pack again")
-    return np.asarray(ids)
+    if dtype != np.int64 or len(shape) != 1 or len(data) != 8 * shape[0]:
+        raise PackError(f"pack: '{path}' must contain int64 [n], got {dtype} {list(shape)} in {len(data)} bytes; copy "
+                        "or build the pack again")
+    return np.frombuffer(data, np.int64)
 
 
 def _ids_of_file(path: Path, file: _VectorFile) -> Ids:

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import onnxruntime
 import pytest
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from gog_edge.engines.manifest import DECODER, ORT_CUDA, VISION, BuiltGraph, EngineManifest
 from gog_edge.engines.onnx import unsupported_reason
@@ -19,7 +19,7 @@ from gog_edge.engines.onnx.session import (
     open_session,
     physical_cores,
 )
-from gog_edge.errors import BackendError, DeviceLost, OutOfDeviceMemory
+from gog_edge.errors import ArtifactError, BackendError, DeviceLost, OutOfDeviceMemory
 from gog_edge.exporting.graph import FLOAT, INT64, GraphBuilder
 
 AZURE = "AzureExecutionProvider"  # a provider besides the CPU's that most builds include; it runs no standard operator
@@ -69,7 +69,7 @@ def test_allocation_failure_is_out_of_device_memory(tmp_path):
     graph.save()
     wide = OrtGraph(tmp_path / "wide.onnx", threads=1)
     assert len(wide.run({"x": np.ones(1, np.float32), "shape": np.array([5])})["y"]) == 5
-    with pytest.raises(OutOfDeviceMemory, match="a graph cannot be run: the device is out of memory"):
+    with pytest.raises(OutOfDeviceMemory, match="wide.onnx' cannot be run: the device is out of memory"):
         wide.run({"x": np.ones(1, np.float32), "shape": np.array([2**50])})
 
 
@@ -103,16 +103,21 @@ def test_other_device_errors_are_backend_errors(failure, tmp_path):
 
 
 @with_azure
-def test_run_errors_are_backend_errors_unless_on_the_cpu(tmp_path):
+def test_run_errors_are_backend_errors_and_on_the_cpu_those_of_the_graph(tmp_path):
     graph = GraphBuilder("same", tmp_path / "same.onnx")
     graph.output(graph.op("Identity", graph.input("x", FLOAT, [1])), "y", FLOAT, [1])
     graph.save()
     wrong = {"x": np.ones((2, 2), np.float32)}
     elsewhere = OrtGraph(tmp_path / "same.onnx", threads=1, providers=(AZURE, *CPU_PROVIDERS))
-    with pytest.raises(BackendError, match="a graph cannot be run: "):
+    with pytest.raises(BackendError, match="same.onnx' cannot be run: "):
         elsewhere.run(wrong)
-    with pytest.raises(InvalidArgument):
-        OrtGraph(tmp_path / "same.onnx", threads=1).run(wrong)
+    here = OrtGraph(tmp_path / "same.onnx", threads=1)
+    with pytest.raises(ArtifactError, match="same.onnx' cannot be run .*Invalid rank.*; export the model again"):
+        here.run(wrong)
+    with pytest.raises(ArtifactError, match="must have the inputs z, got x; export the model again"):
+        here.run({"z": np.ones(1, np.float32)})
+    with pytest.raises(ArtifactError, match="must have the output 'z', got y; export the model again"):
+        _ = here.run({"x": np.ones(1, np.float32)})["z"]
 
 
 def test_a_graph_for_a_later_release(monkeypatch, tmp_path):

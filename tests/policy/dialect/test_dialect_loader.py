@@ -102,7 +102,7 @@ def test_a_dialect_without_tools_is_rejected(tmp_path):
 def test_a_file_above_the_size_limit_is_rejected(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(TEXT + "#" * 2**20)
-    with pytest.raises(DialectError, match="the limit for a dialect or prompt is"):
+    with pytest.raises(DialectError, match="it has more than 262144 bytes"):
         load_dialect(path)
 
 

@@ -236,3 +236,38 @@ def test_close_stops_the_threads_and_may_be_called_twice(tmp_path):
     index.close()
     index.close()
     assert not any(thread.is_alive() for thread in helpers)
+
+
+@pytest.mark.parametrize(("factory", "params"), KINDS)
+def test_a_file_cut_anywhere_is_refused(tmp_path, factory, params):
+    """FAISS's own reader of mapped files ends the process if a file is cut within a number."""
+    open_index(tmp_path, np.arange(400, dtype=np.int64), unit_vectors(400), factory=factory, params=params)
+    data = (tmp_path / "a.faiss").read_bytes()
+    read_index(tmp_path / "a.faiss")
+    for size in (*range(200), *range(200, len(data), 997), *range(len(data) - 40, len(data))):
+        (tmp_path / "cut.faiss").write_bytes(data[:size])
+        with pytest.raises(PackError, match="cut.faiss"):
+            read_index(tmp_path / "cut.faiss")
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,SQfp16", "IVF8,PQ4x4fs"])
+@pytest.mark.parametrize("row", [-1, 400, 2**40])
+def test_rows_in_lists_beyond_those_of_the_index_are_refused(tmp_path, factory, row):
+    vectors = unit_vectors(400)
+    index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+    faiss.write_index(index, str(tmp_path / "good.faiss"))
+    read_index(tmp_path / "good.faiss")
+    number = next(number for number in range(8) if index.invlists.list_size(number))
+    faiss.rev_swig_ptr(index.invlists.get_ids(number), 1)[0] = row
+    faiss.write_index(index, str(tmp_path / "bad.faiss"))
+    with pytest.raises(PackError, match=rf"list {number} must have rows from 0 to 399, got .*{row}"):
+        read_index(tmp_path / "bad.faiss")
+
+
+def test_an_index_that_was_not_trained_is_refused(tmp_path):
+    index = faiss.index_factory(DIM, "IVF8,Flat", faiss.METRIC_INNER_PRODUCT)
+    faiss.write_index(index, str(tmp_path / "a.faiss"))
+    with pytest.raises(PackError, match="is not trained"):
+        read_index(tmp_path / "a.faiss")
