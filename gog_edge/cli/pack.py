@@ -326,13 +326,8 @@ def reindex_command(pack: PackArgument, as_json: JsonOption = False) -> None:
 
 def _open_source(source: Path, kind: str | None, images: Path | None, language: str, licence: str | None,
                  columns: list[str] | None, encoding: str) -> Source:
-    # They need the extra `index`, which --help does not.
-    from gog_edge.indexing.sources.folder.decoding import is_encoding
-    from gog_edge.indexing.sources.open import open_source
+    from gog_edge.indexing.sources.open import open_source  # needs the extra `index`, which --help does not
 
-    if encoding and not is_encoding(encoding):
-        raise typer.BadParameter(f"'{encoding}' is unknown; give one such as cp1251 or shift_jis",
-                                 param_hint="'--encoding'")
     return open_source(source, kind=cast("Kind | None", kind), images=images, language=language, licence=licence,
                        columns=columns or (), encoding=encoding)
 

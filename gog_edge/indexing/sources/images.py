@@ -19,9 +19,8 @@ from PIL import Image
 from gog_edge.errors import PictureError, SourceError
 from gog_edge.indexing.sources.base import Skipped
 from gog_edge.indexing.sources.files import PickleFieldsMixin
-from gog_edge.indexing.sources.formats import formats_of
 from gog_edge.indexing.sources.svg import is_svg, render_svg
-from gog_edge.picture import MAX_BYTES, OPTIONAL, decode_picture
+from gog_edge.picture import FORMATS, MAX_BYTES, OPTIONAL, decode_picture
 from gog_edge.picture.optional import optional_format
 from gog_edge.types import Pixels
 
@@ -36,7 +35,16 @@ MAX_FRAMES = 1000  # of a TIFF file that are counted
 CACHED_THUMBNAILS = 1024  # a flag or a map appears in many articles
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".svg", ".tif", ".tiff", ".avif", "")  # of files named by a hash
 
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# Pillow's decoders for the pictures of a collection, which the server does not accept from strangers. They are tried
+# for these suffixes only, because some of these formats have no signature.
+BUILD_FORMATS = {
+    ".psd": "PSD", ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM", ".pnm": "PPM", ".pfm": "PPM", ".tga": "TGA",
+    ".icb": "TGA", ".vda": "TGA", ".vst": "TGA", ".pcx": "PCX", ".ico": "ICO", ".icns": "ICNS", ".qoi": "QOI",
+    ".sgi": "SGI", ".rgb": "SGI", ".rgba": "SGI", ".bw": "SGI", ".ras": "SUN", ".xbm": "XBM", ".xpm": "XPM",
+    ".dds": "DDS", ".cur": "CUR", ".dib": "DIB",
+}  # fmt: skip
+
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _SUBFILE_TYPE, _REDUCED_OR_MASK = 254, 0b101  # NewSubfileType of TIFF
 
 
@@ -144,7 +152,7 @@ def make_thumbnail(data: bytes, item: str, options: ThumbnailOptions = DEFAULT_T
     WebP, JPEG and PNG files within the limits are returned unchanged if every browser shows them with the same pixels.
     All other images become WebP. The result is deterministic. `page`, from 0, is of a TIFF file.
     """
-    formats = formats_of(PurePosixPath(item).suffix.lower())
+    formats = _formats_of(PurePosixPath(item).suffix.lower())
     pixels = (REDUCED_FACTOR * options.max_side) ** 2
     try:
         if is_svg(data):
@@ -160,6 +168,11 @@ def make_thumbnail(data: bytes, item: str, options: ThumbnailOptions = DEFAULT_T
     return _encode_webp(picture.pixels, options)
 
 
+def _formats_of(suffix: str) -> tuple[str, ...]:
+    """Return Pillow's names of the formats that a file of this suffix, in lower case, may have."""
+    return (*FORMATS, BUILD_FORMATS[suffix]) if suffix in BUILD_FORMATS else FORMATS
+
+
 def _undecodable(data: bytes) -> str:
     """Return the reason for a file that does not decode: perhaps its decoder is not installed."""
     optional = optional_format(data)
@@ -170,7 +183,7 @@ def _undecodable(data: bytes) -> str:
 
 def further_pages(data: bytes) -> list[int]:
     """Return the numbers, from 1, of the pages of a TIFF file after the first one, without previews and masks."""
-    if not data.startswith(_TIFF):
+    if not data.startswith(TIFF_SIGNATURES):
         return []
     pages: list[int] = []
     with warnings.catch_warnings():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from gog_edge.errors import SourceError
+from gog_edge.errors import InputError, SourceError
 from gog_edge.indexing.sources.base import UNKNOWN_LICENCE, Source, wikipedia_text_licence
 from gog_edge.indexing.sources.encyclopedic_vqa import LICENCE as EVQA_LICENCE
 from gog_edge.indexing.sources.encyclopedic_vqa import EncyclopedicVqaSource
@@ -61,8 +61,9 @@ def open_source(
         thumbnails: how images are resized and encoded.
 
     Raises:
-        SourceError: the path does not exist, its format is not supported, `columns` names another field, `encoding` is
-            unknown, or one of them is given for another format than a folder.
+        SourceError: the path does not exist, or its format is not supported.
+        InputError: `columns` names another field, `encoding` is unknown, or one of them is given for another format
+            than a folder.
     """
     folder = ImageFolder(images, thumbnails)
     readers: dict[Kind, Callable[[], Source]] = {
@@ -78,13 +79,13 @@ def open_source(
         raise SourceError(f"the kind of a snapshot must be one of {', '.join(KINDS)}, got '{kind}'")
     kind = kind or detect_kind(path)
     if columns and kind != "folder":
-        raise SourceError(f"columns are given for the tables of a folder of pictures, and '{path}' is of the kind "
-                          f"'{kind}'; leave out --column")
+        raise InputError(f"columns are given for the tables of a folder of pictures, and '{path}' is of the kind "
+                         f"'{kind}'; leave out --column")
     if encoding and kind != "folder":
-        raise SourceError(f"an encoding is given for the tables of a folder of pictures, and '{path}' is of the kind "
-                          f"'{kind}'; leave out --encoding")
+        raise InputError(f"an encoding is given for the tables of a folder of pictures, and '{path}' is of the kind "
+                         f"'{kind}'; leave out --encoding")
     if encoding and not is_encoding(encoding):
-        raise SourceError(f"the encoding '{encoding}' is unknown; give one such as cp1251, shift_jis or gb18030")
+        raise InputError(f"the encoding '{encoding}' is unknown; give one such as cp1251, shift_jis or gb18030")
     return readers[kind]()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gog_edge.errors import SourceError
+from gog_edge.errors import InputError
 from gog_edge.indexing.sources.folder.columns import FIELD_NAMES, find_roles, parse_columns, plain_name, without_markup
 
 # Headers as the museums publish them.
@@ -108,7 +108,7 @@ def test_given_columns_replace_recognised_ones():
 
 @pytest.mark.parametrize("given", [["Inv.-Nr."], ["number=x"], ["file="], ["file=a", "file=b"], ["=x"]])
 def test_malformed_assignments_are_refused(given):
-    with pytest.raises(SourceError, match="FIELD=NAME|one column"):
+    with pytest.raises(InputError, match="FIELD=NAME|one column"):
         parse_columns(given)
 
 

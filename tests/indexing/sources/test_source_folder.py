@@ -19,6 +19,7 @@ from zim_world import drawing, picture
 from gog_edge.errors import SourceError
 from gog_edge.indexing.sources.base import Skipped
 from gog_edge.indexing.sources.folder import CHUNK_FILES, FolderSource
+from gog_edge.indexing.sources.folder.listing import list_files
 from gog_edge.retrieval.text.tokens import name_key
 
 
@@ -314,6 +315,12 @@ def test_formats_that_pillow_reads(tmp_path, suffix, kind):
     assert np.abs(pixels - np.asarray(image, float)).mean() < 6
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "QOI"])
+def test_pictures_without_a_suffix_are_recognised(tmp_path, kind):
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "scan", kind)
+    assert list_files(tmp_path).pictures == ("scan",)
+
+
 def test_photoshop_files_are_read_without_their_layers(tmp_path):
     colour = np.full((3, 40, 50), [[[200]], [[30]], [[90]]], np.uint8)
     header = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 40, 50, 8, 3)
@@ -389,7 +396,7 @@ def test_rows_of_tate_as_published(tmp_path):
         '1035,A00001,"Blake, Robert",artist,38,A Figure Bowing before a Seated Old Man with his Arm Outstretched in '
         'Benediction. Verso: Indecipherable Sketch,date not known,"Watercolour, ink, chalk and graphite on paper. '
         'Verso: graphite on paper",Presented by Mrs John Richmond 1922,,1922,support: 394 x 419 mm,394,419,,mm,,,'
-        "http://www.tate.org.uk/art/images/work/A/A00/A00001_8.jpg,http://www.tate.org.uk/art/artworks/blake-a00001\n"
+        "http://www.tate.org.uk/art/artwork-images/A/A00/A00001_8.jpg,http://www.tate.org.uk/art/artworks/blake-a00001\n"
         '1036,A00002,"Blake, Robert",artist,38,"Two Drawings of Frightened Figures, Probably for \'The Approach of '
         'Doom\'",date not known,Graphite on paper,Presented by Mrs John Richmond 1922,,1922,support: 311 x 213 mm,311,'
         "213,,mm,,,,\n"

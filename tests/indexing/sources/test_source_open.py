@@ -13,7 +13,7 @@ import test_source_wit as wit
 from reading import Read
 from zim_world import picture, write_world
 
-from gog_edge.errors import SourceError
+from gog_edge.errors import InputError, SourceError
 from gog_edge.indexing.sources.open import KINDS, detect_kind, open_source
 
 
@@ -91,10 +91,10 @@ def test_unsupported_kinds_and_missing_paths_are_refused(tmp_path):
 
 
 def test_columns_of_a_snapshot_without_tables_are_refused(paths):
-    with pytest.raises(SourceError, match="of the kind 'zim'; leave out --column"):
+    with pytest.raises(InputError, match="of the kind 'zim'; leave out --column"):
         open_source(paths["zim"], columns=["file=Name"])
-    with pytest.raises(SourceError, match="of the kind 'zim'; leave out --encoding"):
+    with pytest.raises(InputError, match="of the kind 'zim'; leave out --encoding"):
         open_source(paths["zim"], encoding="cp1251")
     for name in ("klingon", "base64", "a\0b"):
-        with pytest.raises(SourceError, match="is unknown; give one such as cp1251"):
+        with pytest.raises(InputError, match="is unknown; give one such as cp1251"):
             open_source(paths["folder"], encoding=name)

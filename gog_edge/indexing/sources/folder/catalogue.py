@@ -17,10 +17,9 @@ from gog_edge.indexing.sources.folder.columns import (
     without_markup,
 )
 from gog_edge.indexing.sources.folder.decoding import decode_text
-from gog_edge.indexing.sources.folder.listing import FILE, TABLE_ROW, Listing, shown_name
+from gog_edge.indexing.sources.folder.listing import FILE, PICTURE_SUFFIXES, TABLE_ROW, Listing, shown_name
 from gog_edge.indexing.sources.folder.matching import AMBIGUOUS, MISSING, NO_NAME, NO_PICTURE, FileNames, Match
 from gog_edge.indexing.sources.folder.tables import JSON_SUFFIXES, Row, Table, read_table
-from gog_edge.indexing.sources.formats import PICTURE_SUFFIXES
 from gog_edge.indexing.sources.text import MAX_CHARACTERS, MAX_TITLE, clean_line, clean_lines
 from gog_edge.retrieval.text.tokens import name_key
 
@@ -115,12 +114,16 @@ class _Reader:
     used: list[str] = field(default_factory=list)
     unused: dict[str, dict[str, None]] = field(default_factory=dict)  # columns by table
     suggestions: int = 0
+    files: dict[str, str] = field(init=False)  # paths of the pictures by their names as text
+    names: FileNames = field(init=False)  # of the pictures
+    others: FileNames = field(init=False)  # of the files that are skipped
+
+    def __post_init__(self) -> None:
+        self.files = {shown_name(name): name for name in self.listing.pictures}
+        self.names = FileNames(self.files, PICTURE_SUFFIXES)
+        self.others = FileNames([one.item for one in self.listing.skipped], frozenset())
 
     def read(self) -> Catalogue:
-        names = {shown_name(name): name for name in self.listing.pictures}
-        self.names = FileNames(names, PICTURE_SUFFIXES)
-        self.others = FileNames([*(one.item for one in self.listing.skipped)], frozenset())
-        self.files = names
         tables = [read_table(self.root / name, shown_name(name), self.assigned, self.encoding)
                   for name in self.listing.tables]
         for table in tables:
@@ -164,7 +167,7 @@ class _Reader:
             is_object = table.path.lower().endswith(JSON_SUFFIXES) and len(table.rows) == 1
             owner = "JSON objects" if is_object else f"table '{table.path}'"  # there may be one file for each picture
             self.unused.setdefault(owner, {}).update(dict.fromkeys(roles.unused))
-        matched = sum([self._read_row(row, roles) for row in table.rows])
+        matched = sum(self._read_row(row, roles) for row in table.rows)
         if matched:
             self.used.append(table.path)
         else:
@@ -230,8 +233,7 @@ class _Reader:
             return False
         described = _describe(row, roles)
         for name in match.files:
-            known = self.rows.setdefault(self.files[name], [])
-            known.append((row, described))
+            self.rows.setdefault(self.files[name], []).append((row, described))
         self.owned.setdefault(self.files[match.files[0]], []).append(row.place)
         return True
 

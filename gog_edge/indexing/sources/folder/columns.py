@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, cast, get_args
 
-from gog_edge.errors import SourceError
+from gog_edge.errors import InputError
 
 Field: TypeAlias = Literal["file", "address", "number", "title", "caption", "text", "licence", "attribution", "detail"]
 FIELDS: tuple[Field, ...] = get_args(Field)
@@ -96,16 +96,16 @@ def parse_columns(assignments: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Return (field, column) of texts such as `file=Inv.-Nr.`.
 
     Raises:
-        SourceError: a text has another form, or a field is unknown or given twice.
+        InputError: a text has another form, or a field is unknown or given twice.
     """
     pairs = [(field.strip().lower().replace("license", "licence"), column.strip()) for field, _, column in
              (text.partition("=") for text in assignments)]
     for (name, column), text in zip(pairs, assignments, strict=True):
         if name not in MAPPABLE or not column:
-            raise SourceError(f"a column must be given as FIELD=NAME, where FIELD is one of {', '.join(MAPPABLE)}; got "
+            raise InputError(f"a column must be given as FIELD=NAME, where FIELD is one of {', '.join(MAPPABLE)}; got "
                               f"'{text}'")
     if len(dict(pairs)) < len(pairs):
-        raise SourceError(f"each field can be given one column, got {', '.join(assignments)}")
+        raise InputError(f"each field can be given one column, got {', '.join(assignments)}")
     return tuple(pairs)
 
 

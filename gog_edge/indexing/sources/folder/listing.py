@@ -10,7 +10,10 @@ from pathlib import Path, PurePosixPath
 
 from gog_edge.indexing.sources.base import Skipped
 from gog_edge.indexing.sources.folder.tables import CSV_SUFFIXES, JSON_SUFFIXES
-from gog_edge.indexing.sources.formats import HEAD_BYTES, PICTURE_SUFFIXES, is_picture, unreadable_reason
+from gog_edge.indexing.sources.images import BUILD_FORMATS, TIFF_SIGNATURES
+from gog_edge.indexing.sources.svg import is_svg
+from gog_edge.picture import SUFFIXES
+from gog_edge.picture.optional import AVIF_BRANDS, HEIF_BRANDS, JXL_CONTAINER
 
 FILE, TABLE_ROW = "file", "table row"  # kinds of items
 TABLES, SIDECARS = (*CSV_SUFFIXES, *JSON_SUFFIXES), (".txt", ".md")
@@ -18,9 +21,28 @@ HIDDEN, LINK, BROKEN_LINK, SPECIAL = ("hidden or system file", "link to a folder
                                       "link leads to a missing file", "not a regular file")
 EMPTY, NOT_READ, NO_PICTURE_FILE = "file is empty", "file or folder cannot be read", "file is not a picture"
 SPREADSHEET = "spreadsheet is not read; save it as CSV"
+CAMERA_RAW = "camera raw file is not read; export it as JPEG or TIFF"
+OTHER_FORMAT = "picture is in a format that is not read; export it as PNG, JPEG or TIFF"
+PICTURE_SUFFIXES = frozenset((*SUFFIXES, *BUILD_FORMATS, ".svg", ".svgz"))
+_HEAD_BYTES = 4096  # from which a picture without a known suffix is recognised
 _SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers", ".fods", ".xlsb")
 _SYSTEM_NAMES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "iconcache.db", "icon\r", "folder.htt"))
 _SYSTEM_FOLDERS = frozenset(("__macosx", "@eadir", "$recycle.bin", "system volume information"))
+_RAW_SUFFIXES = (
+    ".raw .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .dng .orf .rw2 .raf .pef .ptx .srw .x3f .3fr .fff .iiq .mef "
+    ".mos .mrw .erf .kdc .dcr .rwl .gpr"
+)
+_RAW = frozenset(_RAW_SUFFIXES.split())
+_OTHER_SUFFIXES = (
+    ".psb .xcf .kra .ora .ai .eps .ps .indd .cdr .sketch .fig .afphoto .afdesign .djvu .djv .wmf .emf .wdp .jxr "
+    ".hdp .exr .hdr .pic .pict .pct .fits .fit .dcm .dicom .ecw .sid .jls .jpm .mj2 .flif .bpg .heics .heifs "
+    ".webm .tiff8 .btf .pcd .cin .dpx .iff .lbm .wbmp .mng .jng .svs .ndpi .czi .vsi .scn .clip .cpt .pdn "
+    ".procreate .ufo .cgm .dxf .dwg .pspimage .psp"
+)
+_OTHER = frozenset(_OTHER_SUFFIXES.split())
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", *TIFF_SIGNATURES,
+               b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", JXL_CONTAINER, b"8BPS", b"qoif")
+_BRANDS = AVIF_BRANDS | HEIF_BRANDS | {b"mif1", b"msf1"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +74,7 @@ def list_files(root: Path) -> Listing:
             pictures.append(name)
         elif suffix in _SPREADSHEETS:
             skipped.append(Skipped(SPREADSHEET, shown_name(name), FILE))
-        elif not (reason := unreadable_reason(suffix)) and _begins_like_a_picture(root / name):
+        elif not (reason := _unreadable_reason(suffix)) and _begins_like_a_picture(root / name):
             pictures.append(name)
         else:
             skipped.append(Skipped(reason or NO_PICTURE_FILE, shown_name(name), FILE))
@@ -102,9 +124,21 @@ def _unusable(root: Path, name: str) -> str:
     return "" if status.st_size or is_table else EMPTY
 
 
+def _is_picture(head: bytes) -> bool:
+    """Return whether a file that begins with these bytes is a picture of a format that has a signature."""
+    is_webp = head.startswith(b"RIFF") and head[8:12] == b"WEBP"
+    is_media = head[4:8] == b"ftyp" and head[8:12] in _BRANDS
+    return head.startswith(_SIGNATURES) or is_webp or is_media or is_svg(head)
+
+
+def _unreadable_reason(suffix: str) -> str:
+    """Return why files of a suffix, in lower case, are not read although they are pictures; empty for all others."""
+    return CAMERA_RAW if suffix in _RAW else OTHER_FORMAT if suffix in _OTHER else ""
+
+
 def _begins_like_a_picture(path: Path) -> bool:
     try:
         with path.open("rb") as stream:
-            return is_picture(stream.read(HEAD_BYTES))
+            return _is_picture(stream.read(_HEAD_BYTES))
     except OSError:
         return False

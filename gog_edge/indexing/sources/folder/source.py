@@ -28,8 +28,7 @@ from gog_edge.indexing.sources.base import (
 )
 from gog_edge.indexing.sources.files import PickleFieldsMixin, modified_date
 from gog_edge.indexing.sources.folder.catalogue import UNUSED_PICTURE, Catalogue, Entry, read_catalogue
-from gog_edge.indexing.sources.folder.listing import FILE, TABLE_ROW, Listing, list_files
-from gog_edge.indexing.sources.formats import PICTURE_SUFFIXES
+from gog_edge.indexing.sources.folder.listing import FILE, PICTURE_SUFFIXES, TABLE_ROW, Listing, list_files
 from gog_edge.indexing.sources.images import DEFAULT_THUMBNAILS, ThumbnailOptions, load_thumbnails
 from gog_edge.indexing.sources.text import clean_line, split_paragraphs
 from gog_edge.retrieval.manifest import Snapshot
@@ -59,7 +58,7 @@ class FolderSource(PickleFieldsMixin):
             suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
             raise SourceError(f"'{self.path}' contains no picture ({suffixes}); check the path of the folder")
         if self.columns or self.encoding:
-            self._check_columns(self._catalogue)
+            self._check_columns()
         # What the user says about the tables changes the articles, and therefore the identity of the snapshot.
         given = (self.columns, self.encoding)
         digest = sha256(repr(given).encode() if any(given) else b"")
@@ -123,7 +122,8 @@ class FolderSource(PickleFieldsMixin):
                 *catalogue.skipped, *(Used(FILE, table) for table in catalogue.used_tables),
                 *(Notice(text) for text in catalogue.notices))
 
-    def _check_columns(self, catalogue: Catalogue) -> None:
+    def _check_columns(self) -> None:
+        catalogue = self._catalogue
         for _, column in self.columns:
             if not catalogue.has_column(column):
                 seen = ", ".join(f"'{name}'" for name in catalogue.columns) or "none"

@@ -122,9 +122,8 @@ _TAG = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 # Void elements, and elements that another one of their kind closes.
-_NOT_NESTING = frozenset(
-    ("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr",
-     "p", "li", "dt", "dd", "tr", "td", "th", "tbody", "thead", "tfoot", "caption", "colgroup", "option", "optgroup",
+_NOT_NESTING = _VOID | frozenset(
+    ("p", "li", "dt", "dd", "tr", "td", "th", "tbody", "thead", "tfoot", "caption", "colgroup", "option", "optgroup",
      "rp", "rt", "html", "head", "body")
 )  # fmt: skip
 
